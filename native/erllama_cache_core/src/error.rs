@@ -1,0 +1,60 @@
+//! What can go wrong with a file.
+
+use std::io;
+
+use crate::kvc::{Corrupt, ReadError};
+
+/// Why an operation on a file failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The system refused a call. Nothing is known about the file's contents.
+    #[error("{call}: {source}")]
+    Io {
+        /// The call that failed, by its name in the manual.
+        call: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file was read and is not what it claims to be: proof, not suspicion.
+    #[error("corrupt file: {0}")]
+    Corrupt(#[from] Corrupt),
+    /// Under the name stands something that is not a regular file.
+    #[error("not a regular file")]
+    NotRegular,
+    /// What was written is not what came back from the page cache.
+    #[error("the written file does not read back: {0}")]
+    ReadBack(Corrupt),
+    /// A slice was called for out of its turn, or with another payload than the first.
+    #[error("called out of turn")]
+    OutOfTurn,
+}
+
+impl Error {
+    /// The system's error number, where it was the system that refused.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Error::Io { source, .. } => source.raw_os_error(),
+            _ => None,
+        }
+    }
+}
+
+/// Names the call in which an error occurred.
+pub(crate) trait Context<T> {
+    fn call(self, call: &'static str) -> Result<T, Error>;
+}
+
+impl<T> Context<T> for io::Result<T> {
+    fn call(self, call: &'static str) -> Result<T, Error> {
+        self.map_err(|source| Error::Io { call, source })
+    }
+}
+
+impl From<ReadError> for Error {
+    fn from(error: ReadError) -> Error {
+        match error {
+            ReadError::Io(source) => Error::Io { call: "pread", source },
+            ReadError::Corrupt(corrupt) => Error::Corrupt(corrupt),
+        }
+    }
+}

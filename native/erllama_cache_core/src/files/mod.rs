@@ -1,0 +1,15 @@
+//! Files in a root: writing them where nobody sees them, publishing, checking, loading, finding
+//! and deleting them.
+
+mod root;
+mod scan;
+mod slice;
+mod stored;
+mod sys;
+mod tmp;
+
+pub use root::Root;
+pub use scan::{Found, Scan};
+pub use slice::{Progress, Slice};
+pub use stored::{Check, Loader};
+pub use tmp::{DEFAULT_MODE, Outcome, Published, TmpFile};

@@ -1,0 +1,90 @@
+//! The directory that files are saved in.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString};
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use once_cell::sync::Lazy;
+
+use super::sys;
+use crate::error::{Context, Error};
+use crate::kvc::Key;
+
+/// An open root. Everything is done relative to it: whatever becomes of the path by which it was
+/// opened, this is the directory that is worked in.
+#[derive(Debug)]
+pub struct Root {
+    dir: File,
+    traits: Arc<Traits>,
+}
+
+/// What has been learnt of a directory, kept for as long as the library lives, as each save opens
+/// the root anew.
+#[derive(Debug, Default)]
+struct Traits {
+    needs_names: AtomicBool,
+}
+
+/// More roots than any node has; the bound only keeps a node that goes through thousands of
+/// directories from remembering them all.
+const REMEMBERED: usize = 256;
+
+/// By device and inode.
+type Known = HashMap<(u64, u64), Arc<Traits>>;
+
+static KNOWN: Lazy<Mutex<Known>> = Lazy::new(Mutex::default);
+
+impl Root {
+    /// Opens the directory at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: `ENOENT`, `ENOTDIR`, `EACCES`, `EMFILE` and whatever else the system says.
+    pub fn open(path: &CStr) -> Result<Root, Error> {
+        let dir = sys::open_dir(path).call("open")?;
+        let stat = sys::stat(&dir).call("fstat")?;
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= REMEMBERED {
+            known.retain(|_, traits| Arc::strong_count(traits) > 1);
+        }
+        let traits = Arc::clone(known.entry((stat.device, stat.inode)).or_default());
+        Ok(Root { dir, traits })
+    }
+
+    pub(crate) fn dir(&self) -> &File {
+        &self.dir
+    }
+
+    /// Whether this directory's file system cannot create files without a name.
+    pub fn needs_names(&self) -> bool {
+        self.traits.needs_names.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn remember_needs_names(&self) {
+        self.traits.needs_names.store(true, Ordering::Relaxed);
+    }
+
+    /// Makes the directory's names durable.
+    pub(crate) fn sync(&self) -> Result<(), Error> {
+        self.dir.sync_all().call("fsync")
+    }
+
+    /// Removes the file of `key`; `false` when there was none.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; a directory of that name is `EISDIR` or `EPERM` and stays.
+    pub fn delete(&self, key: &Key) -> Result<bool, Error> {
+        match sys::unlink_at(&self.dir, &final_name(key)) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error).call("unlink"),
+        }
+    }
+}
+
+/// The name that a key's file is published under.
+pub(crate) fn final_name(key: &Key) -> CString {
+    // Hexadecimal digits hold no NUL.
+    CString::new(key.file_name()).unwrap_or_default()
+}

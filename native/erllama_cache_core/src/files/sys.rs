@@ -1,0 +1,289 @@
+//! The system calls that `std` does not offer, one small function each. All names are relative to
+//! an open directory, so that a root that is renamed or swapped for a link in the middle of a save
+//! stays the directory that was opened.
+
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+
+/// What is under a name or behind a descriptor.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stat {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+    pub(crate) len: u64,
+    pub(crate) links: u64,
+    pub(crate) owner: u32,
+    pub(crate) is_regular: bool,
+}
+
+impl Stat {
+    pub(crate) fn is_same_file(&self, other: &Stat) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+}
+
+/// Turns -1 into the error that `errno` holds.
+fn check(result: c_int) -> io::Result<c_int> {
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// Repeats a call for as long as a signal interrupts it.
+fn uninterrupted(mut call: impl FnMut() -> c_int) -> io::Result<c_int> {
+    loop {
+        match check(call()) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+/// Takes ownership of a descriptor that a call has just returned.
+fn own(fd: c_int) -> File {
+    // SAFETY: `fd` is a descriptor that the caller got from a successful open and has not given to
+    // anybody else.
+    File::from(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Opens a directory by its path. The path itself may be a symbolic link: it is the operator's.
+pub(crate) fn open_dir(path: &CStr) -> io::Result<File> {
+    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    // SAFETY: `path` is a NUL-terminated string that lives through the call.
+    uninterrupted(|| unsafe { libc::open(path.as_ptr(), flags) }).map(own)
+}
+
+/// Opens `name` in `dir`. `O_CLOEXEC` is added; a symbolic link is never followed.
+pub(crate) fn open_at(dir: &File, name: &CStr, flags: c_int, mode: u32) -> io::Result<File> {
+    let flags = flags | libc::O_CLOEXEC | libc::O_NOFOLLOW;
+    // SAFETY: `dir` is open, `name` is NUL-terminated and lives through the call; the mode is
+    // passed as the unsigned int that the variadic call expects.
+    uninterrupted(|| unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), flags, mode) }).map(own)
+}
+
+/// Creates a file without a name in `dir`. `O_EXCL` is left out: it would forbid to link it later.
+#[cfg(target_os = "linux")]
+pub(crate) fn open_unnamed(dir: &File, mode: u32) -> io::Result<File> {
+    let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
+    // SAFETY: as in `open_at`.
+    uninterrupted(|| unsafe { libc::openat(dir.as_raw_fd(), c".".as_ptr(), flags, mode) }).map(own)
+}
+
+/// Elsewhere every file has a name from the start.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn open_unnamed(_dir: &File, _mode: u32) -> io::Result<File> {
+    Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+}
+
+/// Gives a file without a name the name `to` in `dir`; fails with `EEXIST` when it is taken.
+#[cfg(target_os = "linux")]
+pub(crate) fn link_unnamed(file: &File, dir: &File, to: &CStr) -> io::Result<()> {
+    let link = |from_dir: c_int, from: *const c_char, flags: c_int| {
+        // SAFETY: both names are NUL-terminated and live through the call.
+        uninterrupted(|| unsafe { libc::linkat(from_dir, from, dir.as_raw_fd(), to.as_ptr(), flags) })
+            .map(drop)
+    };
+    // A number's digits hold no NUL.
+    let magic = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    match link(libc::AT_FDCWD, magic.as_ptr(), libc::AT_SYMLINK_FOLLOW) {
+        // Without /proc only a privileged process can link a descriptor.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+            link(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH)
+        }
+        result => result,
+    }
+}
+
+/// There are no such files elsewhere.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn link_unnamed(_file: &File, _dir: &File, _to: &CStr) -> io::Result<()> {
+    Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+}
+
+/// Gives the file `from` the second name `to`; fails with `EEXIST` when it is taken.
+pub(crate) fn link_at(dir: &File, from: &CStr, to: &CStr) -> io::Result<()> {
+    let fd = dir.as_raw_fd();
+    // SAFETY: both names are NUL-terminated and live through the call.
+    uninterrupted(|| unsafe { libc::linkat(fd, from.as_ptr(), fd, to.as_ptr(), 0) }).map(drop)
+}
+
+/// Renames `from` to `to`, replacing in one step whatever had that name, unless it is a directory.
+pub(crate) fn rename_at(dir: &File, from: &CStr, to: &CStr) -> io::Result<()> {
+    let fd = dir.as_raw_fd();
+    // SAFETY: both names are NUL-terminated and live through the call.
+    uninterrupted(|| unsafe { libc::renameat(fd, from.as_ptr(), fd, to.as_ptr()) }).map(drop)
+}
+
+/// Removes a name, never a directory.
+pub(crate) fn unlink_at(dir: &File, name: &CStr) -> io::Result<()> {
+    // SAFETY: `name` is NUL-terminated and lives through the call.
+    uninterrupted(|| unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), 0) }).map(drop)
+}
+
+/// What is under a name in `dir`; a symbolic link is itself.
+pub(crate) fn stat_at(dir: &File, name: &CStr) -> io::Result<Stat> {
+    let mut stat = MaybeUninit::uninit();
+    let flags = libc::AT_SYMLINK_NOFOLLOW;
+    // SAFETY: `name` is NUL-terminated, `stat` has room for what the call writes.
+    uninterrupted(|| unsafe {
+        libc::fstatat(dir.as_raw_fd(), name.as_ptr(), stat.as_mut_ptr(), flags)
+    })?;
+    // SAFETY: the call succeeded, so it has filled `stat`.
+    Ok(convert(&unsafe { stat.assume_init() }))
+}
+
+/// What is behind a descriptor.
+pub(crate) fn stat(file: &File) -> io::Result<Stat> {
+    let mut stat = MaybeUninit::uninit();
+    // SAFETY: `file` is open, `stat` has room for what the call writes.
+    uninterrupted(|| unsafe { libc::fstat(file.as_raw_fd(), stat.as_mut_ptr()) })?;
+    // SAFETY: the call succeeded, so it has filled `stat`.
+    Ok(convert(&unsafe { stat.assume_init() }))
+}
+
+// The fields' types differ between systems; where they already are what is wanted, the conversion
+// is none.
+#[allow(clippy::unnecessary_cast)]
+fn convert(stat: &libc::stat) -> Stat {
+    Stat {
+        device: stat.st_dev as u64,
+        inode: stat.st_ino as u64,
+        len: u64::try_from(stat.st_size).unwrap_or(0),
+        links: stat.st_nlink as u64,
+        owner: stat.st_uid,
+        is_regular: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
+    }
+}
+
+/// The user whose rights this process acts with.
+pub(crate) fn effective_user() -> u32 {
+    // SAFETY: the call takes nothing and cannot fail.
+    unsafe { libc::geteuid() }
+}
+
+/// Sets a file's permissions to exactly `mode`, whatever the process's umask.
+pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
+    // SAFETY: `file` is open. The cast is to the system's own width of a mode.
+    uninterrupted(|| unsafe { libc::fchmod(file.as_raw_fd(), mode as libc::mode_t) }).map(drop)
+}
+
+/// Reserves room for `len` bytes from the start, so that a full disk says so before anything is
+/// written and the file lies in one piece. `Ok(false)` where the file system cannot.
+#[cfg(target_os = "linux")]
+pub(crate) fn reserve(file: &File, len: u64) -> io::Result<bool> {
+    let len = libc::off64_t::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    // SAFETY: `file` is open; the call takes numbers only.
+    match uninterrupted(|| unsafe { libc::fallocate64(file.as_raw_fd(), 0, 0, len) }) {
+        Ok(_) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Elsewhere nothing is reserved.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn reserve(_file: &File, _len: u64) -> io::Result<bool> {
+    Ok(false)
+}
+
+/// Asks the kernel to begin writing a range to the disk, and does not wait for it. It is a hint
+/// that makes the later sync short; that sync alone makes anything durable and sees any error.
+#[cfg(target_os = "linux")]
+pub(crate) fn start_writeback(file: &File, offset: u64, len: u64) {
+    let (Ok(offset), Ok(len)) = (libc::off64_t::try_from(offset), libc::off64_t::try_from(len))
+    else {
+        return;
+    };
+    // SAFETY: `file` is open; the call takes numbers only. Its result is not needed: see above.
+    let _ = unsafe {
+        libc::sync_file_range(file.as_raw_fd(), offset, len, libc::SYNC_FILE_RANGE_WRITE)
+    };
+}
+
+/// Elsewhere the sync does all.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn start_writeback(_file: &File, _offset: u64, _len: u64) {}
+
+/// Writes two slices as one, the first at the start of the file. Returns how many bytes went.
+pub(crate) fn write_two(file: &File, first: &[u8], second: &[u8]) -> io::Result<usize> {
+    let parts = [io::IoSlice::new(first), io::IoSlice::new(second)];
+    loop {
+        // SAFETY: `IoSlice` is laid out as `iovec`, and both slices live through the call.
+        let written = unsafe { libc::pwritev(file.as_raw_fd(), parts.as_ptr().cast(), 2, 0) };
+        match usize::try_from(written) {
+            Ok(written) => return Ok(written),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
+/// An open directory's names.
+#[derive(Debug)]
+pub(crate) struct Names {
+    stream: NonNull<libc::DIR>,
+}
+
+// SAFETY: the stream belongs to this value alone, and every use of it needs `&mut self`.
+unsafe impl Send for Names {}
+
+impl Names {
+    /// Reads `dir` from its start, through a description of its own, so that nobody else's place in
+    /// the directory moves.
+    pub(crate) fn of(dir: &File) -> io::Result<Names> {
+        let own = OwnedFd::from(open_at(dir, c".", libc::O_RDONLY | libc::O_DIRECTORY, 0)?);
+        // SAFETY: `own` is an open directory.
+        let stream = unsafe { libc::fdopendir(own.as_raw_fd()) };
+        match NonNull::new(stream) {
+            Some(stream) => {
+                // The stream closes it from now on.
+                std::mem::forget(own);
+                Ok(Names { stream })
+            }
+            None => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// The next name, `None` at the end.
+    pub(crate) fn next(&mut self) -> io::Result<Option<CString>> {
+        // The only way to tell the end from an error is to clear errno first.
+        // SAFETY: errno's address is the calling thread's own.
+        unsafe { *errno_address() = 0 };
+        // SAFETY: the stream is open and used by nobody else.
+        let entry = unsafe { libc::readdir(self.stream.as_ptr()) };
+        if entry.is_null() {
+            let error = io::Error::last_os_error();
+            return if error.raw_os_error() == Some(0) { Ok(None) } else { Err(error) };
+        }
+        // SAFETY: `readdir` returned an entry, whose name is NUL-terminated and stays until the
+        // next call on this stream.
+        Ok(Some(unsafe { CStr::from_ptr(&raw const (*entry).d_name as *const c_char) }.to_owned()))
+    }
+}
+
+impl Drop for Names {
+    fn drop(&mut self) {
+        // SAFETY: the stream is open, and this is its last use.
+        unsafe { libc::closedir(self.stream.as_ptr()) };
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn errno_address() -> *mut c_int {
+    // SAFETY: the call takes nothing and always answers.
+    unsafe { libc::__errno_location() }
+}
+
+#[cfg(any(target_os = "macos", target_os = "freebsd"))]
+fn errno_address() -> *mut c_int {
+    // SAFETY: the call takes nothing and always answers.
+    unsafe { libc::__error() }
+}

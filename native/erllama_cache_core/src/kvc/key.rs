@@ -1,0 +1,88 @@
+//! The key under which a state is stored, and the file name made of it.
+
+use std::fmt;
+
+use sha2::{Digest, Sha256};
+
+const SUFFIX: &str = ".kvc";
+
+/// Names a saved state: SHA-256 over model, quantisation, context parameters and tokens.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Key([u8; 32]);
+
+impl Key {
+    /// The key of a state. `tokens_le` holds the tokens as little-endian u32, as tag 0x09 does.
+    #[must_use]
+    pub fn of(
+        fingerprint: &[u8; 32],
+        quant_byte: u8,
+        ctx_params_hash: &[u8; 32],
+        tokens_le: &[u8],
+    ) -> Key {
+        let mut hash = Sha256::new();
+        hash.update(fingerprint);
+        hash.update([quant_byte]);
+        hash.update(ctx_params_hash);
+        hash.update(tokens_le);
+        Key(hash.finalize().into())
+    }
+
+    /// The key that these bytes are.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 32]) -> Key {
+        Key(bytes)
+    }
+
+    /// The key's bytes.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// 64 lower-case hexadecimal digits.
+    #[must_use]
+    pub fn to_hex(&self) -> String {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut hex = String::with_capacity(2 * self.0.len() + SUFFIX.len());
+        for byte in self.0 {
+            hex.push(DIGITS[usize::from(byte >> 4)].into());
+            hex.push(DIGITS[usize::from(byte & 0xF)].into());
+        }
+        hex
+    }
+
+    /// The name of the key's file: [`to_hex`](Key::to_hex) and `.kvc`.
+    #[must_use]
+    pub fn file_name(&self) -> String {
+        let mut name = self.to_hex();
+        name.push_str(SUFFIX);
+        name
+    }
+
+    /// The key whose [`file_name`](Key::file_name) is exactly `name`, else `None`.
+    ///
+    /// Upper-case digits are refused: two names for one key would be two files.
+    #[must_use]
+    pub fn from_file_name(name: &[u8]) -> Option<Key> {
+        let hex: &[u8; 64] = name.strip_suffix(SUFFIX.as_bytes())?.try_into().ok()?;
+        let mut bytes = [0; 32];
+        for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {
+            *byte = digit(pair[0])? << 4 | digit(pair[1])?;
+        }
+        Some(Key(bytes))
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Key({})", self.to_hex())
+    }
+}
+
+fn digit(c: u8) -> Option<u8> {
+    match c {
+        b'0'..=b'9' => Some(c - b'0'),
+        b'a'..=b'f' => Some(c - b'a' + 10),
+        _ => None,
+    }
+}

@@ -1,0 +1,13 @@
+//! Counting semaphore and KVC files for saving KV state: what `erllama_cache_nif` does, without
+//! the BEAM, so that plain tests, models and benchmarks can drive it.
+
+#![deny(missing_docs)]
+
+mod clock;
+mod error;
+pub mod files;
+pub mod kvc;
+pub mod semaphore;
+mod sync;
+
+pub use error::Error;

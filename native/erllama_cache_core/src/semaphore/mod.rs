@@ -1,0 +1,518 @@
+//! A counting semaphore that is fair, that can be resized and looked into, and whose slots come
+//! back however their owners end.
+//!
+//! # How it works
+//!
+//! The count, the limit and two flags share one [atomic word](word). A process that finds a free
+//! slot and nobody queued takes it with one compare-and-swap; a release with nobody queued is one
+//! subtraction. Neither takes a lock that another process could hold.
+//!
+//! When nothing is free, the process queues under the lock and raises the flag `QUEUED`. From then
+//! on every acquire goes through the lock and behind the queue, and every release, after its
+//! subtraction, sees the flag and takes the lock to hand on what has become free: the slot goes
+//! to the head of the queue *before* the lock is let go, so whoever comes later cannot take it. That
+//! is why it is fair: there is no moment at which a slot is free while somebody waits for it.
+//!
+//! # Decide under the lock, wake after it
+//!
+//! Nothing here wakes anybody. What decides something for a waiter returns its waker in [`Wakes`],
+//! and the caller delivers it when no lock is held. How a waiter sleeps and is woken is the
+//! caller's affair: a message in the NIF, a condition variable in the models.
+//!
+//! # Order of locks
+//!
+//! The semaphore's `inner`, then one guard's `state`. The path without a queue takes the guard's
+//! alone.
+
+mod guard;
+mod queue;
+mod word;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+pub use guard::{End, Ended, Guard};
+pub use word::MAX_LIMIT;
+
+use crate::clock;
+use crate::sync::{Arc, Mutex, MutexGuard, lock};
+use guard::{Hold, Shared, State, seen_allows};
+use queue::{Queue, Waiter};
+use word::Word;
+
+/// What one acquire asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// Slots, at least 1.
+    pub weight: u32,
+    /// Bytes of memory that stand in the meantime; 0 asks for none.
+    pub bytes: u64,
+}
+
+impl Want {
+    /// One slot and no bytes.
+    pub const SLOT: Want = Want { weight: 1, bytes: 0 };
+}
+
+/// What became of an acquire that may queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt {
+    /// It is held now. The waker was dropped.
+    Granted,
+    /// It is queued: the waker will come.
+    Queued,
+}
+
+/// Why an acquire was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Not free now, or somebody is waiting for it.
+    Busy,
+    /// The semaphore is not open.
+    Closed,
+    /// It asks for more than the limit, so it could never be granted.
+    WeightExceedsLimit,
+    /// The owner has died, or waits already.
+    Ended,
+}
+
+/// What a waiter is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The slot is its own.
+    Granted,
+    /// The semaphore was closed.
+    Closed,
+    /// The limit fell below the waiter's weight.
+    WeightExceedsLimit,
+}
+
+/// Wakers to deliver, now that no lock is held, each with what to tell.
+#[must_use = "a waker that is not delivered is a waiter that sleeps for ever"]
+#[derive(Debug)]
+pub struct Wakes<W>(Vec<(W, Verdict)>);
+
+impl<W> Wakes<W> {
+    fn none() -> Self {
+        Wakes(Vec::new())
+    }
+
+    /// Whether there is nobody to wake.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl<W> IntoIterator for Wakes<W> {
+    type Item = (W, Verdict);
+    type IntoIter = std::vec::IntoIter<(W, Verdict)>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
+
+/// A process that holds slots.
+#[derive(Clone, Debug)]
+pub struct Holder<O> {
+    /// Who.
+    pub owner: O,
+    /// How many slots, and how many bytes.
+    pub want: Want,
+    /// For how long, exact to a few milliseconds.
+    pub held_for: Duration,
+    /// Whether its owner has died and only I/O that still runs keeps the slot.
+    pub orphaned: bool,
+}
+
+/// A process that waits for slots.
+#[derive(Clone, Debug)]
+pub struct Waiting<O> {
+    /// Who.
+    pub owner: O,
+    /// How many slots, and how many bytes.
+    pub want: Want,
+    /// For how long.
+    pub waited: Duration,
+}
+
+/// The semaphore at one moment, and what it has done since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Info {
+    /// Slots that may be held.
+    pub limit: u32,
+    /// Slots held. Above the limit for a while when the limit was lowered.
+    pub current: u32,
+    /// Bytes that may stand in memory; `None` for no bound.
+    pub max_bytes: Option<u64>,
+    /// Bytes that stand in memory.
+    pub bytes: u64,
+    /// Processes in the queue.
+    pub waiting: usize,
+    /// Acquires granted.
+    pub granted: u64,
+    /// Waiters that gave up.
+    pub timed_out: u64,
+    /// Acquires given back because their owner had died.
+    pub owner_died: u64,
+    /// Acquires that were granted from the queue.
+    pub waited: u64,
+    /// The longest of their waits.
+    pub longest_wait: Duration,
+    /// All their waits together.
+    pub total_wait: Duration,
+}
+
+/// The semaphore. `O` says who an owner is, for [`Semaphore::holders`]; `W` is what wakes a waiter.
+pub struct Semaphore<O, W> {
+    word: Word,
+    /// Never held while anything outside this module runs, wakers' destructors included.
+    inner: Mutex<Inner<O, W>>,
+}
+
+struct Inner<O, W> {
+    queue: Queue<O, W>,
+    /// Every guard that has not ended, or that running I/O keeps.
+    guards: BTreeMap<u64, Arc<Shared<O>>>,
+    next_guard: u64,
+    max_bytes: Option<u64>,
+    bytes: u64,
+    /// Grants of the guards that are gone.
+    granted: u64,
+    timed_out: u64,
+    owner_died: u64,
+    waited: u64,
+    longest_wait: Duration,
+    total_wait: Duration,
+}
+
+impl<O, W> Inner<O, W> {
+    fn bytes_fit(&self, bytes: u64) -> bool {
+        match self.max_bytes {
+            // One alone always runs, however large: it could not run otherwise.
+            Some(max) => {
+                bytes == 0
+                    || self.bytes == 0
+                    || self.bytes.checked_add(bytes).is_some_and(|sum| sum <= max)
+            }
+            None => true,
+        }
+    }
+}
+
+impl<O: Clone, W> Semaphore<O, W> {
+    /// A semaphore that is closed until [`Semaphore::open`].
+    pub fn new() -> Self {
+        Semaphore {
+            word: Word::new(),
+            inner: Mutex::new(Inner {
+                queue: Queue::new(),
+                guards: BTreeMap::new(),
+                next_guard: 0,
+                max_bytes: None,
+                bytes: 0,
+                granted: 0,
+                timed_out: 0,
+                owner_died: 0,
+                waited: 0,
+                longest_wait: Duration::ZERO,
+                total_wait: Duration::ZERO,
+            }),
+        }
+    }
+
+    /// Opens it, or opens it again, with these bounds. Slots that are held stay held, and waiters
+    /// that a [suspension](Semaphore::suspend) left in the queue keep their places.
+    ///
+    /// `limit` is from 1 to [`MAX_LIMIT`]; what lies outside is taken as the nearest of the two.
+    pub fn open(&self, limit: u32, max_bytes: Option<u64>) -> Wakes<W> {
+        let mut inner = lock(&self.inner);
+        inner.max_bytes = max_bytes;
+        self.word.set_open(true);
+        self.limit_locked(inner, limit)
+    }
+
+    /// Refuses new acquires until it is opened again. Holders hold, waiters wait and are served.
+    pub fn suspend(&self) {
+        let _inner = lock(&self.inner);
+        self.word.set_open(false);
+    }
+
+    /// Refuses new acquires, and those who wait.
+    pub fn close(&self) -> Wakes<W> {
+        let mut wakes = Wakes::none();
+        let mut inner = lock(&self.inner);
+        self.word.set_open(false);
+        while let Some(waiter) = inner.queue.pop() {
+            dismiss(waiter, Verdict::Closed, &mut wakes);
+        }
+        self.word.clear_queue();
+        wakes
+    }
+
+    /// Changes the limit at once: a higher one is handed out before this returns, a lower one takes
+    /// no slot from anybody but lets nobody in until enough has come back. A waiter that wants more
+    /// than the new limit is refused. Bounds of `limit` as for [`Semaphore::open`].
+    pub fn set_limit(&self, limit: u32) -> Wakes<W> {
+        self.limit_locked(lock(&self.inner), limit)
+    }
+
+    fn limit_locked(&self, mut inner: MutexGuard<'_, Inner<O, W>>, limit: u32) -> Wakes<W> {
+        let limit = limit.clamp(1, MAX_LIMIT);
+        self.word.set_limit(limit);
+        let mut wakes = Wakes::none();
+        for waiter in inner.queue.remove_heavier_than(limit) {
+            dismiss(waiter, Verdict::WeightExceedsLimit, &mut wakes);
+        }
+        self.hand_on(&mut inner, &mut wakes);
+        wakes
+    }
+
+    /// Changes how many bytes may stand in memory; `None` for no bound.
+    pub fn set_max_bytes(&self, max_bytes: Option<u64>) -> Wakes<W> {
+        let mut wakes = Wakes::none();
+        let mut inner = lock(&self.inner);
+        inner.max_bytes = max_bytes;
+        self.hand_on(&mut inner, &mut wakes);
+        wakes
+    }
+
+    /// Slots held now.
+    pub fn current(&self) -> u32 {
+        self.word.load().held()
+    }
+
+    /// The limit now.
+    pub fn limit(&self) -> u32 {
+        self.word.load().limit()
+    }
+
+    /// A guard for `owner`, holding nothing yet.
+    pub fn guard(self: &Arc<Self>, owner: O) -> Guard<O, W> {
+        let mut inner = lock(&self.inner);
+        let id = inner.next_guard;
+        inner.next_guard += 1;
+        let shared = Arc::new(Shared { id, owner, state: Mutex::new(State::new()) });
+        inner.guards.insert(id, Arc::clone(&shared));
+        Guard { semaphore: Arc::clone(self), shared }
+    }
+
+    /// What is and what has been.
+    pub fn info(&self) -> Info {
+        let inner = lock(&self.inner);
+        let alive: u64 = inner.guards.values().map(|guard| lock(&guard.state).granted).sum();
+        let seen = self.word.load();
+        Info {
+            limit: seen.limit(),
+            current: seen.held(),
+            max_bytes: inner.max_bytes,
+            bytes: inner.bytes,
+            waiting: inner.queue.len(),
+            granted: inner.granted + alive,
+            timed_out: inner.timed_out,
+            owner_died: inner.owner_died,
+            waited: inner.waited,
+            longest_wait: inner.longest_wait,
+            total_wait: inner.total_wait,
+        }
+    }
+
+    /// Who holds what, each acquire by itself, the longest-living guards first.
+    pub fn holders(&self) -> Vec<Holder<O>> {
+        let now = clock::coarse();
+        let inner = lock(&self.inner);
+        let mut holders = Vec::new();
+        for guard in inner.guards.values() {
+            let state = lock(&guard.state);
+            holders.extend(state.holds.iter().map(|hold| Holder {
+                owner: guard.owner.clone(),
+                want: hold.want,
+                held_for: now.saturating_sub(hold.since),
+                orphaned: state.ended.is_some(),
+            }));
+        }
+        holders
+    }
+
+    /// Who waits for what, the next to be served first.
+    pub fn waiters(&self) -> Vec<Waiting<O>> {
+        let now = clock::precise();
+        let inner = lock(&self.inner);
+        inner
+            .queue
+            .iter()
+            .map(|waiter| Waiting {
+                owner: waiter.guard.owner.clone(),
+                want: waiter.want,
+                waited: now.saturating_sub(waiter.since),
+            })
+            .collect()
+    }
+
+    fn try_acquire_locked(&self, shared: &Arc<Shared<O>>, want: Want) -> Result<(), Refusal> {
+        let mut inner = lock(&self.inner);
+        self.take_locked(&mut inner, shared, want).map_err(|(refusal, _)| refusal)
+    }
+
+    fn acquire_or_queue_locked(
+        &self,
+        shared: &Arc<Shared<O>>,
+        want: Want,
+        waker: W,
+    ) -> Result<Attempt, Refusal> {
+        let mut inner = lock(&self.inner);
+        loop {
+            let seen = match self.take_locked(&mut inner, shared, want) {
+                Ok(()) => return Ok(Attempt::Granted),
+                Err((Refusal::Busy, seen)) => seen,
+                Err((refusal, _)) => return Err(refusal),
+            };
+            // A slot that came back since `seen` makes this fail, and the next look finds it.
+            if !inner.queue.is_empty() || self.word.announce_queue(seen).is_ok() {
+                break;
+            }
+        }
+        let mut state = lock(&shared.state);
+        let ticket = inner.queue.push(Waiter {
+            guard: Arc::clone(shared),
+            want,
+            waker,
+            since: clock::precise(),
+        });
+        state.ticket = Some(ticket);
+        Ok(Attempt::Queued)
+    }
+
+    /// Takes what is wanted, the lock being held, or says why not and of which word that is true.
+    fn take_locked(
+        &self,
+        inner: &mut Inner<O, W>,
+        shared: &Shared<O>,
+        want: Want,
+    ) -> Result<(), (Refusal, word::Snapshot)> {
+        let mut state = lock(&shared.state);
+        let mut seen = self.word.load();
+        if state.ended.is_some() || state.ticket.is_some() {
+            return Err((Refusal::Ended, seen));
+        }
+        loop {
+            seen_allows(seen, want).map_err(|refusal| (refusal, seen))?;
+            if !inner.bytes_fit(want.bytes) {
+                return Err((Refusal::Busy, seen));
+            }
+            match self.word.take(seen, want.weight) {
+                Ok(()) => break,
+                Err(now) => seen = now,
+            }
+        }
+        inner.bytes += want.bytes;
+        state.hold(want);
+        Ok(())
+    }
+
+    fn give_back(&self, want: Want) -> Wakes<W> {
+        let mut wakes = Wakes::none();
+        if want.bytes > 0 {
+            // The bytes first: whoever sees the free slot must see the free memory too.
+            let mut inner = lock(&self.inner);
+            inner.bytes -= want.bytes;
+            self.word.give_back(want.weight);
+            self.hand_on(&mut inner, &mut wakes);
+        } else if self.word.give_back(want.weight).has_queue() {
+            self.hand_on(&mut lock(&self.inner), &mut wakes);
+        }
+        wakes
+    }
+
+    fn give_up(&self, shared: &Shared<O>) -> (bool, Wakes<W>) {
+        let mut wakes = Wakes::none();
+        let mut inner = lock(&self.inner);
+        let ticket = lock(&shared.state).ticket.take();
+        let Some(waiter) = ticket.and_then(|ticket| inner.queue.remove(ticket)) else {
+            return (false, wakes);
+        };
+        inner.timed_out += 1;
+        // The one who left may have been the head, too heavy for what those behind it can have.
+        self.hand_on(&mut inner, &mut wakes);
+        drop(inner);
+        drop(waiter);
+        (true, wakes)
+    }
+
+    fn end(&self, shared: &Shared<O>, end: End) -> Wakes<W> {
+        let mut wakes = Wakes::none();
+        let mut inner = lock(&self.inner);
+        let mut state = lock(&shared.state);
+        let waiter = state.ticket.take().and_then(|ticket| inner.queue.remove(ticket));
+        if let Some(holds) = state.end(end) {
+            if inner.guards.remove(&shared.id).is_some() {
+                inner.granted += state.granted;
+            }
+            if state.ended == Some(End::OwnerDied) {
+                inner.owner_died += holds.len() as u64;
+            }
+            drop(state);
+            for Hold { want, .. } in holds {
+                inner.bytes -= want.bytes;
+                self.word.give_back(want.weight);
+            }
+        } else {
+            drop(state);
+        }
+        self.hand_on(&mut inner, &mut wakes);
+        drop(inner);
+        drop(waiter);
+        wakes
+    }
+
+    /// Grants to the head of the queue for as long as it fits. Whatever may have made it fit ends
+    /// here: a slot given back, a higher bound, a head that left.
+    fn hand_on(&self, inner: &mut Inner<O, W>, wakes: &mut Wakes<W>) {
+        while let Some(want) = inner.queue.head().map(|head| head.want) {
+            let seen = self.word.load();
+            if !seen.fits(want.weight) || !inner.bytes_fit(want.bytes) {
+                return;
+            }
+            if self.word.take(seen, want.weight).is_err() {
+                // Something was given back meanwhile: nothing else changes the word under a queue.
+                continue;
+            }
+            let Some(waiter) = inner.queue.pop() else { return };
+            inner.bytes += want.bytes;
+            let wait = clock::precise().saturating_sub(waiter.since);
+            inner.waited += 1;
+            inner.total_wait += wait;
+            inner.longest_wait = inner.longest_wait.max(wait);
+            let mut state = lock(&waiter.guard.state);
+            state.ticket = None;
+            state.hold(want);
+            drop(state);
+            wakes.0.push((waiter.waker, Verdict::Granted));
+        }
+        self.word.clear_queue();
+    }
+}
+
+/// Tells a waiter that it will not be served.
+fn dismiss<O, W>(waiter: Waiter<O, W>, verdict: Verdict, wakes: &mut Wakes<W>) {
+    lock(&waiter.guard.state).ticket = None;
+    wakes.0.push((waiter.waker, verdict));
+}
+
+impl<O: Clone, W> Default for Semaphore<O, W> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<O, W> fmt::Debug for Semaphore<O, W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let seen = self.word.load();
+        f.debug_struct("Semaphore")
+            .field("limit", &seen.limit())
+            .field("held", &seen.held())
+            .field("open", &seen.is_open())
+            .finish_non_exhaustive()
+    }
+}

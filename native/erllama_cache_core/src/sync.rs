@@ -1,0 +1,20 @@
+//! The synchronisation primitives that the semaphore is built from: those of `std`, or loom's
+//! when a model is being checked (`--cfg loom`).
+
+#[cfg(loom)]
+pub(crate) use loom::sync::atomic::{AtomicU64, Ordering};
+#[cfg(loom)]
+pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
+#[cfg(not(loom))]
+pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
+#[cfg(not(loom))]
+pub(crate) use std::sync::{Arc, Mutex, MutexGuard};
+
+use std::sync::PoisonError;
+
+/// Locks, whatever became of the last holder. Every critical section of this crate either leaves
+/// its data whole at each step or does nothing that can panic, so a poisoned lock tells nothing
+/// that a caller could act on, while refusing it would hang every waiter.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

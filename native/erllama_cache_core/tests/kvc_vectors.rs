@@ -1,0 +1,389 @@
+//! The files in `test/vectors`, which another implementation wrote: `NN.json` says what is in a
+//! file, `NN.payload` is its payload, `NN.kvc` the whole file, and `KEYS` holds every key and CRC.
+
+use std::fs;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use erllama_cache_core::kvc::{
+    Corrupt, Digest, FingerprintMode, Key, Meta, ParsedPrefix, Prefix, ReadError, SaveReason,
+    crc32c, quant_byte, quant_name, verify,
+};
+use serde_json::Value;
+
+fn dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../test/vectors")
+}
+
+/// One vector, read into what a [`Meta`] borrows from.
+struct Vector {
+    name: String,
+    json: Value,
+    fingerprint: [u8; 32],
+    ctx_params_hash: [u8; 32],
+    tokens: Vec<u8>,
+    payload: Vec<u8>,
+    file: Vec<u8>,
+    key: String,
+    crc: u32,
+}
+
+impl Vector {
+    fn all() -> Vec<Vector> {
+        let keys = fs::read_to_string(dir().join("KEYS")).unwrap();
+        let vectors: Vec<_> = keys.lines().map(Vector::from_keys_line).collect();
+        assert_eq!(vectors.len(), 10);
+        vectors
+    }
+
+    fn named(name: &str) -> Vector {
+        Vector::all()
+            .into_iter()
+            .find(|vector| vector.name == name)
+            .unwrap()
+    }
+
+    fn from_keys_line(line: &str) -> Vector {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let [name, "key", key, "crc32c", crc] = words[..] else {
+            panic!("KEYS holds {line:?}");
+        };
+        let read = |suffix| fs::read(dir().join(format!("{name}.{suffix}"))).unwrap();
+        let json: Value = serde_json::from_slice(&read("json")).unwrap();
+        let tokens = json["tokens"].as_array().unwrap().iter();
+        Vector {
+            name: name.to_owned(),
+            fingerprint: unhex(json["fingerprint"].as_str().unwrap()),
+            ctx_params_hash: unhex(json["ctx_params_hash"].as_str().unwrap()),
+            tokens: tokens
+                .flat_map(|token| {
+                    let token = token
+                        .as_i64()
+                        .map(|token| token as u32)
+                        .or_else(|| token.as_u64().map(|token| token as u32));
+                    token.unwrap().to_le_bytes()
+                })
+                .collect(),
+            payload: read("payload"),
+            file: read("kvc"),
+            key: key.to_owned(),
+            crc: u32::from_str_radix(crc, 16).unwrap(),
+            json,
+        }
+    }
+
+    fn text(&self, field: &str) -> &str {
+        self.json[field].as_str().unwrap_or_default()
+    }
+
+    fn number(&self, field: &str) -> u64 {
+        self.json[field].as_u64().unwrap_or_default()
+    }
+
+    fn meta(&self) -> Meta<'_> {
+        Meta {
+            save_reason: SaveReason::from_name(self.text("save_reason")).unwrap(),
+            quant_bits: self.number("quant_bits").try_into().unwrap(),
+            quant_byte: quant_byte(self.text("quant_type")),
+            fingerprint: &self.fingerprint,
+            fingerprint_mode: FingerprintMode::from_name(self.text("fingerprint_mode")).unwrap(),
+            ctx_params_hash: &self.ctx_params_hash,
+            tokens: &self.tokens,
+            context_size: self.number("context_size").try_into().unwrap(),
+            creation_time: self.number("creation_time"),
+            last_used_time: self.number("last_used_time"),
+            hit_count: self.number("hit_count").try_into().unwrap(),
+            prompt_text: self.text("prompt_text").as_bytes(),
+            hostname: self.text("hostname").as_bytes(),
+            erllama_version: self.text("erllama_version").as_bytes(),
+            save_reason_detail: self.text("save_reason_detail").as_bytes(),
+        }
+    }
+
+    /// The whole file, written by this crate.
+    fn encode(&self, digest: Digest) -> Vec<u8> {
+        let mut prefix = Prefix::encode(&self.meta(), self.payload.len() as u64, digest).unwrap();
+        prefix.set_crc(crc32c(&self.payload));
+        prefix.set_digest(&[0xD5; 32]);
+        assert_eq!(
+            prefix.file_len(),
+            prefix.len() as u64 + prefix.payload_len()
+        );
+        [prefix.as_bytes(), &self.payload].concat()
+    }
+
+    fn key(&self) -> Key {
+        Key::from_bytes(unhex(&self.key))
+    }
+}
+
+fn unhex(hex: &str) -> [u8; 32] {
+    assert_eq!(hex.len(), 64);
+    std::array::from_fn(|i| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap())
+}
+
+fn unless_empty(text: &[u8]) -> Option<&[u8]> {
+    (!text.is_empty()).then_some(text)
+}
+
+/// Checks a file through a buffer that is smaller than most payloads.
+fn check(file: &[u8], key: Option<&Key>) -> Result<ParsedPrefix, Corrupt> {
+    match verify(file, file.len() as u64, key, &mut [0; 100]) {
+        Ok(prefix) => Ok(prefix),
+        Err(ReadError::Corrupt(corrupt)) => Err(corrupt),
+        Err(ReadError::Io(e)) => panic!("no file is read here: {e}"),
+    }
+}
+
+#[test]
+fn kvc_vectors_are_written_byte_for_byte() {
+    for vector in Vector::all() {
+        let file = vector.encode(Digest::None);
+        assert!(file == vector.file, "vector {}", vector.name);
+    }
+}
+
+#[test]
+fn kvc_vectors_are_read_as_their_json_says() {
+    for vector in Vector::all() {
+        let meta = vector.meta();
+        let prefix = check(&vector.file, Some(&vector.key())).unwrap();
+        let header = prefix.header();
+        assert_eq!(header.save_reason, meta.save_reason);
+        assert_eq!(header.save_reason.name(), vector.text("save_reason"));
+        assert_eq!(header.quant_bits, meta.quant_bits);
+        assert_eq!(header.token_count as usize * 4, vector.tokens.len());
+        assert_eq!(header.hit_count, meta.hit_count);
+        assert_eq!(header.context_size, meta.context_size);
+        assert_eq!(header.creation_time, meta.creation_time);
+        assert_eq!(header.last_used_time, meta.last_used_time);
+        assert_eq!(header.payload_len, vector.payload.len() as u64);
+        assert_eq!(header.crc32c, vector.crc);
+        assert_eq!(
+            &vector.file[header.payload_offset as usize..],
+            vector.payload
+        );
+        assert_eq!(prefix.fingerprint(), meta.fingerprint);
+        assert_eq!(prefix.fingerprint_mode(), meta.fingerprint_mode);
+        assert_eq!(
+            prefix.fingerprint_mode().name(),
+            vector.text("fingerprint_mode")
+        );
+        assert_eq!(prefix.quant_byte(), meta.quant_byte);
+        if let Some(name) = quant_name(prefix.quant_byte()) {
+            assert_eq!(name, vector.text("quant_type"));
+        }
+        assert_eq!(prefix.ctx_params_hash(), meta.ctx_params_hash);
+        assert_eq!(prefix.tokens(), meta.tokens);
+        assert_eq!(prefix.prompt_text(), meta.prompt_text);
+        assert_eq!(prefix.hostname(), unless_empty(meta.hostname));
+        assert_eq!(prefix.erllama_version(), unless_empty(meta.erllama_version));
+        assert_eq!(
+            prefix.save_reason_detail(),
+            unless_empty(meta.save_reason_detail)
+        );
+        assert_eq!(prefix.digest(), None);
+    }
+}
+
+#[test]
+fn kvc_vectors_have_the_keys_and_crcs_listed() {
+    for vector in Vector::all() {
+        let meta = vector.meta();
+        let key = Key::of(
+            meta.fingerprint,
+            meta.quant_byte,
+            meta.ctx_params_hash,
+            meta.tokens,
+        );
+        assert_eq!(key.to_hex(), vector.key);
+        assert_eq!(check(&vector.file, None).unwrap().key(), key);
+        assert_eq!(crc32c(&vector.payload), vector.crc);
+        let other = Key::from_bytes([0; 32]);
+        assert_eq!(check(&vector.file, Some(&other)), Err(Corrupt::KeyMismatch));
+    }
+}
+
+#[test]
+fn kvc_vectors_cut_anywhere_are_refused() {
+    for vector in Vector::all() {
+        if vector.file.len() > 10_000 {
+            continue;
+        }
+        let file_len = vector.file.len() as u64;
+        for len in 0..vector.file.len() {
+            let cut = &vector.file[..len];
+            assert_eq!(
+                check(cut, None),
+                Err(Corrupt::Truncated),
+                "vector {} cut to {len} bytes",
+                vector.name
+            );
+            // The same when the file is cut after its length was asked for.
+            let result = verify(cut, file_len, None, &mut [0; 100]);
+            assert!(
+                matches!(result, Err(ReadError::Corrupt(Corrupt::Truncated))),
+                "vector {} became {len} bytes long: {result:?}",
+                vector.name
+            );
+        }
+    }
+}
+
+#[test]
+fn kvc_vectors_with_bytes_after_the_payload_are_refused() {
+    for vector in Vector::all() {
+        for more in [1, 2, 48, 4096] {
+            let mut file = vector.file.clone();
+            file.resize(file.len() + more, 0);
+            assert_eq!(check(&file, None), Err(Corrupt::TrailingBytes));
+        }
+    }
+}
+
+/// Why a byte may change and the file still be taken: no check of version 1 covers it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Uncovered {
+    QuantBits,
+    /// To another known reason.
+    SaveReason,
+    Reserved,
+    HitCount,
+    ContextSize,
+    CreationTime,
+    LastUsedTime,
+    PromptText,
+    /// To another known mode.
+    FingerprintMode,
+    /// Hostname, version or detail.
+    Text,
+    /// The digest, which is not computed here; its mode, to the other known one.
+    Digest,
+    /// A record that may be missing turns into one that nobody knows, or into another of the kind.
+    OptionalTag,
+}
+
+/// The bytes of a file that no check covers, found by walking the layout without the parser.
+fn uncovered(file: &[u8]) -> Vec<(Range<usize>, Uncovered)> {
+    let u32_at = |at: usize| u32::from_le_bytes(file[at..at + 4].try_into().unwrap()) as usize;
+    let mut ranges = vec![
+        (4..5, Uncovered::QuantBits),
+        (5..6, Uncovered::SaveReason),
+        (6..8, Uncovered::Reserved),
+        (12..16, Uncovered::HitCount),
+        (16..20, Uncovered::ContextSize),
+        (20..24, Uncovered::Reserved),
+        (24..32, Uncovered::CreationTime),
+        (32..40, Uncovered::LastUsedTime),
+        (68..72, Uncovered::Reserved),
+    ];
+    let prompt = 76..76 + u32_at(72);
+    let mut at = prompt.end + 4;
+    let end = at + u32_at(prompt.end);
+    ranges.push((prompt, Uncovered::PromptText));
+    while at < end {
+        let value = at + 5..at + 5 + u32_at(at + 1);
+        match file[at] {
+            0x02 => ranges.push((value.clone(), Uncovered::FingerprintMode)),
+            0x08 => ranges.push((at..at + 1, Uncovered::OptionalTag)),
+            0x05..=0x07 => {
+                ranges.push((at..at + 1, Uncovered::OptionalTag));
+                ranges.push((value.clone(), Uncovered::Text));
+            }
+            0xB3 => {
+                ranges.push((at..at + 1, Uncovered::OptionalTag));
+                ranges.push((value.clone(), Uncovered::Digest));
+            }
+            _ => {}
+        }
+        at = value.end;
+    }
+    ranges
+}
+
+/// Flips every bit of `file` in turn.
+fn flip_every_bit(file: &[u8]) {
+    let original = check(file, None).unwrap();
+    let key = original.key();
+    let uncovered = uncovered(file);
+    let mut seen = Vec::new();
+    let mut damaged = file.to_vec();
+    for bit in 0..8 * file.len() {
+        let (at, mask) = (bit / 8, 1 << (bit % 8));
+        damaged[at] ^= mask;
+        let result = check(&damaged, Some(&key));
+        damaged[at] ^= mask;
+
+        let why = uncovered.iter().find(|(range, _)| range.contains(&at));
+        match (result, why) {
+            (Err(corrupt), None) => {
+                if at >= original.as_bytes().len() {
+                    assert_eq!(corrupt, Corrupt::CrcMismatch, "byte {at}, bit {mask:#x}");
+                }
+            }
+            (Ok(_), None) => panic!("byte {at}, bit {mask:#x} is covered, but was not missed"),
+            // Where only some values are known, a flip may lead to an unknown one.
+            (Err(_), Some((_, why))) => assert!(
+                matches!(
+                    why,
+                    Uncovered::SaveReason
+                        | Uncovered::FingerprintMode
+                        | Uncovered::OptionalTag
+                        | Uncovered::Digest
+                ),
+                "byte {at}, bit {mask:#x} was refused although {why:?} may hold anything"
+            ),
+            (Ok(prefix), Some((_, why))) => {
+                assert_eq!(prefix.tokens(), original.tokens());
+                assert_eq!(prefix.header().crc32c, original.header().crc32c);
+                if !seen.contains(why) {
+                    seen.push(*why);
+                }
+            }
+        }
+    }
+    // A list that names more than a flip can change would let a hole in the checks go unseen.
+    for (range, why) in uncovered {
+        assert!(range.is_empty() || seen.contains(&why), "{why:?}");
+    }
+}
+
+#[test]
+fn kvc_vectors_with_a_flipped_bit_are_refused_or_differ_where_nothing_checks() {
+    for name in ["00", "01", "02", "03", "08"] {
+        flip_every_bit(&Vector::named(name).file);
+    }
+}
+
+#[test]
+fn kvc_vectors_with_a_digest_and_a_flipped_bit() {
+    for digest in [Digest::Blake3, Digest::Blake3Keyed] {
+        flip_every_bit(&Vector::named("03").encode(digest));
+    }
+}
+
+#[test]
+fn kvc_vectors_with_a_digest_hold_the_same_and_one_record_more() {
+    for vector in Vector::all() {
+        for digest in [Digest::Blake3, Digest::Blake3Keyed] {
+            let file = vector.encode(digest);
+            let prefix = check(&file, Some(&vector.key())).unwrap();
+            assert_eq!(
+                prefix.digest(),
+                digest.mode().map(|mode| (mode, &[0xD5; 32]))
+            );
+
+            // Take the record out again, and correct the two lengths that count it.
+            let without = vector.file.len() - vector.payload.len();
+            let mut stripped = file[..without].to_vec();
+            let record = &file[without..without + 38];
+            assert_eq!(record[..5], [0xB3, 33, 0, 0, 0]);
+            assert_eq!(record[5], digest.mode().unwrap() as u8);
+            stripped[48..56].copy_from_slice(&vector.file[48..56]);
+            let tlv_len = 76 + vector.meta().prompt_text.len();
+            stripped[tlv_len..tlv_len + 4].copy_from_slice(&vector.file[tlv_len..tlv_len + 4]);
+            stripped.extend_from_slice(&file[without + 38..]);
+            assert!(stripped == vector.file, "vector {}", vector.name);
+        }
+    }
+}

@@ -1,0 +1,437 @@
+//! The semaphore's rules, one at a time. A waker here is a name; what a test calls "woken" is what
+//! a call returned to be woken.
+
+use std::sync::Arc;
+
+use erllama_cache_core::semaphore::{
+    Attempt, End, Ended, Guard, MAX_LIMIT, Refusal, Semaphore, Verdict, Wakes, Want,
+};
+
+type Sem = Semaphore<&'static str, &'static str>;
+type G = Guard<&'static str, &'static str>;
+
+fn open(limit: u32) -> Arc<Sem> {
+    let semaphore = Arc::new(Sem::new());
+    assert!(semaphore.open(limit, None).is_empty());
+    semaphore
+}
+
+fn slots(weight: u32) -> Want {
+    Want { weight, bytes: 0 }
+}
+
+fn bytes(bytes: u64) -> Want {
+    Want { weight: 1, bytes }
+}
+
+fn woken(wakes: Wakes<&'static str>) -> Vec<(&'static str, Verdict)> {
+    wakes.into_iter().collect()
+}
+
+fn granted(names: &[&'static str]) -> Vec<(&'static str, Verdict)> {
+    names.iter().map(|name| (*name, Verdict::Granted)).collect()
+}
+
+fn released(guard: &G) -> Vec<(&'static str, Verdict)> {
+    woken(guard.release().expect("something is held"))
+}
+
+/// A guard that waits in the queue.
+fn queued(semaphore: &Arc<Sem>, name: &'static str, want: Want) -> G {
+    let guard = semaphore.guard(name);
+    assert_eq!(guard.acquire_or_queue(want, name), Ok(Attempt::Queued));
+    guard
+}
+
+/// A guard that holds.
+fn holding(semaphore: &Arc<Sem>, name: &'static str, want: Want) -> G {
+    let guard = semaphore.guard(name);
+    assert_eq!(guard.acquire_or_queue(want, name), Ok(Attempt::Granted));
+    guard
+}
+
+#[test]
+fn takes_up_to_the_limit_and_gives_back() {
+    let semaphore = open(2);
+    let (a, b, c) = (
+        semaphore.guard("a"),
+        semaphore.guard("b"),
+        semaphore.guard("c"),
+    );
+    assert_eq!(a.try_acquire(Want::SLOT), Ok(()));
+    assert_eq!(b.try_acquire(Want::SLOT), Ok(()));
+    assert_eq!(c.try_acquire(Want::SLOT), Err(Refusal::Busy));
+    assert_eq!(semaphore.current(), 2);
+    assert!(released(&a).is_empty());
+    assert_eq!(c.try_acquire(Want::SLOT), Ok(()));
+    assert!(
+        a.release().is_none(),
+        "nothing is held, nothing is given back"
+    );
+    assert_eq!(semaphore.current(), 2);
+}
+
+#[test]
+fn serves_waiters_in_their_order() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Want::SLOT);
+    let first = queued(&semaphore, "first", Want::SLOT);
+    let second = queued(&semaphore, "second", Want::SLOT);
+    assert_eq!(released(&holder), granted(&["first"]));
+    assert_eq!(
+        semaphore.current(),
+        1,
+        "the slot was handed over, never free"
+    );
+    assert_eq!(released(&first), granted(&["second"]));
+    assert_eq!(released(&second), granted(&[]));
+    assert_eq!(semaphore.current(), 0);
+}
+
+#[test]
+fn nobody_overtakes_the_queue() {
+    let semaphore = open(3);
+    let holder = holding(&semaphore, "holder", slots(2));
+    let heavy = queued(&semaphore, "heavy", slots(2));
+    let light = semaphore.guard("light");
+    assert_eq!(
+        light.try_acquire(Want::SLOT),
+        Err(Refusal::Busy),
+        "one slot is free, but not for it"
+    );
+    assert_eq!(
+        light.acquire_or_queue(Want::SLOT, "light"),
+        Ok(Attempt::Queued)
+    );
+    assert_eq!(released(&holder), granted(&["heavy", "light"]));
+    assert_eq!(semaphore.current(), 3);
+    drop(heavy);
+}
+
+#[test]
+fn a_waiter_that_gives_up_is_never_woken() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Want::SLOT);
+    let first = queued(&semaphore, "first", Want::SLOT);
+    let second = queued(&semaphore, "second", Want::SLOT);
+    let (gave_up, wakes) = first.give_up();
+    assert!(gave_up && wakes.is_empty());
+    assert_eq!(released(&holder), granted(&["second"]));
+    let (gave_up, wakes) = second.give_up();
+    assert!(!gave_up && wakes.is_empty(), "it was decided before");
+    assert_eq!(second.depth(), 1);
+    assert_eq!(semaphore.info().timed_out, 1);
+}
+
+#[test]
+fn a_heavy_head_that_gives_up_lets_the_next_in() {
+    let semaphore = open(2);
+    let _holder = holding(&semaphore, "holder", Want::SLOT);
+    let heavy = queued(&semaphore, "heavy", slots(2));
+    let _light = queued(&semaphore, "light", Want::SLOT);
+    let (gave_up, wakes) = heavy.give_up();
+    assert!(gave_up);
+    assert_eq!(woken(wakes), granted(&["light"]));
+}
+
+#[test]
+fn a_dead_owner_gives_back_all_it_held() {
+    let semaphore = open(2);
+    let owner = holding(&semaphore, "owner", Want::SLOT);
+    assert_eq!(owner.try_acquire(Want::SLOT), Ok(()));
+    let _next = queued(&semaphore, "next", Want::SLOT);
+    assert_eq!(woken(owner.end(End::OwnerDied)), granted(&["next"]));
+    assert_eq!(semaphore.current(), 1);
+    assert!(
+        owner.end(End::Dropped).is_empty(),
+        "ending twice gives back once"
+    );
+    assert_eq!(semaphore.current(), 1);
+    assert_eq!(semaphore.info().owner_died, 2);
+    assert_eq!(owner.try_acquire(Want::SLOT), Err(Refusal::Ended));
+    assert_eq!(
+        owner.acquire_or_queue(Want::SLOT, "owner"),
+        Err(Refusal::Ended)
+    );
+}
+
+#[test]
+fn a_dead_waiter_leaves_the_queue() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Want::SLOT);
+    let first = queued(&semaphore, "first", Want::SLOT);
+    let _second = queued(&semaphore, "second", Want::SLOT);
+    assert!(first.end(End::OwnerDied).is_empty());
+    assert_eq!(released(&holder), granted(&["second"]));
+    assert_eq!(semaphore.info().owner_died, 0, "it held nothing");
+}
+
+#[test]
+fn a_waiter_that_dies_after_the_hand_over_passes_it_on() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Want::SLOT);
+    let first = queued(&semaphore, "first", Want::SLOT);
+    let _second = queued(&semaphore, "second", Want::SLOT);
+    assert_eq!(released(&holder), granted(&["first"]));
+    assert_eq!(woken(first.end(End::OwnerDied)), granted(&["second"]));
+}
+
+#[test]
+fn running_io_keeps_the_slot_of_a_dead_owner() {
+    let semaphore = open(1);
+    let owner = holding(&semaphore, "owner", Want::SLOT);
+    let _next = queued(&semaphore, "next", Want::SLOT);
+    assert_eq!(owner.pin(), Ok(()));
+    assert_eq!(owner.pin(), Ok(()));
+    assert!(owner.end(End::OwnerDied).is_empty());
+    assert_eq!(semaphore.current(), 1);
+    assert!(semaphore.holders()[0].orphaned);
+    assert_eq!(
+        owner.pin(),
+        Err(Ended),
+        "no I/O begins in a dead owner's name"
+    );
+    assert!(owner.unpin().is_empty());
+    assert_eq!(woken(owner.unpin()), granted(&["next"]));
+    assert_eq!(semaphore.info().owner_died, 1);
+}
+
+#[test]
+fn unpinning_a_living_owner_gives_nothing_back() {
+    let semaphore = open(1);
+    let owner = holding(&semaphore, "owner", Want::SLOT);
+    assert_eq!(owner.pin(), Ok(()));
+    assert!(owner.unpin().is_empty());
+    assert_eq!(semaphore.current(), 1);
+}
+
+#[test]
+fn a_higher_limit_is_handed_out_at_once() {
+    let semaphore = open(1);
+    let _holder = holding(&semaphore, "holder", Want::SLOT);
+    let _first = queued(&semaphore, "first", Want::SLOT);
+    let _second = queued(&semaphore, "second", Want::SLOT);
+    let _third = queued(&semaphore, "third", Want::SLOT);
+    assert_eq!(woken(semaphore.set_limit(3)), granted(&["first", "second"]));
+    assert_eq!((semaphore.current(), semaphore.limit()), (3, 3));
+}
+
+#[test]
+fn a_lower_limit_takes_nothing_away_and_lets_nobody_in() {
+    let semaphore = open(3);
+    let a = holding(&semaphore, "a", Want::SLOT);
+    let b = holding(&semaphore, "b", Want::SLOT);
+    assert!(semaphore.set_limit(1).is_empty());
+    assert_eq!((semaphore.current(), semaphore.limit()), (2, 1));
+    let next = queued(&semaphore, "next", Want::SLOT);
+    assert!(released(&a).is_empty());
+    assert_eq!(released(&b), granted(&["next"]));
+    drop(next);
+}
+
+#[test]
+fn what_can_never_be_granted_is_refused() {
+    let semaphore = open(3);
+    let guard = semaphore.guard("guard");
+    assert_eq!(
+        guard.try_acquire(slots(4)),
+        Err(Refusal::WeightExceedsLimit)
+    );
+    assert_eq!(
+        guard.acquire_or_queue(slots(4), "guard"),
+        Err(Refusal::WeightExceedsLimit)
+    );
+    let _holder = holding(&semaphore, "holder", Want::SLOT);
+    let _heavy = queued(&semaphore, "heavy", slots(3));
+    let _light = queued(&semaphore, "light", Want::SLOT);
+    assert_eq!(
+        woken(semaphore.set_limit(2)),
+        [
+            ("heavy", Verdict::WeightExceedsLimit),
+            ("light", Verdict::Granted)
+        ]
+    );
+}
+
+#[test]
+fn closing_refuses_those_who_wait_and_those_who_come() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Want::SLOT);
+    let waiter = queued(&semaphore, "waiter", Want::SLOT);
+    assert_eq!(woken(semaphore.close()), [("waiter", Verdict::Closed)]);
+    assert!(!waiter.give_up().0);
+    assert_eq!(waiter.try_acquire(Want::SLOT), Err(Refusal::Closed));
+    assert_eq!(
+        waiter.acquire_or_queue(Want::SLOT, "waiter"),
+        Err(Refusal::Closed)
+    );
+    assert_eq!(semaphore.current(), 1, "who held still holds");
+    assert!(semaphore.open(1, None).is_empty());
+    assert_eq!(
+        waiter.acquire_or_queue(Want::SLOT, "waiter"),
+        Ok(Attempt::Queued)
+    );
+    assert_eq!(released(&holder), granted(&["waiter"]));
+}
+
+#[test]
+fn a_suspension_loses_nothing() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Want::SLOT);
+    let first = queued(&semaphore, "first", Want::SLOT);
+    let _second = queued(&semaphore, "second", Want::SLOT);
+    let _third = queued(&semaphore, "third", Want::SLOT);
+    semaphore.suspend();
+    let late = semaphore.guard("late");
+    assert_eq!(
+        late.acquire_or_queue(Want::SLOT, "late"),
+        Err(Refusal::Closed)
+    );
+    assert_eq!(
+        released(&holder),
+        granted(&["first"]),
+        "waiters are served all the same"
+    );
+    assert_eq!(woken(semaphore.open(2, None)), granted(&["second"]));
+    assert_eq!(released(&first), granted(&["third"]));
+}
+
+#[test]
+fn bytes_bound_what_stands_in_memory() {
+    let semaphore = Arc::new(Sem::new());
+    assert!(semaphore.open(10, Some(100)).is_empty());
+    let a = holding(&semaphore, "a", bytes(60));
+    let _b = queued(&semaphore, "b", bytes(60));
+    let _c = queued(&semaphore, "c", bytes(10));
+    assert_eq!(semaphore.info().bytes, 60, "c fits, but it came after b");
+    assert_eq!(released(&a), granted(&["b", "c"]));
+    assert_eq!(semaphore.info().bytes, 70);
+}
+
+#[test]
+fn a_payload_above_the_bound_runs_alone() {
+    let semaphore = Arc::new(Sem::new());
+    assert!(semaphore.open(10, Some(100)).is_empty());
+    let giant = holding(&semaphore, "giant", bytes(1000));
+    let small = queued(&semaphore, "small", bytes(1));
+    let giant2 = queued(&semaphore, "giant2", bytes(u64::MAX));
+    assert_eq!(released(&giant), granted(&["small"]));
+    assert_eq!(released(&small), granted(&["giant2"]));
+    assert!(released(&giant2).is_empty());
+    assert_eq!(semaphore.info().bytes, 0);
+}
+
+#[test]
+fn a_higher_byte_bound_is_handed_out_at_once() {
+    let semaphore = Arc::new(Sem::new());
+    assert!(semaphore.open(10, Some(10)).is_empty());
+    let _a = holding(&semaphore, "a", bytes(10));
+    let _b = queued(&semaphore, "b", bytes(10));
+    assert_eq!(woken(semaphore.set_max_bytes(None)), granted(&["b"]));
+}
+
+#[test]
+fn tells_who_holds_and_who_waits() {
+    let semaphore = open(2);
+    let a = holding(&semaphore, "a", slots(2));
+    let _b = queued(
+        &semaphore,
+        "b",
+        Want {
+            weight: 1,
+            bytes: 7,
+        },
+    );
+    let holders = semaphore.holders();
+    assert_eq!(
+        (holders.len(), holders[0].owner, holders[0].want),
+        (1, "a", slots(2))
+    );
+    let waiters = semaphore.waiters();
+    assert_eq!((waiters.len(), waiters[0].owner), (1, "b"));
+    assert_eq!(
+        waiters[0].want,
+        Want {
+            weight: 1,
+            bytes: 7
+        }
+    );
+    assert_eq!(released(&a), granted(&["b"]));
+    let info = semaphore.info();
+    assert_eq!((info.limit, info.current, info.waiting), (2, 1, 0));
+    assert_eq!((info.granted, info.waited), (2, 1));
+    assert!(info.longest_wait == info.total_wait);
+}
+
+#[test]
+fn counts_outlive_the_guards() {
+    let semaphore = open(2);
+    let guard = holding(&semaphore, "guard", Want::SLOT);
+    assert!(guard.end(End::Dropped).is_empty());
+    drop(guard);
+    assert_eq!(semaphore.info().granted, 1);
+    assert_eq!(semaphore.info().owner_died, 0);
+    assert!(semaphore.holders().is_empty());
+}
+
+#[test]
+fn limits_are_kept_in_bounds() {
+    let semaphore = open(0);
+    assert_eq!(semaphore.limit(), 1);
+    assert!(semaphore.set_limit(u32::MAX).is_empty());
+    assert_eq!(semaphore.limit(), MAX_LIMIT);
+    let _all = holding(&semaphore, "all", slots(MAX_LIMIT));
+    assert_eq!(
+        semaphore.guard("one").try_acquire(Want::SLOT),
+        Err(Refusal::Busy)
+    );
+}
+
+/// Real threads, real sleep: the count never passes the limit and every waiter is woken.
+#[test]
+fn threads_share_it() {
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::mpsc;
+
+    const LIMIT: u32 = 3;
+    const TURNS: u32 = 2_000;
+    let semaphore: Arc<Semaphore<u32, mpsc::Sender<Verdict>>> = Arc::new(Semaphore::new());
+    assert!(semaphore.open(LIMIT, None).is_empty());
+    let inside = AtomicU32::new(0);
+    let wake = |wakes: Wakes<mpsc::Sender<Verdict>>| {
+        for (waker, verdict) in wakes {
+            waker
+                .send(verdict)
+                .expect("a waiter waits until it is woken");
+        }
+    };
+    std::thread::scope(|scope| {
+        for name in 0..8 {
+            let (semaphore, inside) = (&semaphore, &inside);
+            scope.spawn(move || {
+                let guard = semaphore.guard(name);
+                let (sender, receiver) = mpsc::channel();
+                for turn in 0..TURNS {
+                    match guard.acquire_or_queue(Want::SLOT, sender.clone()) {
+                        Ok(Attempt::Granted) => {}
+                        Ok(Attempt::Queued) if turn % 5 == 0 => {
+                            let (gave_up, wakes) = guard.give_up();
+                            wake(wakes);
+                            if gave_up {
+                                continue;
+                            }
+                            assert_eq!(receiver.recv(), Ok(Verdict::Granted));
+                        }
+                        Ok(Attempt::Queued) => assert_eq!(receiver.recv(), Ok(Verdict::Granted)),
+                        Err(refusal) => panic!("{refusal:?}"),
+                    }
+                    assert!(inside.fetch_add(1, Ordering::SeqCst) < LIMIT);
+                    inside.fetch_sub(1, Ordering::SeqCst);
+                    wake(guard.release().expect("it is held"));
+                }
+                wake(guard.end(End::Dropped));
+            });
+        }
+    });
+    assert_eq!((semaphore.current(), semaphore.info().waiting), (0, 0));
+}

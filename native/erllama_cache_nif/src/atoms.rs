@@ -1,0 +1,68 @@
+//! The atoms that are sent to Erlang or read from it.
+
+rustler::atoms! {
+    ok,
+    error,
+    more,
+    miss,
+    undefined,
+    infinity,
+
+    // Acquires and what waiters are told
+    granted,
+    queued,
+    busy,
+    closed,
+    ended,
+    none,
+    weight_exceeds_limit,
+    withdrawn,
+    decided,
+
+    // What is told of a semaphore
+    limit,
+    current,
+    max_inflight_bytes,
+    inflight_bytes,
+    waiting,
+    timed_out,
+    owner_died,
+    waited,
+    longest_wait_us,
+    mean_wait_us,
+
+    // Files
+    linked,
+    adopted,
+    replaced,
+    file,
+    removed,
+    swept,
+    skipped,
+    corrupt,
+    read_back,
+    not_regular,
+    out_of_turn,
+    enomem,
+    invalid_meta,
+    prefix_too_long,
+
+    // Keys of a build_meta map and of what a load tells
+    save_reason,
+    quant_bits,
+    quant_type,
+    quant_byte,
+    fingerprint,
+    fingerprint_mode,
+    ctx_params_hash,
+    tokens,
+    context_size,
+    creation_time,
+    last_used_time,
+    hit_count,
+    prompt_text,
+    hostname,
+    erllama_version,
+    save_reason_detail,
+    file_size,
+}

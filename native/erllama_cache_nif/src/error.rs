@@ -1,0 +1,63 @@
+//! The one place where errors become terms.
+
+use std::io;
+
+use erllama_cache_core::Error;
+use rustler::{Encoder, Env, Term};
+
+use crate::atoms;
+
+/// `{error, Reason}`: a POSIX atom as the `file` module uses them, or a tuple that says more.
+pub(crate) fn error_term<'a>(env: Env<'a>, error: &Error) -> Term<'a> {
+    (atoms::error(), reason(env, error)).encode(env)
+}
+
+/// The reason alone.
+pub(crate) fn reason<'a>(env: Env<'a>, error: &Error) -> Term<'a> {
+    match error {
+        Error::Io { source, .. } => posix(env, source),
+        Error::Corrupt(corrupt) => (atoms::corrupt(), atom(env, corrupt.name())).encode(env),
+        Error::ReadBack(corrupt) => (atoms::read_back(), atom(env, corrupt.name())).encode(env),
+        Error::NotRegular => (atoms::corrupt(), atoms::not_regular()).encode(env),
+        Error::OutOfTurn => atoms::out_of_turn().encode(env),
+    }
+}
+
+/// An atom from one of the core's own names, which are few: the table cannot be filled with them.
+pub(crate) fn atom<'a>(env: Env<'a>, name: &'static str) -> Term<'a> {
+    match rustler::Atom::from_str(env, name) {
+        Ok(atom) => atom.encode(env),
+        Err(_) => atoms::undefined().encode(env),
+    }
+}
+
+fn posix<'a>(env: Env<'a>, error: &io::Error) -> Term<'a> {
+    // std makes these itself, without an error number.
+    if error.kind() == io::ErrorKind::WriteZero {
+        return atom(env, "enospc");
+    }
+    let Some(number) = error.raw_os_error() else {
+        return atom(env, "eio");
+    };
+    POSIX
+        .iter()
+        .find(|(known, _)| *known == number)
+        .map_or_else(
+            || (atom(env, "errno"), number).encode(env),
+            |(_, name)| atom(env, name),
+        )
+}
+
+macro_rules! posix {
+    ($($number:ident $name:literal)*) => { &[$((libc::$number, $name)),*] };
+}
+
+/// What these calls are documented to answer. Anything else is told as `{errno, Number}`.
+const POSIX: &[(i32, &str)] = posix! {
+    EACCES "eacces" EAGAIN "eagain" EBADF "ebadf" EBUSY "ebusy" EDQUOT "edquot" EEXIST "eexist"
+    EFAULT "efault" EFBIG "efbig" EINTR "eintr" EINVAL "einval" EIO "eio" EISDIR "eisdir"
+    ELOOP "eloop" EMFILE "emfile" EMLINK "emlink" ENAMETOOLONG "enametoolong" ENFILE "enfile"
+    ENODEV "enodev" ENOENT "enoent" ENOLCK "enolck" ENOMEM "enomem" ENOSPC "enospc" ENOSYS "enosys"
+    ENOTDIR "enotdir" ENOTEMPTY "enotempty" ENOTSUP "enotsup" ENXIO "enxio" EOVERFLOW "eoverflow"
+    EPERM "eperm" EROFS "erofs" ESTALE "estale" ETXTBSY "etxtbsy" EXDEV "exdev"
+};

@@ -1,0 +1,353 @@
+//! Files, on dirty I/O schedulers, a slice at a time. A call that answers `more` is called again:
+//! between two slices a kill takes effect and other dirty work gets its turn.
+
+use std::ffi::CString;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use erllama_cache_core::Error;
+use erllama_cache_core::files::{
+    Check, Found, Loader, Outcome, Progress, Published, Root, Scan, Slice, TmpFile,
+};
+use erllama_cache_core::kvc::{EncodeError, Field, Key};
+use rustler::sys::{ErlNifBinary, enif_alloc_binary};
+use rustler::{Atom, Binary, Encoder, Env, NifResult, OwnedBinary, Resource, ResourceArc, Term};
+
+use crate::atoms;
+use crate::error::{atom, error_term, reason};
+use crate::kvc;
+use crate::semaphore::Guard;
+
+/// How long one call works. A piece in it may wait for the disk and overrun.
+const SLICE: Duration = Duration::from_millis(20);
+
+/// Something that is worked on in slices and gone when it is finished, has failed, or is dropped.
+struct InSlices<T>(Mutex<Option<T>>);
+
+impl<T> InSlices<T> {
+    fn new(value: T) -> Self {
+        InSlices(Mutex::new(Some(value)))
+    }
+
+    /// Works on it for one call. What `work` does not put back is dropped here, files with it.
+    fn turn<R>(&self, work: impl FnOnce(T) -> (Option<T>, R), gone: impl FnOnce() -> R) -> R {
+        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match slot.take() {
+            Some(value) => {
+                let (kept, result) = work(value);
+                *slot = kept;
+                result
+            }
+            None => gone(),
+        }
+    }
+}
+
+struct Tmp(InSlices<TmpFile>);
+struct Load(InSlices<(Loader, OwnedBinary)>);
+struct Checking(InSlices<Check>);
+struct Scanning(InSlices<Scan>);
+
+#[rustler::resource_impl]
+impl Resource for Tmp {}
+#[rustler::resource_impl]
+impl Resource for Load {}
+#[rustler::resource_impl]
+impl Resource for Checking {}
+#[rustler::resource_impl]
+impl Resource for Scanning {}
+
+/// A file system path, as bytes. Erlang has refused one with a NUL before.
+fn root(path: Binary<'_>) -> NifResult<Result<Root, Error>> {
+    let path = CString::new(path.as_slice()).map_err(|_| rustler::Error::BadArg)?;
+    Ok(Root::open(&path))
+}
+
+fn gone<'a>(env: Env<'a>) -> Term<'a> {
+    error_term(env, &Error::OutOfTurn)
+}
+
+/// The owner was killed before the call began. Nobody reads this answer.
+fn owner_died<'a>(env: Env<'a>) -> Term<'a> {
+    (atoms::error(), atoms::owner_died()).encode(env)
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+#[allow(clippy::too_many_arguments)]
+fn write_tmp<'a>(
+    env: Env<'a>,
+    guard: &'a Guard,
+    path: Binary<'a>,
+    key: Binary<'a>,
+    meta: Term<'a>,
+    quant_byte: u8,
+    tokens: Binary<'a>,
+    payload: Binary<'a>,
+    mode: u32,
+) -> NifResult<Term<'a>> {
+    let slice = Slice::of(SLICE);
+    let Some(_running) = guard.running_io(env) else {
+        return Ok(owner_died(env));
+    };
+    let key = kvc::key(key)?;
+    let prefix = match kvc::prefix(meta, quant_byte, tokens, payload.len() as u64)? {
+        Ok(prefix) => prefix,
+        Err(error) => return Ok(encode_error_term(env, error)),
+    };
+    let written = root(path)?
+        .and_then(|root| TmpFile::create(root, key, prefix, mode))
+        .and_then(|mut tmp| {
+            tmp.write(payload.as_slice(), &slice)
+                .map(|progress| (tmp, progress))
+        });
+    Ok(match written {
+        Ok((tmp, progress)) => {
+            let tmp = ResourceArc::new(Tmp(InSlices::new(tmp)));
+            (progress_atom(progress), tmp).encode(env)
+        }
+        Err(error) => error_term(env, &error),
+    })
+}
+
+fn encode_error_term<'a>(env: Env<'a>, error: EncodeError) -> Term<'a> {
+    let invalid = |field: Field| (atoms::invalid_meta(), atom(env, field.name())).encode(env);
+    let reason = match error {
+        EncodeError::FieldTooLong { field, .. } => invalid(field),
+        EncodeError::PartialToken { .. } => invalid(Field::Tokens),
+        EncodeError::PrefixTooLong => atoms::prefix_too_long().encode(env),
+        EncodeError::PayloadTooLong { .. } => atom(env, "efbig"),
+    };
+    (atoms::error(), reason).encode(env)
+}
+
+fn progress_atom(progress: Progress<()>) -> Atom {
+    match progress {
+        Progress::More => atoms::more(),
+        Progress::Done(()) => atoms::ok(),
+    }
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn write_more<'a>(env: Env<'a>, guard: &'a Guard, tmp: &'a Tmp, payload: Binary<'a>) -> Term<'a> {
+    let slice = Slice::of(SLICE);
+    let Some(_running) = guard.running_io(env) else {
+        return owner_died(env);
+    };
+    tmp.0.turn(
+        |mut tmp| match tmp.write(payload.as_slice(), &slice) {
+            Ok(progress) => (Some(tmp), progress_atom(progress).encode(env)),
+            Err(error) => (None, error_term(env, &error)),
+        },
+        || gone(env),
+    )
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn publish<'a>(env: Env<'a>, guard: &'a Guard, tmp: &'a Tmp) -> Term<'a> {
+    let slice = Slice::of(SLICE);
+    let Some(_running) = guard.running_io(env) else {
+        return owner_died(env);
+    };
+    tmp.0.turn(
+        |mut tmp| match tmp.publish(&slice) {
+            Ok(Progress::More) => (Some(tmp), atoms::more().encode(env)),
+            Ok(Progress::Done(published)) => (None, published_term(env, &published)),
+            Err(error) => (None, error_term(env, &error)),
+        },
+        || gone(env),
+    )
+}
+
+fn published_term<'a>(env: Env<'a>, published: &Published) -> Term<'a> {
+    let outcome = match published.outcome {
+        Outcome::Linked => atoms::linked(),
+        Outcome::Adopted => atoms::adopted(),
+        Outcome::Replaced => atoms::replaced(),
+    };
+    (
+        atoms::ok(),
+        outcome,
+        published.file_len,
+        kvc::binary(env, &published.header),
+    )
+        .encode(env)
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn abort(tmp: &Tmp) -> Atom {
+    tmp.0.turn(|tmp| (None, drop(tmp)), || ());
+    atoms::ok()
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn load<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term<'a>> {
+    let slice = Slice::of(SLICE);
+    let key = kvc::key(key)?;
+    let loader = match root(path)?.and_then(|root| Loader::open(&root, &key)) {
+        Ok(Some(loader)) => loader,
+        Ok(None) => return Ok(atoms::miss().encode(env)),
+        Err(error) => return Ok(error_term(env, &error)),
+    };
+    let payload = usize::try_from(loader.payload_len())
+        .ok()
+        .and_then(allocate);
+    let Some(payload) = payload else {
+        return Ok((atoms::error(), atoms::enomem()).encode(env));
+    };
+    let (kept, result) = load_slice(env, loader, payload, &slice);
+    match kept {
+        Some(rest) => {
+            let load = ResourceArc::new(Load(InSlices::new(rest)));
+            Ok((atoms::more(), load).encode(env))
+        }
+        None => result,
+    }
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn load_more<'a>(env: Env<'a>, load: &'a Load) -> NifResult<Term<'a>> {
+    let slice = Slice::of(SLICE);
+    load.0.turn(
+        |(loader, payload)| load_slice(env, loader, payload, &slice),
+        || Ok(gone(env)),
+    )
+}
+
+fn load_slice<'a>(
+    env: Env<'a>,
+    mut loader: Loader,
+    mut payload: OwnedBinary,
+    slice: &Slice,
+) -> (Option<(Loader, OwnedBinary)>, NifResult<Term<'a>>) {
+    match loader.read(payload.as_mut_slice(), slice) {
+        Ok(Progress::More) => (Some((loader, payload)), Ok(atoms::more().encode(env))),
+        Ok(Progress::Done(())) => {
+            loader.note_use(unix_seconds());
+            let term = kvc::info(env, loader.prefix())
+                .map(|info| (atoms::ok(), info, payload.release(env)).encode(env));
+            (None, term)
+        }
+        Err(error) => (None, Ok(error_term(env, &error))),
+    }
+}
+
+/// A binary of this size, or `None` when there is no memory for it: rustler's own way panics.
+fn allocate(len: usize) -> Option<OwnedBinary> {
+    let mut binary = std::mem::MaybeUninit::<ErlNifBinary>::uninit();
+    // SAFETY: the call fills `binary` when it returns non-zero, and only then is it read; the
+    // binary is owned by nobody else, which is what `OwnedBinary` asks for.
+    unsafe {
+        (enif_alloc_binary(len, binary.as_mut_ptr()) != 0)
+            .then(|| OwnedBinary::from_raw(binary.assume_init()))
+    }
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn check<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term<'a>> {
+    let slice = Slice::of(SLICE);
+    let key = kvc::key(key)?;
+    let check = match root(path)?.and_then(|root| Check::open(&root, &key, true)) {
+        Ok(Some(check)) => check,
+        Ok(None) => return Ok(atoms::miss().encode(env)),
+        Err(error) => return Ok(error_term(env, &error)),
+    };
+    let (kept, term) = check_slice(env, check, &slice);
+    Ok(match kept {
+        Some(check) => (
+            atoms::more(),
+            ResourceArc::new(Checking(InSlices::new(check))),
+        )
+            .encode(env),
+        None => term,
+    })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn check_more<'a>(env: Env<'a>, check: &'a Checking) -> Term<'a> {
+    let slice = Slice::of(SLICE);
+    check
+        .0
+        .turn(|check| check_slice(env, check, &slice), || gone(env))
+}
+
+fn check_slice<'a>(env: Env<'a>, mut check: Check, slice: &Slice) -> (Option<Check>, Term<'a>) {
+    match check.step(slice) {
+        Ok(Progress::More) => (Some(check), atoms::more().encode(env)),
+        Ok(Progress::Done(())) => {
+            let header = check.prefix().header();
+            let term = (atoms::ok(), check.file_len(), header.last_used_time).encode(env);
+            (None, term)
+        }
+        Err(error) => (None, error_term(env, &error)),
+    }
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn delete<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term<'a>> {
+    let key = kvc::key(key)?;
+    Ok(match root(path)?.and_then(|root| root.delete(&key)) {
+        Ok(existed) => existed.encode(env),
+        Err(error) => error_term(env, &error),
+    })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn scan<'a>(env: Env<'a>, path: Binary<'a>) -> NifResult<Term<'a>> {
+    Ok(match root(path)?.and_then(Scan::open) {
+        Ok(scan) => (atoms::ok(), ResourceArc::new(Scanning(InSlices::new(scan)))).encode(env),
+        Err(error) => error_term(env, &error),
+    })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn scan_more<'a>(env: Env<'a>, scan: &'a Scanning) -> Term<'a> {
+    let slice = Slice::of(SLICE);
+    scan.0.turn(
+        |mut scan| {
+            let mut found = Vec::new();
+            match scan.step(&mut found, &slice) {
+                Ok(progress) => {
+                    let found: Vec<_> = found.iter().map(|found| found_term(env, found)).collect();
+                    let kept = (progress == Progress::More).then_some(scan);
+                    (kept, (progress_atom(progress), found).encode(env))
+                }
+                Err(error) => (None, error_term(env, &error)),
+            }
+        },
+        || gone(env),
+    )
+}
+
+fn found_term<'a>(env: Env<'a>, found: &Found) -> Term<'a> {
+    let key_term = |key: &Key| kvc::binary(env, key.as_bytes());
+    match found {
+        Found::File {
+            key,
+            header,
+            file_len,
+        } => (
+            atoms::file(),
+            key_term(key),
+            file_len,
+            header.last_used_time,
+        )
+            .encode(env),
+        Found::Removed { key, corrupt } => {
+            let reason = atom(env, corrupt.name());
+            (atoms::removed(), key_term(key), reason).encode(env)
+        }
+        Found::Swept => atoms::swept().encode(env),
+        Found::Skipped { key, error } => {
+            let key = key
+                .as_ref()
+                .map_or_else(|| atoms::undefined().encode(env), key_term);
+            (atoms::skipped(), key, reason(env, error)).encode(env)
+        }
+    }
+}

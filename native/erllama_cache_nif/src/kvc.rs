@@ -1,0 +1,166 @@
+//! What is told of a save, as terms and as the core's types.
+
+use erllama_cache_core::kvc::{
+    self, Digest, EncodeError, FingerprintMode, Key, Meta, ParsedPrefix, Prefix, SaveReason,
+};
+use rustler::{Atom, Binary, Encoder, Env, Error, ListIterator, NewBinary, NifResult, Term};
+
+use crate::atoms;
+use crate::error::atom;
+
+/// A new binary of these bytes.
+pub(crate) fn binary<'a>(env: Env<'a>, bytes: &[u8]) -> Term<'a> {
+    NewBinary::from_slice(env, bytes).into()
+}
+
+pub(crate) fn key(term: Binary<'_>) -> NifResult<Key> {
+    fixed(&term).map(|bytes| Key::from_bytes(*bytes))
+}
+
+/// A binary of 32 bytes.
+fn fixed<'a>(binary: &Binary<'a>) -> NifResult<&'a [u8; 32]> {
+    binary.as_slice().try_into().map_err(|_| Error::BadArg)
+}
+
+fn get<'a, T: rustler::Decoder<'a>>(map: Term<'a>, key: Atom) -> NifResult<T> {
+    map.map_get(key)?.decode()
+}
+
+fn bytes<'a>(map: Term<'a>, key: Atom) -> NifResult<&'a [u8]> {
+    get::<Binary<'a>>(map, key).map(|binary| binary.as_slice())
+}
+
+fn named<T>(map: Term<'_>, key: Atom, from_name: fn(&str) -> Option<T>) -> NifResult<T> {
+    let name = get::<Atom>(map, key)?;
+    name.to_term(map.get_env())
+        .atom_to_string()
+        .ok()
+        .as_deref()
+        .and_then(from_name)
+        .ok_or(Error::BadArg)
+}
+
+/// Encodes what comes before the payload from a map that `erllama_cache_meta` has completed.
+/// `Ok(Err(_))` names the field that the format has no room for.
+pub(crate) fn prefix<'a>(
+    meta: Term<'a>,
+    quant_byte: u8,
+    tokens: Binary<'a>,
+    payload_len: u64,
+) -> NifResult<Result<Prefix, EncodeError>> {
+    let fingerprint: Binary<'a> = get(meta, atoms::fingerprint())?;
+    let ctx_params_hash: Binary<'a> = get(meta, atoms::ctx_params_hash())?;
+    let meta = Meta {
+        save_reason: named(meta, atoms::save_reason(), SaveReason::from_name)?,
+        quant_bits: get(meta, atoms::quant_bits())?,
+        quant_byte,
+        fingerprint: fixed(&fingerprint)?,
+        fingerprint_mode: named(meta, atoms::fingerprint_mode(), FingerprintMode::from_name)?,
+        ctx_params_hash: fixed(&ctx_params_hash)?,
+        tokens: tokens.as_slice(),
+        context_size: get(meta, atoms::context_size())?,
+        creation_time: get(meta, atoms::creation_time())?,
+        last_used_time: get(meta, atoms::last_used_time())?,
+        hit_count: get(meta, atoms::hit_count())?,
+        prompt_text: bytes(meta, atoms::prompt_text())?,
+        hostname: bytes(meta, atoms::hostname())?,
+        erllama_version: bytes(meta, atoms::erllama_version())?,
+        save_reason_detail: bytes(meta, atoms::save_reason_detail())?,
+    };
+    Ok(Prefix::encode(&meta, payload_len, Digest::None))
+}
+
+/// A stored file's metadata, under the same keys as it was saved with.
+pub(crate) fn info<'a>(env: Env<'a>, prefix: &ParsedPrefix) -> NifResult<Term<'a>> {
+    let header = prefix.header();
+    let tokens: Vec<u32> = prefix
+        .tokens()
+        .chunks_exact(4)
+        .map(|token| {
+            token
+                .iter()
+                .rev()
+                .fold(0, |sum, byte| sum << 8 | u32::from(*byte))
+        })
+        .collect();
+    let quant_type = kvc::quant_name(prefix.quant_byte());
+    let pairs: [(Atom, Term<'a>); 17] = [
+        (atoms::save_reason(), atom(env, header.save_reason.name())),
+        (atoms::quant_bits(), header.quant_bits.encode(env)),
+        (
+            atoms::quant_type(),
+            quant_type.map_or_else(|| atoms::undefined().encode(env), |name| atom(env, name)),
+        ),
+        (atoms::quant_byte(), prefix.quant_byte().encode(env)),
+        (atoms::fingerprint(), binary(env, prefix.fingerprint())),
+        (
+            atoms::fingerprint_mode(),
+            atom(env, prefix.fingerprint_mode().name()),
+        ),
+        (
+            atoms::ctx_params_hash(),
+            binary(env, prefix.ctx_params_hash()),
+        ),
+        (atoms::tokens(), tokens.encode(env)),
+        (atoms::context_size(), header.context_size.encode(env)),
+        (atoms::creation_time(), header.creation_time.encode(env)),
+        (atoms::last_used_time(), header.last_used_time.encode(env)),
+        (atoms::hit_count(), header.hit_count.encode(env)),
+        (atoms::prompt_text(), binary(env, prefix.prompt_text())),
+        (
+            atoms::hostname(),
+            binary(env, prefix.hostname().unwrap_or_default()),
+        ),
+        (
+            atoms::erllama_version(),
+            binary(env, prefix.erllama_version().unwrap_or_default()),
+        ),
+        (
+            atoms::save_reason_detail(),
+            binary(env, prefix.save_reason_detail().unwrap_or_default()),
+        ),
+        (
+            atoms::file_size(),
+            (header.payload_offset + header.payload_len).encode(env),
+        ),
+    ];
+    Term::map_from_pairs(env, &pairs)
+}
+
+#[rustler::nif]
+fn quant_byte(env: Env<'_>, name: Atom) -> u8 {
+    name.to_term(env)
+        .atom_to_string()
+        .map_or(kvc::QUANT_OTHER, |name| kvc::quant_byte(&name))
+}
+
+#[rustler::nif]
+fn encode_tokens<'a>(env: Env<'a>, tokens: ListIterator<'a>) -> Term<'a> {
+    let mut encoded = Vec::new();
+    for token in tokens {
+        // Beyond 64 bits, or not a number: the caller knows what to do with either.
+        let Ok(token) = token.decode::<i64>() else {
+            return atoms::error().encode(env);
+        };
+        // Each is stored modulo 2^32, as the format says.
+        encoded.extend_from_slice(&(token as u32).to_le_bytes());
+    }
+    binary(env, &encoded)
+}
+
+#[rustler::nif(name = "key")]
+fn key_nif<'a>(
+    env: Env<'a>,
+    fingerprint: Binary<'a>,
+    quant_byte: u8,
+    ctx_params_hash: Binary<'a>,
+    tokens: Binary<'a>,
+) -> NifResult<Term<'a>> {
+    let key = Key::of(
+        fixed(&fingerprint)?,
+        quant_byte,
+        fixed(&ctx_params_hash)?,
+        tokens.as_slice(),
+    );
+    Ok(binary(env, key.as_bytes()))
+}

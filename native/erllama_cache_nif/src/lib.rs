@@ -1,0 +1,10 @@
+//! The NIF: it decodes terms, calls the core, encodes terms. Every function is named and documented
+//! as its stub in `src/erllama_cache_nif.erl`.
+
+mod atoms;
+mod error;
+mod files;
+mod kvc;
+mod semaphore;
+
+rustler::init!("erllama_cache_nif");

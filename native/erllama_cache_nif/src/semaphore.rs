@@ -1,0 +1,353 @@
+//! The semaphore and its guards as resource objects. Waiters are woken by one message,
+//! `{Ref, granted | closed | weight_exceeds_limit}`.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use erllama_cache_core::semaphore as core;
+use erllama_cache_core::semaphore::{Attempt, End, MAX_LIMIT, Refusal, Verdict, Want};
+use rustler::env::SavedTerm;
+use rustler::{
+    Atom, Encoder, Env, Error, LocalPid, Monitor, NifResult, OwnedEnv, Reference, Resource,
+    ResourceArc, Term,
+};
+
+use crate::atoms;
+
+type Wakes = core::Wakes<Waker>;
+
+/// What wakes a waiter: a message that nobody else can send.
+pub(crate) struct Waker {
+    pid: LocalPid,
+    env: OwnedEnv,
+    reference: SavedTerm,
+}
+
+impl Waker {
+    fn new(pid: LocalPid, reference: Reference<'_>) -> Waker {
+        let env = OwnedEnv::new();
+        let reference = env.save(*reference);
+        Waker {
+            pid,
+            env,
+            reference,
+        }
+    }
+
+    /// Sends from `env`, which is that of the NIF or callback that runs. False when the receiver is
+    /// dead, or when the sender is: see [`deliver`].
+    fn send(&self, env: Env<'_>, verdict: Verdict) -> bool {
+        let reference = self.env.run(|own| self.reference.load(own).in_env(env));
+        let verdict = match verdict {
+            Verdict::Granted => atoms::granted(),
+            Verdict::Closed => atoms::closed(),
+            Verdict::WeightExceedsLimit => atoms::weight_exceeds_limit(),
+        };
+        env.send(&self.pid, (reference, verdict)).is_ok()
+    }
+}
+
+/// Wakes waiters. No lock is held here: a send takes the sender's main lock, and `down` runs with a
+/// dying process's main lock held and takes the semaphore's.
+pub(crate) fn deliver(env: Env<'_>, wakes: Wakes) {
+    let mut left: Vec<(Waker, Verdict)> = Vec::new();
+    for (waker, verdict) in wakes {
+        if !waker.send(env, verdict) {
+            left.push((waker, verdict));
+        }
+    }
+    if !left.is_empty() {
+        // A process that was killed while its dirty NIF ran cannot send any more, although the
+        // receiver lives. The courier's only reference goes right here, so its destructor runs, in
+        // an environment that belongs to no process, and sends in this one's stead.
+        drop(ResourceArc::new(Courier(Mutex::new(left))));
+    }
+}
+
+/// Delivers from its destructor. A send that fails there too has a dead receiver, whose guard gives
+/// the slot on by itself.
+struct Courier(Mutex<Vec<(Waker, Verdict)>>);
+
+#[rustler::resource_impl]
+impl Resource for Courier {
+    fn destructor(self, env: Env<'_>) {
+        for (waker, verdict) in self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            waker.send(env, verdict);
+        }
+    }
+}
+
+/// The semaphore. It outlives the server that opened it, and so do the slots.
+pub(crate) struct Semaphore {
+    core: Arc<core::Semaphore<LocalPid, Waker>>,
+    /// The monitor of the server that opened it last.
+    server: Mutex<Option<Monitor>>,
+}
+
+impl Semaphore {
+    fn is_server(&self, monitor: &Monitor) -> bool {
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        server.as_ref() == Some(monitor)
+    }
+}
+
+#[rustler::resource_impl]
+impl Resource for Semaphore {
+    /// The server is gone. If it did not close the semaphore, it was killed or crashed: who waits
+    /// goes on waiting, and who comes before the next server is told that there is none.
+    fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, monitor: Monitor) {
+        if self.is_server(&monitor) {
+            self.core.suspend();
+        }
+    }
+}
+
+/// One process's slots.
+pub(crate) struct Guard {
+    core: core::Guard<LocalPid, Waker>,
+}
+
+#[rustler::resource_impl]
+impl Resource for Guard {
+    fn down<'a>(&'a self, env: Env<'a>, _pid: LocalPid, _monitor: Monitor) {
+        deliver(env, self.core.end(End::OwnerDied));
+    }
+
+    fn destructor(self, env: Env<'_>) {
+        deliver(env, self.core.end(End::Dropped));
+    }
+}
+
+/// I/O that runs in the name of a guard's owner, until this is dropped, by a panic too.
+pub(crate) struct RunningIo<'a> {
+    guard: &'a Guard,
+    env: Env<'a>,
+}
+
+impl Guard {
+    /// `None` when the owner has died: the I/O must not begin.
+    pub(crate) fn running_io<'a>(&'a self, env: Env<'a>) -> Option<RunningIo<'a>> {
+        self.core
+            .pin()
+            .ok()
+            .map(|()| RunningIo { guard: self, env })
+    }
+}
+
+impl Drop for RunningIo<'_> {
+    fn drop(&mut self) {
+        deliver(self.env, self.guard.core.unpin());
+    }
+}
+
+fn max_bytes(term: Term<'_>) -> NifResult<Option<u64>> {
+    if atoms::infinity() == term {
+        Ok(None)
+    } else {
+        term.decode().map(Some)
+    }
+}
+
+fn limit_in_bounds(limit: u32) -> NifResult<u32> {
+    if (1..=MAX_LIMIT).contains(&limit) {
+        Ok(limit)
+    } else {
+        Err(Error::BadArg)
+    }
+}
+
+fn want(weight: u32, bytes: u64) -> NifResult<Want> {
+    if weight == 0 {
+        Err(Error::BadArg)
+    } else {
+        Ok(Want { weight, bytes })
+    }
+}
+
+fn refusal(refusal: Refusal) -> Atom {
+    match refusal {
+        Refusal::Busy => atoms::busy(),
+        Refusal::Closed => atoms::closed(),
+        Refusal::WeightExceedsLimit => atoms::weight_exceeds_limit(),
+        Refusal::Ended => atoms::ended(),
+    }
+}
+
+#[rustler::nif]
+fn semaphore_new() -> ResourceArc<Semaphore> {
+    ResourceArc::new(Semaphore {
+        core: Arc::new(core::Semaphore::new()),
+        server: Mutex::new(None),
+    })
+}
+
+#[rustler::nif]
+fn semaphore_open(
+    env: Env<'_>,
+    semaphore: ResourceArc<Semaphore>,
+    limit: u32,
+    bytes: Term<'_>,
+) -> NifResult<Atom> {
+    let limit = limit_in_bounds(limit)?;
+    let bytes = max_bytes(bytes)?;
+    // Before the lock: a monitor takes the caller's main lock.
+    let monitor = env.monitor(&semaphore, &env.pid());
+    *semaphore
+        .server
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner) = monitor;
+    deliver(env, semaphore.core.open(limit, bytes));
+    Ok(atoms::ok())
+}
+
+#[rustler::nif]
+fn semaphore_close(env: Env<'_>, semaphore: &Semaphore) -> Atom {
+    deliver(env, semaphore.core.close());
+    atoms::ok()
+}
+
+#[rustler::nif]
+fn semaphore_set_limit(env: Env<'_>, semaphore: &Semaphore, limit: u32) -> NifResult<Atom> {
+    deliver(env, semaphore.core.set_limit(limit_in_bounds(limit)?));
+    Ok(atoms::ok())
+}
+
+#[rustler::nif]
+fn semaphore_set_max_bytes(
+    env: Env<'_>,
+    semaphore: &Semaphore,
+    bytes: Term<'_>,
+) -> NifResult<Atom> {
+    deliver(env, semaphore.core.set_max_bytes(max_bytes(bytes)?));
+    Ok(atoms::ok())
+}
+
+#[rustler::nif]
+fn semaphore_current(semaphore: &Semaphore) -> u32 {
+    semaphore.core.current()
+}
+
+#[rustler::nif]
+fn semaphore_limit(semaphore: &Semaphore) -> u32 {
+    semaphore.core.limit()
+}
+
+#[rustler::nif]
+fn semaphore_info<'a>(env: Env<'a>, semaphore: &Semaphore) -> NifResult<Term<'a>> {
+    let info = semaphore.core.info();
+    let micros = |wait: std::time::Duration| u64::try_from(wait.as_micros()).unwrap_or(u64::MAX);
+    let mean = micros(info.total_wait)
+        .checked_div(info.waited)
+        .unwrap_or(0);
+    let pairs: [(Atom, Term<'a>); 11] = [
+        (atoms::limit(), info.limit.encode(env)),
+        (atoms::current(), info.current.encode(env)),
+        (
+            atoms::max_inflight_bytes(),
+            info.max_bytes
+                .map_or_else(|| atoms::infinity().encode(env), |max| max.encode(env)),
+        ),
+        (atoms::inflight_bytes(), info.bytes.encode(env)),
+        (atoms::waiting(), info.waiting.encode(env)),
+        (atoms::granted(), info.granted.encode(env)),
+        (atoms::timed_out(), info.timed_out.encode(env)),
+        (atoms::owner_died(), info.owner_died.encode(env)),
+        (atoms::waited(), info.waited.encode(env)),
+        (
+            atoms::longest_wait_us(),
+            micros(info.longest_wait).encode(env),
+        ),
+        (atoms::mean_wait_us(), mean.encode(env)),
+    ];
+    Term::map_from_pairs(env, &pairs)
+}
+
+/// Pid, weight, bytes, milliseconds.
+type Row = (LocalPid, u32, u64, u64);
+
+fn row(owner: LocalPid, want: Want, age: std::time::Duration) -> Row {
+    (
+        owner,
+        want.weight,
+        want.bytes,
+        u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
+    )
+}
+
+#[rustler::nif]
+fn semaphore_holders(semaphore: &Semaphore) -> Vec<Row> {
+    let holders = semaphore.core.holders();
+    holders
+        .into_iter()
+        .map(|holder| row(holder.owner, holder.want, holder.held_for))
+        .collect()
+}
+
+#[rustler::nif]
+fn semaphore_waiters(semaphore: &Semaphore) -> Vec<Row> {
+    let waiters = semaphore.core.waiters();
+    waiters
+        .into_iter()
+        .map(|waiter| row(waiter.owner, waiter.want, waiter.waited))
+        .collect()
+}
+
+#[rustler::nif]
+fn guard_new(env: Env<'_>, semaphore: &Semaphore) -> ResourceArc<Guard> {
+    let pid = env.pid();
+    let guard = ResourceArc::new(Guard {
+        core: semaphore.core.guard(pid),
+    });
+    // One monitor for each process, for as long as it lives: set and removed on each acquire, it
+    // would cost more than all the rest. It can only fail for a process that is dying, and that
+    // runs no further: the destructor is enough then.
+    let _ = env.monitor(&guard, &pid);
+    guard
+}
+
+#[rustler::nif]
+fn try_acquire(guard: &Guard, weight: u32, bytes: u64) -> NifResult<Atom> {
+    Ok(guard
+        .core
+        .try_acquire(want(weight, bytes)?)
+        .map_or_else(refusal, |()| atoms::ok()))
+}
+
+#[rustler::nif]
+fn acquire_or_queue(
+    env: Env<'_>,
+    guard: &Guard,
+    weight: u32,
+    bytes: u64,
+    reference: Reference<'_>,
+) -> NifResult<Atom> {
+    let waker = Waker::new(env.pid(), reference);
+    Ok(
+        match guard.core.acquire_or_queue(want(weight, bytes)?, waker) {
+            Ok(Attempt::Granted) => atoms::ok(),
+            Ok(Attempt::Queued) => atoms::queued(),
+            Err(reason) => refusal(reason),
+        },
+    )
+}
+
+#[rustler::nif]
+fn give_up(env: Env<'_>, guard: &Guard) -> Atom {
+    let (gave_up, wakes) = guard.core.give_up();
+    deliver(env, wakes);
+    if gave_up {
+        atoms::withdrawn()
+    } else {
+        atoms::decided()
+    }
+}
+
+#[rustler::nif]
+fn release(env: Env<'_>, guard: &Guard) -> Atom {
+    match guard.core.release() {
+        Some(wakes) => {
+            deliver(env, wakes);
+            atoms::ok()
+        }
+        None => atoms::none(),
+    }
+}

@@ -1,0 +1,171 @@
+%% The stubs of the NIF library, one to one, and what each call gives. Private: use
+%% erllama_cache_writer and erllama_cache_store.
+%%
+%% A root is a file system path as the system wants it: encoded, without a NUL.
+%% Functions that end in `_more' go on with what another has begun, for as long as the answer is
+%% `more'; nothing works for much longer than 20 ms at a time, but for a sync.
+%%
+%% @private
+-module(erllama_cache_nif).
+
+-export([
+    semaphore_new/0, semaphore_open/3, semaphore_close/1,
+    semaphore_set_limit/2, semaphore_set_max_bytes/2,
+    semaphore_current/1, semaphore_limit/1,
+    semaphore_info/1, semaphore_holders/1, semaphore_waiters/1,
+    guard_new/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
+    quant_byte/1, encode_tokens/1, key/4,
+    write_tmp/8, write_more/3, publish/2, abort/1,
+    load/2, load_more/1, check/2, check_more/1,
+    delete/2, scan/1, scan_more/1
+]).
+-export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, failure/0]).
+
+-on_load(load_library/0).
+
+-type semaphore() :: reference().
+-type guard() :: reference().
+-type tmp() :: reference().
+-type root() :: binary().
+-type key() :: <<_:256>>.
+-type bytes_bound() :: non_neg_integer() | infinity.
+-type row() :: {pid(), Weight :: pos_integer(), Bytes :: non_neg_integer(),
+                Milliseconds :: non_neg_integer()}.
+-type failure() :: {error, file:posix() | {errno, integer()} | {corrupt | read_back, atom()}
+                           | {invalid_meta, atom()} | enomem | atom()}.
+-type found() :: {file, key(), Size :: pos_integer(), LastUsed :: non_neg_integer()}
+               | {removed, key(), Reason :: atom()}
+               | swept
+               | {skipped, key() | undefined, Reason :: term()}.
+
+-define(NOT_LOADED, erlang:nif_error(nif_not_loaded)).
+
+%% The library lies in priv of this application, or beside ebin where the application's name is
+%% not known, as with `erl -pa'.
+load_library() ->
+    Priv =
+        case code:priv_dir(erllama_cache_nif) of
+            {error, bad_name} ->
+                filename:join(filename:dirname(filename:dirname(code:which(?MODULE))), "priv");
+            Dir ->
+                Dir
+        end,
+    erlang:load_nif(filename:join(Priv, "erllama_cache_nif"), 0).
+
+%% A semaphore that is closed until it is opened.
+-spec semaphore_new() -> semaphore().
+semaphore_new() -> ?NOT_LOADED.
+
+%% Opens it in the calling server's name: when that process dies without having closed it, new
+%% acquires find it closed, while those who wait go on waiting.
+-spec semaphore_open(semaphore(), Limit :: pos_integer(), bytes_bound()) -> ok.
+semaphore_open(_Semaphore, _Limit, _MaxBytes) -> ?NOT_LOADED.
+
+%% Refuses those who wait and those who come.
+-spec semaphore_close(semaphore()) -> ok.
+semaphore_close(_Semaphore) -> ?NOT_LOADED.
+
+-spec semaphore_set_limit(semaphore(), pos_integer()) -> ok.
+semaphore_set_limit(_Semaphore, _Limit) -> ?NOT_LOADED.
+
+-spec semaphore_set_max_bytes(semaphore(), bytes_bound()) -> ok.
+semaphore_set_max_bytes(_Semaphore, _MaxBytes) -> ?NOT_LOADED.
+
+-spec semaphore_current(semaphore()) -> non_neg_integer().
+semaphore_current(_Semaphore) -> ?NOT_LOADED.
+
+-spec semaphore_limit(semaphore()) -> pos_integer().
+semaphore_limit(_Semaphore) -> ?NOT_LOADED.
+
+-spec semaphore_info(semaphore()) -> #{atom() => term()}.
+semaphore_info(_Semaphore) -> ?NOT_LOADED.
+
+-spec semaphore_holders(semaphore()) -> [row()].
+semaphore_holders(_Semaphore) -> ?NOT_LOADED.
+
+-spec semaphore_waiters(semaphore()) -> [row()].
+semaphore_waiters(_Semaphore) -> ?NOT_LOADED.
+
+%% The calling process's guard: one for each process, kept for as long as it lives.
+-spec guard_new(semaphore()) -> guard().
+guard_new(_Semaphore) -> ?NOT_LOADED.
+
+-spec try_acquire(guard(), Weight :: pos_integer(), Bytes :: non_neg_integer()) ->
+    ok | busy | closed | weight_exceeds_limit | ended.
+try_acquire(_Guard, _Weight, _Bytes) -> ?NOT_LOADED.
+
+%% `queued' means that exactly one message `{Ref, granted | closed | weight_exceeds_limit}' will
+%% come, unless `give_up' answers `withdrawn' first.
+-spec acquire_or_queue(guard(), pos_integer(), non_neg_integer(), reference()) ->
+    ok | queued | closed | weight_exceeds_limit | ended.
+acquire_or_queue(_Guard, _Weight, _Bytes, _Ref) -> ?NOT_LOADED.
+
+%% `decided': the message has been sent or is being sent.
+-spec give_up(guard()) -> withdrawn | decided.
+give_up(_Guard) -> ?NOT_LOADED.
+
+%% Gives back what was acquired last; `none' when nothing is held.
+-spec release(guard()) -> ok | none.
+release(_Guard) -> ?NOT_LOADED.
+
+-spec quant_byte(atom()) -> byte().
+quant_byte(_QuantType) -> ?NOT_LOADED.
+
+%% u32 little-endian each, modulo 2^32; `error' for what does not fit 64 bits or is no integer.
+-spec encode_tokens([integer()]) -> binary() | error.
+encode_tokens(_Tokens) -> ?NOT_LOADED.
+
+%% SHA-256 over the four, the key of the contract.
+-spec key(<<_:256>>, byte(), <<_:256>>, binary()) -> key().
+key(_Fingerprint, _QuantByte, _CtxParamsHash, _Tokens) -> ?NOT_LOADED.
+
+%% Creates a temporary file in the root and begins to write. The metadata is complete, as
+%% erllama_cache_meta:complete/2 returns it.
+-spec write_tmp(guard(), root(), key(), erllama_cache_meta:complete(), byte(),
+                Tokens :: binary(), Payload :: binary(), Mode :: non_neg_integer()) ->
+    {ok | more, tmp()} | failure().
+write_tmp(_Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Mode) ->
+    ?NOT_LOADED.
+
+%% The payload is the same at each call. After an error the file is gone.
+-spec write_more(guard(), tmp(), Payload :: binary()) -> ok | more | failure().
+write_more(_Guard, _Tmp, _Payload) -> ?NOT_LOADED.
+
+%% Publishes what is written. Size and header are those of the file that now stands there.
+-spec publish(guard(), tmp()) ->
+    {ok, linked | adopted | replaced, Size :: pos_integer(), Header :: <<_:384>>}
+    | more | failure().
+publish(_Guard, _Tmp) -> ?NOT_LOADED.
+
+%% Closes the temporary file, and so removes it. Doing it twice, or after publishing, does nothing.
+-spec abort(tmp()) -> ok.
+abort(_Tmp) -> ?NOT_LOADED.
+
+-spec load(root(), key()) ->
+    {ok, erllama_cache_store:file_info(), Payload :: binary()}
+    | {more, reference()} | miss | failure().
+load(_Root, _Key) -> ?NOT_LOADED.
+
+-spec load_more(reference()) ->
+    {ok, erllama_cache_store:file_info(), Payload :: binary()} | more | failure().
+load_more(_Load) -> ?NOT_LOADED.
+
+%% Verifies a stored file, its key included, without bringing it into memory.
+-spec check(root(), key()) ->
+    {ok, Size :: pos_integer(), LastUsed :: non_neg_integer()}
+    | {more, reference()} | miss | failure().
+check(_Root, _Key) -> ?NOT_LOADED.
+
+-spec check_more(reference()) ->
+    {ok, Size :: pos_integer(), LastUsed :: non_neg_integer()} | more | failure().
+check_more(_Check) -> ?NOT_LOADED.
+
+%% Whether there was one.
+-spec delete(root(), key()) -> boolean() | failure().
+delete(_Root, _Key) -> ?NOT_LOADED.
+
+-spec scan(root()) -> {ok, reference()} | failure().
+scan(_Root) -> ?NOT_LOADED.
+
+-spec scan_more(reference()) -> {ok | more, [found()]} | failure().
+scan_more(_Scan) -> ?NOT_LOADED.

@@ -1,0 +1,35 @@
+%% Paths: of a root as the system wants it, and of a key's file in it.
+%%
+%% @private
+-module(erllama_cache_path).
+
+-export([native/1, final/2]).
+
+%% A root as the system wants it: a binary is a raw path already, a string is encoded as the
+%% emulator encodes file names.
+-spec native(file:name_all()) -> {ok, erllama_cache_nif:root()} | {error, badarg}.
+native(Root) when is_binary(Root) ->
+    without_nul(Root);
+native(Root) when is_list(Root) ->
+    try unicode:characters_to_binary(Root, unicode, file:native_name_encoding()) of
+        Path when is_binary(Path) -> without_nul(Path);
+        _Unencodable -> {error, badarg}
+    catch
+        error:badarg -> {error, badarg}
+    end;
+native(_Root) ->
+    {error, badarg}.
+
+without_nul(Path) ->
+    case binary:match(Path, <<0>>) of
+        nomatch -> {ok, Path};
+        _ -> {error, badarg}
+    end.
+
+%% Where a key's file stands, as a string or a binary like the root.
+-spec final(file:name_all(), erllama_cache_nif:key()) -> file:filename_all().
+final(Root, Key) ->
+    filename:join(Root, <<(<<<<(hex(Nibble))>> || <<Nibble:4>> <= Key>>)/binary, ".kvc">>).
+
+hex(Nibble) when Nibble < 10 -> $0 + Nibble;
+hex(Nibble) -> $a + Nibble - 10.

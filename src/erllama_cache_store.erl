@@ -1,0 +1,638 @@
+%% @doc A store of KV files in one directory: the host that is built in.
+%%
+%% It gives the writer what a save needs (key, reservation, root) and everybody else loading,
+%% deleting, looking and eviction of what was not used for longest. Loads and saves run in the
+%% process that calls; the server watches over reservations and, in a bounded store, over room.
+%%
+%% The index is an ETS table of the store's name, one row for each key: read without the server,
+%% made from the files' headers when the store starts. The files are the truth and the index only
+%% remembers them: several nodes may share a root, and a load finds what another node has saved.
+-module(erllama_cache_store).
+-behaviour(gen_server).
+-behaviour(erllama_cache_host).
+
+-include_lib("kernel/include/logger.hrl").
+
+-export([start_link/2, child_spec/2]).
+-export([load/2, delete/2, info/1, key/1]).
+-export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
+-export_type([name/0, options/0, file_info/0, info/0]).
+
+-type name() :: atom().
+-type options() :: #{
+    root := file:name_all(),
+    tier => erllama_cache_host:tier(),
+    max_bytes => pos_integer() | infinity
+}.
+%% The directory, which must exist; what kind of store it is (default `disk'); how many bytes its
+%% files may take together (default `infinity').
+
+-type file_info() :: #{
+    save_reason := erllama_cache_meta:save_reason(),
+    quant_bits := byte(),
+    quant_type := atom(),
+    quant_byte := byte(),
+    fingerprint := <<_:256>>,
+    fingerprint_mode := erllama_cache_meta:fingerprint_mode(),
+    ctx_params_hash := <<_:256>>,
+    tokens := [0..16#ffffffff],
+    context_size := non_neg_integer(),
+    creation_time := non_neg_integer(),
+    last_used_time := non_neg_integer(),
+    hit_count := non_neg_integer(),
+    prompt_text := binary(),
+    hostname := binary(),
+    erllama_version := binary(),
+    save_reason_detail := binary(),
+    file_size := pos_integer()
+}.
+%% What was saved beside a payload, under the keys of the `build_meta' map; last use and hits as
+%% they were before this load. `quant_type' is `undefined' for a byte that stands for no known type.
+
+-type info() :: #{
+    name := name(),
+    root := file:name_all(),
+    tier := erllama_cache_host:tier(),
+    max_bytes := pos_integer() | infinity,
+    files := non_neg_integer(),
+    bytes := non_neg_integer(),
+    reservations := non_neg_integer(),
+    saves := non_neg_integer(),
+    duplicates := non_neg_integer(),
+    hits := non_neg_integer(),
+    misses := non_neg_integer(),
+    refused := non_neg_integer(),
+    evictions := non_neg_integer()
+}.
+
+%% A row of the index. While its state is not `present' somebody has reserved the key: then `size'
+%% is what the file may take.
+-record(row, {
+    key :: erllama_cache_nif:key() | '_' | '$2',
+    size :: non_neg_integer() | '_' | '$1',
+    %% Milliseconds of system time.
+    last_used :: integer() | '_' | '$1',
+    state :: present | writing | published | '_' | '$2',
+    token :: reference() | undefined | '_',
+    pid :: pid() | undefined | '_' | '$3',
+    %% Milliseconds of monotonic time.
+    expires :: integer() | undefined | '_'
+}).
+
+%% What never changes of a store. It is in the index too, as `{config, config, #config{}}': no key
+%% looks like that.
+-record(config, {
+    name :: name(),
+    path :: erllama_cache_nif:root(),
+    root :: file:name_all(),
+    tier :: erllama_cache_host:tier(),
+    max_bytes :: pos_integer() | infinity,
+    counters :: counters:counters_ref()
+}).
+
+%% A reservation that the server watches over.
+-record(watch, {key :: erllama_cache_nif:key(), monitor :: reference(), size :: non_neg_integer()}).
+
+-record(state, {
+    config :: #config{},
+    watches = #{} :: #{reference() => #watch{}},
+    %% Which reservation a monitor belongs to.
+    monitors = #{} :: #{reference() => reference()},
+    %% Bytes of all files and reservations. What changes it is told to the server in the order in
+    %% which it happens, so it errs on the high side only.
+    used = 0 :: non_neg_integer(),
+    %% The least recently used keys with the time of their last use, as of the last look: a key that
+    %% was used since then is skipped.
+    oldest = [] :: [{LastUsed :: integer(), erllama_cache_nif:key()}]
+}).
+
+-define(LEASE, 60000).
+-define(COUNTERS, [saves, duplicates, hits, misses, refused, evictions]).
+-define(SAVES, 1).
+-define(DUPLICATES, 2).
+-define(HITS, 3).
+-define(MISSES, 4).
+-define(REFUSED, 5).
+-define(EVICTIONS, 6).
+
+-define(IS_KEY(Key), (is_binary(Key) andalso byte_size(Key) =:= 32)).
+
+%%% Starting
+
+%% @doc Starts a store. Its name is what {@link erllama_cache_writer:save/4} takes first. The root
+%% is looked through before this returns: headers only, files that are proven not to be what their
+%% names say are removed, and so are temporary files that nobody works on any more.
+%%
+%% ```
+%% {ok, _} = erllama_cache_store:start_link(my_store, #{root => "/var/cache/kv",
+%%                                                      max_bytes => 100 bsl 30}).
+%% '''
+%%
+%% Errors: a POSIX reason, or `badarg', of the root.
+-spec start_link(name(), options()) -> {ok, pid()} | {error, term()}.
+start_link(Name, #{root := Root} = Options) when is_atom(Name) ->
+    Complete = maps:merge(#{tier => disk, max_bytes => infinity}, Options),
+    ok = maps:foreach(fun check_option/2, Complete),
+    case erllama_cache_path:native(Root) of
+        {ok, Path} -> gen_server:start_link({local, Name}, ?MODULE, {Name, Path, Complete}, []);
+        {error, _} = Error -> Error
+    end.
+
+check_option(root, _Root) -> ok;
+check_option(tier, Tier) when Tier =:= disk; Tier =:= ram_file -> ok;
+check_option(max_bytes, infinity) -> ok;
+check_option(max_bytes, Bytes) when is_integer(Bytes), Bytes > 0 -> ok;
+check_option(Key, Value) -> error({invalid_option, Key, Value}).
+
+%% @doc For a supervisor of one's own.
+-spec child_spec(name(), options()) -> supervisor:child_spec().
+child_spec(Name, Options) ->
+    #{id => {?MODULE, Name}, start => {?MODULE, start_link, [Name, Options]}}.
+
+%%% For everybody
+
+%% @doc Loads what is stored under a key, in the calling process. Every byte has been checked when
+%% this returns; what does not hold its checks is `{error, {corrupt, Reason}}' and never returned.
+%% Such a file stays until it is replaced by a save of the same key, or deleted.
+-spec load(name(), erllama_cache_writer:key()) ->
+    {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
+load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
+    Config = config(Name),
+    case load_slices(Config#config.path, Key) of
+        {ok, #{file_size := Size}, _Payload} = Loaded ->
+            count_one(Config, ?HITS),
+            note_use(Name, Key, Size),
+            Loaded;
+        miss ->
+            count_one(Config, ?MISSES),
+            forget(Name, Key),
+            miss;
+        {error, {corrupt, _}} = Error ->
+            %% Forgotten, so that a save of this key finds it and replaces it.
+            count_one(Config, ?REFUSED),
+            forget(Name, Key),
+            Error;
+        {error, _} = Error ->
+            Error
+    end.
+
+load_slices(Path, Key) ->
+    case erllama_cache_nif:load(Path, Key) of
+        {more, Load} -> load_more(Load);
+        Result -> Result
+    end.
+
+load_more(Load) ->
+    case erllama_cache_nif:load_more(Load) of
+        more -> load_more(Load);
+        Result -> Result
+    end.
+
+note_use(Name, Key, Size) ->
+    Now = now_ms(),
+    case ets:update_element(Name, Key, {#row.last_used, Now}) of
+        true ->
+            ok;
+        false ->
+            %% Saved by another node on the same root.
+            case ets:insert_new(Name, present(Key, Size, Now)) of
+                true -> gen_server:cast(Name, {used, Size});
+                false -> ok
+            end
+    end.
+
+present(Key, Size, LastUsed) ->
+    #row{key = Key, size = Size, last_used = LastUsed, state = present}.
+
+%% Removes the row of a file that is not there, or not worth anything.
+forget(Name, Key) ->
+    case ets:lookup(Name, Key) of
+        [#row{state = present} = Row] -> remove_row(Name, Row);
+        _ -> ok
+    end.
+
+remove_row(Name, #row{key = Key, size = Size}) ->
+    Pattern = #row{key = Key, size = Size, state = present, _ = '_'},
+    case ets:select_delete(Name, [{Pattern, [], [true]}]) of
+        1 -> gen_server:cast(Name, {used, -Size});
+        0 -> ok
+    end.
+
+%% @doc Deletes what is stored under a key; `ok' also when nothing is.
+-spec delete(name(), erllama_cache_writer:key()) -> ok | {error, term()}.
+delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
+    Config = config(Name),
+    case erllama_cache_nif:delete(Config#config.path, Key) of
+        Existed when is_boolean(Existed) -> forget(Name, Key);
+        {error, _} = Error -> Error
+    end.
+
+%% @doc The key that a save with this map gets.
+-spec key(erllama_cache_meta:build_meta()) ->
+    {ok, erllama_cache_writer:key()} | {error, erllama_cache_meta:invalid()}.
+key(Meta) ->
+    case erllama_cache_meta:complete(Meta, #{hostname => <<>>}) of
+        {ok, Complete} ->
+            case identify(Complete) of
+                {ok, {Key, _QuantByte, _Tokens}} -> {ok, Key};
+                {error, _} = Error -> Error
+            end;
+        {error, _} = Error ->
+            Error
+    end.
+
+%% @doc What the store holds and what it has done since it started. Bytes are those of whole files.
+%% `refused' counts loads that found a corrupt file.
+-spec info(name()) -> info().
+info(Name) when is_atom(Name) ->
+    #config{root = Root, tier = Tier, max_bytes = MaxBytes, counters = Counters} = config(Name),
+    Held = ets:foldl(fun count_row/2, #{files => 0, bytes => 0, reservations => 0}, Name),
+    Done = [{Counter, counters:get(Counters, Index)} || {Index, Counter} <- enumerate(?COUNTERS)],
+    maps:merge(
+        Held#{name => Name, root => Root, tier => Tier, max_bytes => MaxBytes},
+        maps:from_list(Done)
+    ).
+
+count_row(#row{state = present, size = Size}, #{files := Files, bytes := Bytes} = Sum) ->
+    Sum#{files := Files + 1, bytes := Bytes + Size};
+count_row(#row{}, #{reservations := Reservations} = Sum) ->
+    Sum#{reservations := Reservations + 1};
+count_row({config, config, #config{}}, Sum) ->
+    Sum.
+
+enumerate(List) ->
+    lists:zip(lists:seq(1, length(List)), List).
+
+config(Name) ->
+    try
+        ets:lookup_element(Name, config, 3)
+    of
+        Config -> Config
+    catch
+        error:badarg -> exit({noproc, {?MODULE, config, [Name]}})
+    end.
+
+count_one(#config{counters = Counters}, Index) ->
+    counters:add(Counters, Index, 1).
+
+now_ms() ->
+    erlang:system_time(millisecond).
+
+%%% For the writer
+
+%% @private
+identify(#{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash := CtxParamsHash,
+           tokens := Tokens}) ->
+    case encode_tokens(Tokens) of
+        error ->
+            {error, {invalid_meta, tokens}};
+        Encoded ->
+            QuantByte = erllama_cache_nif:quant_byte(QuantType),
+            Key = erllama_cache_nif:key(Fingerprint, QuantByte, CtxParamsHash, Encoded),
+            {ok, {Key, QuantByte, Encoded}}
+    end.
+
+%% More tokens than this would hold a scheduler for longer than a NIF should; numbers beyond 64 bits
+%% are rare enough to be Erlang's.
+-define(MANY_TOKENS, 32768).
+
+encode_tokens(Tokens) when length(Tokens) > ?MANY_TOKENS ->
+    encode_tokens_slowly(Tokens);
+encode_tokens(Tokens) ->
+    case erllama_cache_nif:encode_tokens(Tokens) of
+        error -> encode_tokens_slowly(Tokens);
+        Encoded -> Encoded
+    end.
+
+encode_tokens_slowly(Tokens) ->
+    case lists:all(fun is_integer/1, Tokens) of
+        true -> <<<<Token:32/little>> || Token <- Tokens>>;
+        false -> error
+    end.
+
+%% @private
+reserve(Name, Tier, Key, Size) ->
+    case config(Name) of
+        #config{tier = Tier, max_bytes = MaxBytes} -> reserve(Name, Key, Size, MaxBytes, self());
+        #config{tier = Other} -> {error, {wrong_tier, Other}}
+    end.
+
+reserve(Name, Key, Size, infinity, Pid) ->
+    case claimable(Name, Key) of
+        {ok, Old} ->
+            Row = reserved(Key, Size, Pid),
+            %% Told first: should this process be killed in between, the server still hears of it.
+            ok = gen_server:cast(Name, {watch, Row}),
+            case claim(Name, Old, Row) of
+                true ->
+                    {ok, Row#row.token};
+                false ->
+                    done(Name, Row#row.token, 0),
+                    reserve(Name, Key, Size, infinity, Pid)
+            end;
+        {error, _} = Error ->
+            Error
+    end;
+reserve(Name, Key, Size, _Bounded, Pid) ->
+    %% Who makes room has to be one.
+    case claimable(Name, Key) of
+        {ok, _Old} -> gen_server:call(Name, {admit, reserved(Key, Size, Pid)}, infinity);
+        {error, _} = Error -> Error
+    end.
+
+reserved(Key, Size, Pid) ->
+    #row{key = Key, size = Size, last_used = 0, state = writing, token = make_ref(), pid = Pid,
+         expires = lease()}.
+
+lease() ->
+    erlang:monotonic_time(millisecond) + ?LEASE.
+
+%% What a reservation may take the place of: nothing, or one whose process is dead or whose lease
+%% has ended.
+claimable(Name, Key) ->
+    case ets:lookup(Name, Key) of
+        [] -> {ok, none};
+        [#row{state = present}] -> {error, already_present};
+        [#row{pid = Pid, expires = Expires} = Row] ->
+            Stands = Expires > erlang:monotonic_time(millisecond) andalso is_process_alive(Pid),
+            case Stands of
+                true -> {error, conflict};
+                false -> {ok, Row}
+            end
+    end.
+
+claim(Name, none, Row) ->
+    ets:insert_new(Name, Row);
+claim(Name, Old, Row) ->
+    ets:select_replace(Name, [{Old, [], [{const, Row}]}]) =:= 1.
+
+%% @private
+root(Name) ->
+    (config(Name))#config.root.
+
+%% @private
+%% A reservation whose lease has ended stands until somebody else takes it: nobody wanted the key.
+check(Name, Key, Token) ->
+    renew(Name, Key, Token, '$2').
+
+%% @private
+mark_published(Name, Key, Token, _Path) ->
+    renew(Name, Key, Token, published).
+
+renew(Name, Key, Token, State) ->
+    Old = #row{key = Key, size = '$1', last_used = 0, state = '$2', token = Token, pid = '$3',
+               expires = '_'},
+    New = {{row, Key, '$1', 0, State, Token, '$3', lease()}},
+    replaced(ets:select_replace(table(Name), [{Old, [], [New]}])).
+
+replaced(1) -> ok;
+replaced(0) -> {error, expired}.
+
+%% @private
+announce(Name, Key, Token, Size, _Header, _Tokens) ->
+    case settle(Name, Key, Token, Size, now_ms()) of
+        ok -> done(Name, Token, Size);
+        {error, expired} = Error -> Error
+    end.
+
+%% Makes a reservation a file.
+settle(Name, Key, Token, Size, LastUsed) ->
+    Old = #row{key = Key, token = Token, _ = '_'},
+    New = {const, present(Key, Size, LastUsed)},
+    replaced(ets:select_replace(table(Name), [{Old, [], [New]}])).
+
+%% @private
+cancel(Name, Key, Token) ->
+    _ = ets:select_delete(table(Name), [{#row{key = Key, token = Token, _ = '_'}, [], [true]}]),
+    done(Name, Token, 0).
+
+%% @private
+count(Name, {saved, _Reason}) -> count_one(config(Name), ?SAVES);
+count(Name, duplicate_dropped) -> count_one(config(Name), ?DUPLICATES).
+
+%% The reservation is over, and this is what became of the room it took.
+done(Name, Token, Size) ->
+    gen_server:cast(Name, {done, Token, Size}).
+
+table(Name) ->
+    case ets:whereis(Name) of
+        undefined -> exit({noproc, {?MODULE, table, [Name]}});
+        Table -> Table
+    end.
+
+%%% The server
+
+%% @private
+init({Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}}) ->
+    Name = ets:new(Name, [
+        named_table, public, {keypos, #row.key}, {read_concurrency, true}, {write_concurrency, true}
+    ]),
+    Config = #config{
+        name = Name, path = Path, root = Root, tier = Tier, max_bytes = MaxBytes,
+        counters = counters:new(length(?COUNTERS), [write_concurrency])
+    },
+    true = ets:insert(Name, {config, config, Config}),
+    case erllama_cache_nif:scan(Path) of
+        {ok, Scan} ->
+            case scan(Scan, Config, 0) of
+                {ok, Used} ->
+                    {_, State} = make_room(0, #state{config = Config, used = Used}),
+                    {ok, State};
+                {error, Reason} ->
+                    {stop, Reason}
+            end;
+        {error, Reason} ->
+            {stop, Reason}
+    end.
+
+scan(Scan, #config{name = Name} = Config, Used) ->
+    case erllama_cache_nif:scan_more(Scan) of
+        {Progress, Found} when is_list(Found) ->
+            Rows = [
+                present(Key, Size, LastUsed * 1000)
+             || {file, Key, Size, LastUsed} <- Found
+            ],
+            true = ets:insert(Name, Rows),
+            lists:foreach(fun(Other) -> report(Other, Config) end, Found),
+            Sum = lists:sum([Size || #row{size = Size} <- Rows]),
+            case Progress of
+                more -> scan(Scan, Config, Used + Sum);
+                ok -> {ok, Used + Sum}
+            end;
+        {error, _} = Error ->
+            Error
+    end.
+
+report({file, _Key, _Size, _LastUsed}, _Config) ->
+    ok;
+report(swept, _Config) ->
+    ok;
+report({removed, Key, Reason}, #config{name = Name, root = Root}) ->
+    ?LOG_WARNING(#{
+        event => corrupt_file_removed, store => Name, reason => Reason,
+        file => erllama_cache_path:final(Root, Key)
+    }, #{domain => [erllama_cache]});
+report({skipped, Key, Reason}, #config{name = Name, root = Root}) ->
+    File = case Key of
+        undefined -> temporary_file;
+        _ -> erllama_cache_path:final(Root, Key)
+    end,
+    ?LOG_WARNING(#{event => file_skipped, store => Name, reason => Reason, file => File},
+                 #{domain => [erllama_cache]}).
+
+%% @private
+handle_call({admit, #row{key = Key, size = Size} = Row}, _From, #state{config = Config} = State) ->
+    #config{name = Name, max_bytes = MaxBytes} = Config,
+    case Size =< MaxBytes andalso claimable(Name, Key) of
+        false ->
+            {reply, {error, exceeds_max_bytes}, State};
+        {error, _} = Error ->
+            {reply, Error, State};
+        {ok, Old} ->
+            case make_room(Size, State) of
+                {ok, Roomy} ->
+                    %% Loads of other nodes' files make rows too: it may be taken by now.
+                    case claim(Name, Old, Row) of
+                        true -> {reply, {ok, Row#row.token}, watch(Row, Roomy)};
+                        false -> {reply, {error, already_present}, Roomy}
+                    end;
+                {{error, _} = Error, Tried} ->
+                    {reply, Error, Tried}
+            end
+    end;
+handle_call(_Request, _From, State) ->
+    {reply, {error, unknown_call}, State}.
+
+%% @private
+handle_cast({watch, Row}, State) ->
+    {noreply, watch(Row, State)};
+handle_cast({used, Bytes}, #state{used = Used} = State) ->
+    {noreply, State#state{used = Used + Bytes}};
+handle_cast({done, Token, Size}, State) ->
+    {noreply, unwatch(Token, Size, State)};
+handle_cast({checked, Token, Key, {ok, Size, LastUsed}}, #state{config = Config} = State) ->
+    case settle(Config#config.name, Key, Token, Size, LastUsed * 1000) of
+        ok -> {noreply, unwatch(Token, Size, State)};
+        {error, expired} -> {noreply, unwatch(Token, 0, State)}
+    end;
+handle_cast({checked, Token, Key, _NotThere}, #state{config = Config} = State) ->
+    ok = cancel(Config#config.name, Key, Token),
+    {noreply, State}.
+
+%% @private
+handle_info({'DOWN', Monitor, process, _Pid, _Reason}, #state{monitors = Monitors} = State) ->
+    case Monitors of
+        #{Monitor := Token} -> {noreply, owner_died(Token, State)};
+        _ -> {noreply, State}
+    end;
+handle_info(_Message, State) ->
+    {noreply, State}.
+
+watch(#row{key = Key, size = Size, token = Token, pid = Pid}, State) ->
+    #state{watches = Watches, monitors = Monitors, used = Used} = State,
+    Monitor = monitor(process, Pid),
+    State#state{
+        watches = Watches#{Token => #watch{key = Key, monitor = Monitor, size = Size}},
+        monitors = Monitors#{Monitor => Token},
+        used = Used + Size
+    }.
+
+unwatch(Token, FileSize, #state{watches = Watches, monitors = Monitors, used = Used} = State) ->
+    case maps:take(Token, Watches) of
+        {#watch{monitor = Monitor, size = Size}, Rest} ->
+            true = demonitor(Monitor, [flush]),
+            State#state{
+                watches = Rest,
+                monitors = maps:remove(Monitor, Monitors),
+                used = Used - Size + FileSize
+            };
+        error ->
+            State
+    end.
+
+%% Its owner died in the middle of a save. Before the file was published there is nothing; after
+%% it, the file is looked at and taken if it is good.
+owner_died(Token, #state{config = #config{name = Name, path = Path}, watches = Watches} = State) ->
+    #{Token := #watch{key = Key}} = Watches,
+    case ets:lookup(Name, Key) of
+        [#row{token = Token, state = writing}] ->
+            ok = cancel(Name, Key, Token),
+            State;
+        [#row{token = Token, state = published}] ->
+            Server = self(),
+            _ = spawn_link(fun() ->
+                gen_server:cast(Server, {checked, Token, Key, check_file(Path, Key)})
+            end),
+            State;
+        [#row{state = present, size = Size}] ->
+            %% It had announced the file and could not say so any more.
+            unwatch(Token, Size, State);
+        _ ->
+            unwatch(Token, 0, State)
+    end.
+
+check_file(Path, Key) ->
+    case erllama_cache_nif:check(Path, Key) of
+        {more, Check} -> check_more(Check);
+        Result -> Result
+    end.
+
+check_more(Check) ->
+    case erllama_cache_nif:check_more(Check) of
+        more -> check_more(Check);
+        Result -> Result
+    end.
+
+%%% Eviction
+
+%% How many of the least recently used are remembered from one look at all of them.
+-define(LOOK, 1000).
+
+make_room(_Needed, #state{config = #config{max_bytes = infinity}} = State) ->
+    {ok, State};
+make_room(Needed, State) ->
+    make_room(Needed, State, 1).
+
+%% `Evicted' counts since the last look: a look at which nothing could be evicted was the last.
+make_room(Needed, #state{used = Used, config = #config{max_bytes = Max}} = State, _Evicted) when
+    Used + Needed =< Max
+->
+    {ok, State};
+make_room(_Needed, #state{oldest = []} = State, 0) ->
+    {{error, no_room}, State};
+make_room(Needed, #state{oldest = [], config = #config{name = Name}} = State, _Evicted) ->
+    Pattern = #row{key = '$2', last_used = '$1', state = present, _ = '_'},
+    All = ets:select(Name, [{Pattern, [], [{{'$1', '$2'}}]}]),
+    make_room(Needed, State#state{oldest = lists:sublist(lists:sort(All), ?LOOK)}, 0);
+make_room(Needed, #state{oldest = [{LastUsed, Key} | Rest], config = Config} = State, Evicted) ->
+    Next = State#state{oldest = Rest},
+    case ets:lookup(Config#config.name, Key) of
+        [#row{state = present, last_used = LastUsed} = Row] ->
+            case evict(Row, Config) of
+                true ->
+                    Left = Next#state{used = State#state.used - Row#row.size},
+                    make_room(Needed, Left, Evicted + 1);
+                false ->
+                    make_room(Needed, Next, Evicted)
+            end;
+        _UsedSince ->
+            make_room(Needed, Next, Evicted)
+    end.
+
+evict(#row{key = Key, size = Size}, #config{name = Name, path = Path} = Config) ->
+    case erllama_cache_nif:delete(Path, Key) of
+        Existed when is_boolean(Existed) ->
+            Pattern = #row{key = Key, size = Size, state = present, _ = '_'},
+            case ets:select_delete(Name, [{Pattern, [], [true]}]) of
+                1 ->
+                    count_one(Config, ?EVICTIONS),
+                    true;
+                0 ->
+                    %% A load that missed has taken the row and told of it.
+                    false
+            end;
+        {error, Reason} ->
+            report({skipped, Key, Reason}, Config),
+            false
+    end.

@@ -1,0 +1,548 @@
+%% @doc Saves KV state, a limited number of saves at a time.
+%%
+%% A save takes a slot, reserves its key with the host, writes the payload to a temporary file,
+%% checks and syncs it, publishes it under its final name, and tells the host. Everything runs in
+%% the calling process; the payload is never copied. The slots belong to a semaphore in the NIF
+%% library: it is fair, nobody polls, and a slot comes back however its owner ends. The server of
+%% this name owns the configuration, not the slots.
+-module(erllama_cache_writer).
+-behaviour(gen_server).
+
+-export([start_link/0, start_link/1]).
+-export([save/4, save/5]).
+-export([acquire/1, acquire/2, release/0, with_slot/2]).
+-export([current/0, max_concurrent/0, set_max_concurrent/1, set_max_inflight_bytes/1]).
+-export([info/0, holders/0, waiters/0]).
+-export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
+-export_type([config/0, key/0, slot_opts/0, info/0, slot_row/0]).
+
+-type key() :: <<_:256>>.
+-type config() :: #{
+    max_concurrent => pos_integer(),
+    max_inflight_bytes => non_neg_integer() | infinity,
+    host => module(),
+    file_mode => non_neg_integer()
+}.
+%% How many saves run at once (default: twice the schedulers plus one); how many bytes of payload
+%% they may hold together (default: `infinity'); the {@link erllama_cache_host} (default:
+%% `erllama_cache_host_erllama'); the files' permissions (default: `8#600').
+
+-type slot_opts() :: #{weight => pos_integer()}.
+-type info() :: #{
+    limit := pos_integer(),
+    current := non_neg_integer(),
+    max_inflight_bytes := non_neg_integer() | infinity,
+    inflight_bytes := non_neg_integer(),
+    waiting := non_neg_integer(),
+    granted := non_neg_integer(),
+    timed_out := non_neg_integer(),
+    owner_died := non_neg_integer(),
+    waited := non_neg_integer(),
+    longest_wait_us := non_neg_integer(),
+    mean_wait_us := non_neg_integer()
+}.
+-type slot_row() :: #{
+    pid := pid(), weight := pos_integer(), bytes := non_neg_integer(), ms := non_neg_integer()
+}.
+
+%% The one entry that this module makes in a process's dictionary.
+-define(GUARD, '$erllama_cache_guard').
+%% Where the semaphore and the configuration are, for processes that must not ask a server.
+-define(STATE, ?MODULE).
+
+-define(DEFAULT_TIMEOUT, 30000).
+-define(MAX_TIMEOUT, 16#ffffffff).
+-define(MAX_LIMIT, 16#7fffffff).
+-define(MAX_BYTES, 16#ffffffffffffffff).
+%% A save that takes long renews its reservation's lease of 60 s this often.
+-define(RENEW_EVERY, 15000).
+
+-define(IS_TIMEOUT(T), (T =:= infinity orelse (is_integer(T) andalso T >= 0 andalso T =< ?MAX_TIMEOUT))).
+-define(IS_LIMIT(N), (is_integer(N) andalso N > 0 andalso N =< ?MAX_LIMIT)).
+-define(IS_BYTES(N), (N =:= infinity orelse (is_integer(N) andalso N >= 0 andalso N =< ?MAX_BYTES))).
+
+%%% The server
+
+%% @doc Starts the writer with its configuration from the environment: the limit from
+%% `writer_max_concurrent' of application `erllama', then `max_concurrent' of this one; everything
+%% else from this one.
+-spec start_link() -> {ok, pid()} | {error, term()}.
+start_link() ->
+    start(maps:merge(env_config(), erllama_limit())).
+
+%% @doc Starts the writer with a limit, or with a configuration; what that leaves out comes from the
+%% environment of `erllama_cache_nif', then from the defaults.
+-spec start_link(pos_integer() | config()) -> {ok, pid()} | {error, term()}.
+start_link(Limit) when ?IS_LIMIT(Limit) ->
+    start((env_config())#{max_concurrent => Limit});
+start_link(Config) when is_map(Config) ->
+    start(maps:merge(env_config(), Config)).
+
+start(Config) ->
+    Complete = maps:merge(default_config(), Config),
+    ok = maps:foreach(fun check_config/2, Complete),
+    gen_server:start_link({local, ?MODULE}, ?MODULE, Complete, []).
+
+default_config() ->
+    #{
+        max_concurrent => erlang:system_info(schedulers) * 2 + 1,
+        max_inflight_bytes => infinity,
+        host => erllama_cache_host_erllama,
+        file_mode => 8#600
+    }.
+
+env_config() ->
+    Keys = [max_concurrent, max_inflight_bytes, host, file_mode],
+    maps:from_list([
+        {Key, Value}
+     || Key <- Keys, {ok, Value} <- [application:get_env(erllama_cache_nif, Key)]
+    ]).
+
+erllama_limit() ->
+    case application:get_env(erllama, writer_max_concurrent) of
+        {ok, Limit} when ?IS_LIMIT(Limit) -> #{max_concurrent => Limit};
+        _ -> #{}
+    end.
+
+check_config(max_concurrent, Limit) when ?IS_LIMIT(Limit) -> ok;
+check_config(max_inflight_bytes, Bytes) when ?IS_BYTES(Bytes) -> ok;
+check_config(host, Host) when is_atom(Host) -> ok;
+check_config(file_mode, Mode) when is_integer(Mode), Mode >= 0, Mode =< 8#777 -> ok;
+check_config(Key, Value) -> error({invalid_config, Key, Value}).
+
+%% @private
+init(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config) ->
+    %% So that terminate/2 runs when the supervisor says shutdown.
+    process_flag(trap_exit, true),
+    Semaphore = semaphore(),
+    {ok, Hostname} = inet:gethostname(),
+    persistent_term:put(?STATE, Config#{
+        semaphore => Semaphore,
+        defaults => #{hostname => unicode:characters_to_binary(Hostname)}
+    }),
+    ok = erllama_cache_nif:semaphore_open(Semaphore, Limit, MaxBytes),
+    {ok, Semaphore}.
+
+%% The semaphore of the server before this one, if there was one: with it come the slots that are
+%% held and those who wait.
+semaphore() ->
+    case persistent_term:get(?STATE, undefined) of
+        #{semaphore := Semaphore} -> Semaphore;
+        undefined -> erllama_cache_nif:semaphore_new()
+    end.
+
+%% @private
+handle_call(_Request, _From, Semaphore) ->
+    {reply, {error, unknown_call}, Semaphore}.
+
+%% @private
+handle_cast(_Request, Semaphore) ->
+    {noreply, Semaphore}.
+
+%% @private
+handle_info(_Message, Semaphore) ->
+    {noreply, Semaphore}.
+
+%% @private
+%% Stopped on purpose, the server sends its callers away. When it crashes they go on waiting: the
+%% next server finds them in the queue.
+terminate(Reason, Semaphore) ->
+    case Reason of
+        normal -> erllama_cache_nif:semaphore_close(Semaphore);
+        shutdown -> erllama_cache_nif:semaphore_close(Semaphore);
+        {shutdown, _} -> erllama_cache_nif:semaphore_close(Semaphore);
+        _ -> ok
+    end.
+
+%%% Slots
+
+%% @doc Takes a slot for the calling process, waiting at most `Timeout' milliseconds for it: 0 is
+%% one try. Acquires may be nested; each {@link release/0} gives back the latest. A slot whose owner
+%% dies comes back by itself.
+%%
+%% Exits with `{noproc, _}' when no writer runs.
+-spec acquire(timeout()) -> ok | {error, max_concurrent}.
+acquire(Timeout) when ?IS_TIMEOUT(Timeout) ->
+    case take(1, 0, Timeout) of
+        closed -> exit_noproc(acquire, [Timeout]);
+        Result -> Result
+    end.
+
+%% @doc As {@link acquire/1}, for `weight' slots at once (default 1). Heavy and light requests are
+%% served in one order, so a heavy one is never starved. One above the limit could never be served
+%% and is refused.
+-spec acquire(timeout(), slot_opts()) ->
+    ok | {error, max_concurrent | weight_exceeds_limit}.
+acquire(Timeout, Opts) when ?IS_TIMEOUT(Timeout), is_map(Opts) ->
+    case take(weight(Opts), 0, Timeout) of
+        closed -> exit_noproc(acquire, [Timeout, Opts]);
+        Result -> Result
+    end.
+
+weight(Opts) ->
+    case maps:get(weight, Opts, 1) of
+        Weight when ?IS_LIMIT(Weight) -> Weight;
+        _ -> error(badarg)
+    end.
+
+%% @doc Gives back what the calling process acquired last; does nothing when it holds nothing.
+-spec release() -> ok.
+release() ->
+    case get(?GUARD) of
+        undefined ->
+            ok;
+        Guard ->
+            _ = erllama_cache_nif:release(Guard),
+            ok
+    end.
+
+%% @doc Runs `Fun' with a slot and returns what it returns, or why there was no slot. The slot is
+%% given back when `Fun' ends, however it ends.
+%%
+%% ```
+%% {ok, Result} = erllama_cache_writer:with_slot(5000, fun() -> {ok, work()} end).
+%% '''
+-spec with_slot(timeout(), fun(() -> Result)) -> Result | {error, max_concurrent}.
+with_slot(Timeout, Fun) when ?IS_TIMEOUT(Timeout), is_function(Fun, 0) ->
+    case take(1, 0, Timeout) of
+        ok ->
+            try
+                Fun()
+            after
+                release()
+            end;
+        closed ->
+            exit_noproc(with_slot, [Timeout, Fun]);
+        {error, _} = Error ->
+            Error
+    end.
+
+%% A free slot is taken without a lock that anybody else holds; only who finds none pays for a
+%% reference and a place in the queue.
+take(Weight, Bytes, Timeout) ->
+    case guard() of
+        closed ->
+            closed;
+        Guard ->
+            case erllama_cache_nif:try_acquire(Guard, Weight, Bytes) of
+                ok -> ok;
+                busy when Timeout =:= 0 -> {error, max_concurrent};
+                busy -> wait(Guard, Weight, Bytes, Timeout);
+                weight_exceeds_limit -> {error, weight_exceeds_limit};
+                closed -> closed
+            end
+    end.
+
+wait(Guard, Weight, Bytes, Timeout) ->
+    Ref = make_ref(),
+    case erllama_cache_nif:acquire_or_queue(Guard, Weight, Bytes, Ref) of
+        ok ->
+            ok;
+        queued ->
+            receive
+                {Ref, Verdict} -> verdict(Verdict)
+            after Timeout ->
+                case erllama_cache_nif:give_up(Guard) of
+                    withdrawn ->
+                        {error, max_concurrent};
+                    decided ->
+                        %% The message is in the mailbox or on its way. Left there it would be a
+                        %% stray one, and the slot that it tells of would be lost.
+                        receive
+                            {Ref, Verdict} -> verdict(Verdict)
+                        end
+                end
+            end;
+        weight_exceeds_limit ->
+            {error, weight_exceeds_limit};
+        closed ->
+            closed
+    end.
+
+verdict(granted) -> ok;
+verdict(weight_exceeds_limit) -> {error, weight_exceeds_limit};
+verdict(closed) -> closed.
+
+%% One guard for each process, made when it first asks for a slot and kept until it dies.
+guard() ->
+    case get(?GUARD) of
+        undefined ->
+            case persistent_term:get(?STATE, undefined) of
+                #{semaphore := Semaphore} ->
+                    Guard = erllama_cache_nif:guard_new(Semaphore),
+                    _ = put(?GUARD, Guard),
+                    Guard;
+                undefined ->
+                    closed
+            end;
+        Guard ->
+            Guard
+    end.
+
+-spec exit_noproc(atom(), list()) -> no_return().
+exit_noproc(Function, Args) ->
+    exit({noproc, {?MODULE, Function, Args}}).
+
+%%% What is and what may be
+
+%% @doc How many slots are held now.
+-spec current() -> non_neg_integer().
+current() ->
+    erllama_cache_nif:semaphore_current(semaphore_of(current, [])).
+
+%% @doc How many slots there are.
+-spec max_concurrent() -> pos_integer().
+max_concurrent() ->
+    erllama_cache_nif:semaphore_limit(semaphore_of(max_concurrent, [])).
+
+%% @doc Changes how many slots there are, at once: more are handed to those who wait before this
+%% returns; of fewer, nobody loses one, but nobody gets one until enough have come back.
+-spec set_max_concurrent(pos_integer()) -> ok.
+set_max_concurrent(Limit) when ?IS_LIMIT(Limit) ->
+    erllama_cache_nif:semaphore_set_limit(semaphore_of(set_max_concurrent, [Limit]), Limit).
+
+%% @doc Changes how many bytes of payload running saves may hold together. A payload above the bound
+%% is saved alone rather than never.
+-spec set_max_inflight_bytes(non_neg_integer() | infinity) -> ok.
+set_max_inflight_bytes(Bytes) when ?IS_BYTES(Bytes) ->
+    Semaphore = semaphore_of(set_max_inflight_bytes, [Bytes]),
+    erllama_cache_nif:semaphore_set_max_bytes(Semaphore, Bytes).
+
+%% @doc The semaphore now, and what it has done since this node first started a writer. Waits are in
+%% microseconds and count those only who had to queue.
+-spec info() -> info().
+info() ->
+    erllama_cache_nif:semaphore_info(semaphore_of(info, [])).
+
+%% @doc Who holds slots: each acquire by itself, and for how many milliseconds. A process that has
+%% been killed is among them for as long as its last write still runs.
+-spec holders() -> [slot_row()].
+holders() ->
+    rows(erllama_cache_nif:semaphore_holders(semaphore_of(holders, []))).
+
+%% @doc Who waits for slots, the next to be served first, and for how many milliseconds.
+-spec waiters() -> [slot_row()].
+waiters() ->
+    rows(erllama_cache_nif:semaphore_waiters(semaphore_of(waiters, []))).
+
+rows(Rows) ->
+    [#{pid => Pid, weight => Weight, bytes => Bytes, ms => Ms} || {Pid, Weight, Bytes, Ms} <- Rows].
+
+semaphore_of(Function, Args) ->
+    #{semaphore := Semaphore} = state(Function, Args),
+    Semaphore.
+
+state(Function, Args) ->
+    case persistent_term:get(?STATE, undefined) of
+        undefined -> exit_noproc(Function, Args);
+        State -> State
+    end.
+
+%%% Saving
+
+%% @doc As {@link save/5} with 30 seconds.
+-spec save(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
+           erllama_cache_meta:build_meta(), binary()) ->
+    {ok, key()} | {error, term()}.
+save(TierSrv, Tier, Meta, Payload) ->
+    save(TierSrv, Tier, Meta, Payload, ?DEFAULT_TIMEOUT).
+
+%% @doc Saves `Payload' under the key that `Meta' makes, and returns when it is on the disk. It waits
+%% at most `Timeout' milliseconds for a slot, 0 being one try; the save itself takes its time.
+%%
+%% ```
+%% Meta = #{save_reason => cold, quant_bits => 16, fingerprint => Fingerprint,
+%%          fingerprint_mode => safe, quant_type => f16, ctx_params_hash => CtxParamsHash,
+%%          tokens => [1, 15043, 3186], context_size => 4096},
+%% {ok, Key} = erllama_cache_writer:save(my_store, disk, Meta, Payload).
+%% '''
+%%
+%% Errors: `max_concurrent', no slot in time, and nothing was done; `already_present', this key is
+%% stored; `conflict', somebody else is saving it; `{missing_key, Key}' and `{invalid_meta, Key}',
+%% of the map; `expired', the reservation was lost; a POSIX reason as the module `file' has them.
+%% After any of them nothing is left behind.
+-spec save(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
+           erllama_cache_meta:build_meta(), binary(), timeout()) ->
+    {ok, key()} | {error, term()}.
+save(TierSrv, Tier, Meta, Payload, Timeout) when
+    is_atom(TierSrv),
+    (Tier =:= disk orelse Tier =:= ram_file),
+    is_map(Meta),
+    is_binary(Payload),
+    ?IS_TIMEOUT(Timeout)
+->
+    %% A save weighs its payload: see set_max_inflight_bytes/1.
+    case take(1, byte_size(Payload), Timeout) of
+        ok ->
+            try
+                save_with_slot(TierSrv, Tier, Meta, Payload)
+            after
+                release()
+            end;
+        closed ->
+            exit_noproc(save, [TierSrv, Tier, '_', '_', Timeout]);
+        {error, _} = Error ->
+            Error
+    end.
+
+%% One save: what it is about, and what has been found out on the way.
+-record(save, {
+    host :: module(),
+    guard :: erllama_cache_nif:guard(),
+    tier_srv :: erllama_cache_host:tier_srv(),
+    meta :: erllama_cache_meta:complete(),
+    payload :: binary(),
+    mode :: non_neg_integer(),
+    key :: key(),
+    quant_byte :: byte(),
+    tokens :: binary(),
+    token :: erllama_cache_host:token(),
+    renewed :: integer()
+}).
+
+save_with_slot(TierSrv, Tier, BuildMeta, Payload) ->
+    #{host := Host, defaults := Defaults, file_mode := Mode} = state(save, []),
+    case erllama_cache_meta:complete(BuildMeta, Defaults) of
+        {ok, Meta} ->
+            case Host:identify(Meta) of
+                {ok, {Key, QuantByte, Tokens}} ->
+                    case Host:reserve(TierSrv, Tier, Key, file_size(Meta, Tokens, Payload)) of
+                        {ok, Token} ->
+                            save_reserved(#save{
+                                host = Host, guard = get(?GUARD), tier_srv = TierSrv, meta = Meta,
+                                payload = Payload, mode = Mode, key = Key, quant_byte = QuantByte,
+                                tokens = Tokens, token = Token,
+                                renewed = erlang:monotonic_time(millisecond)
+                            });
+                        {error, already_present} = Error ->
+                            ok = Host:count(TierSrv, duplicate_dropped),
+                            Error;
+                        {error, _} = Error ->
+                            Error
+                    end;
+                {error, _} = Error ->
+                    Error
+            end;
+        {error, _} = Error ->
+            Error
+    end.
+
+%% What the file will take, for a host that makes room: exact but for the fixed fields and tags,
+%% which are less than this.
+file_size(#{prompt_text := Prompt, hostname := Hostname, erllama_version := Version,
+            save_reason_detail := Detail}, Tokens, Payload) ->
+    256 + byte_size(Prompt) + byte_size(Hostname) + byte_size(Version) + byte_size(Detail) +
+        byte_size(Tokens) + byte_size(Payload).
+
+%% The reservation is ours: whatever ends the save before the file is published gives it up.
+save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
+    try
+        Root = Host:root(TierSrv),
+        {Root, begin_write(erllama_cache_path:native(Root), Save)}
+    of
+        {Root1, {Progress, Tmp}} when Progress =:= ok; Progress =:= more ->
+            save_begun(Progress, Root1, Tmp, Save);
+        {_Root, {error, _} = Error} ->
+            cancel(Save),
+            Error
+    catch
+        Class:Reason:Stack ->
+            cancel_after_exception(Save),
+            erlang:raise(Class, Reason, Stack)
+    end.
+
+begin_write({ok, Path}, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
+                              tokens = Tokens, payload = Payload, mode = Mode}) ->
+    erllama_cache_nif:write_tmp(Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Mode);
+begin_write({error, _} = Error, _Save) ->
+    Error.
+
+%% There is a temporary file: a failed call has dropped it, everything else has to.
+save_begun(Progress, Root, Tmp, Save) ->
+    try write_rest(Progress, Tmp, Save) of
+        written ->
+            publish(Root, Tmp, Save);
+        {failed, Error} ->
+            cancel(Save),
+            Error;
+        {lost, Error} ->
+            %% The reservation is somebody else's by now, and not ours to cancel.
+            ok = erllama_cache_nif:abort(Tmp),
+            Error
+    catch
+        Class:Reason:Stack ->
+            ok = erllama_cache_nif:abort(Tmp),
+            cancel_after_exception(Save),
+            erlang:raise(Class, Reason, Stack)
+    end.
+
+write_rest(ok, _Tmp, Save) ->
+    case check(Save) of
+        ok -> written;
+        {error, _} = Error -> {lost, Error}
+    end;
+write_rest(more, Tmp, #save{guard = Guard, payload = Payload} = Save) ->
+    case renew(Save) of
+        {ok, Renewed} ->
+            case erllama_cache_nif:write_more(Guard, Tmp, Payload) of
+                {error, _} = Error -> {failed, Error};
+                Progress -> write_rest(Progress, Tmp, Renewed)
+            end;
+        {error, _} = Error ->
+            {lost, Error}
+    end.
+
+%% A disk that takes longer than the lease must not lose a save that goes well.
+renew(#save{renewed = Renewed} = Save) ->
+    Now = erlang:monotonic_time(millisecond),
+    case Now - Renewed < ?RENEW_EVERY of
+        true ->
+            {ok, Save};
+        false ->
+            case check(Save) of
+                ok -> {ok, Save#save{renewed = Now}};
+                {error, _} = Error -> Error
+            end
+    end.
+
+check(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
+    Host:check(TierSrv, Key, Token).
+
+publish(Root, Tmp, #save{guard = Guard} = Save) ->
+    case erllama_cache_nif:publish(Guard, Tmp) of
+        more ->
+            publish(Root, Tmp, Save);
+        {ok, _Outcome, Size, Header} ->
+            announce(erllama_cache_path:final(Root, Save#save.key), Size, Header, Save);
+        {error, _} = Error ->
+            cancel(Save),
+            Error
+    end.
+
+%% The file stays from here on, whatever the host answers: it is whole, and the host adopts it.
+announce(Path, Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, token = Token,
+                                   tokens = Tokens, meta = #{save_reason := Reason}}) ->
+    case Host:mark_published(TierSrv, Key, Token, Path) of
+        ok ->
+            case Host:announce(TierSrv, Key, Token, Size, Header, Tokens) of
+                ok ->
+                    ok = Host:count(TierSrv, {saved, Reason}),
+                    {ok, Key};
+                {error, _} = Error ->
+                    Error
+            end;
+        {error, _} = Error ->
+            Error
+    end.
+
+cancel(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
+    ok = Host:cancel(TierSrv, Key, Token).
+
+%% What is raised already is what the caller has to see. A host that cannot cancel either has no
+%% reservation to leave behind, or forgets it when this process dies or its lease ends.
+cancel_after_exception(Save) ->
+    try
+        cancel(Save)
+    catch
+        _:_ -> ok
+    end.

@@ -33,7 +33,10 @@ fn read(clock: Clock) -> Duration {
         #[cfg(not(target_os = "linux"))]
         Clock::Coarse => libc::CLOCK_MONOTONIC,
     };
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: `now` is a valid timespec to write to. The call cannot fail: the ids are the
     // system's own; if it did all the same, `now` would stay zero.
     unsafe { libc::clock_gettime(id, &mut now) };

@@ -53,7 +53,10 @@ impl<T> Context<T> for io::Result<T> {
 impl From<ReadError> for Error {
     fn from(error: ReadError) -> Error {
         match error {
-            ReadError::Io(source) => Error::Io { call: "pread", source },
+            ReadError::Io(source) => Error::Io {
+                call: "pread",
+                source,
+            },
             ReadError::Corrupt(corrupt) => Error::Corrupt(corrupt),
         }
     }

@@ -38,14 +38,14 @@ fn released(guard: &G) -> Vec<(&'static str, Verdict)> {
 
 /// A guard that waits in the queue.
 fn queued(semaphore: &Arc<Sem>, name: &'static str, want: Want) -> G {
-    let guard = semaphore.guard(name);
+    let guard = Guard::new(semaphore, name);
     assert_eq!(guard.acquire_or_queue(want, name), Ok(Attempt::Queued));
     guard
 }
 
 /// A guard that holds.
 fn holding(semaphore: &Arc<Sem>, name: &'static str, want: Want) -> G {
-    let guard = semaphore.guard(name);
+    let guard = Guard::new(semaphore, name);
     assert_eq!(guard.acquire_or_queue(want, name), Ok(Attempt::Granted));
     guard
 }
@@ -54,9 +54,9 @@ fn holding(semaphore: &Arc<Sem>, name: &'static str, want: Want) -> G {
 fn takes_up_to_the_limit_and_gives_back() {
     let semaphore = open(2);
     let (a, b, c) = (
-        semaphore.guard("a"),
-        semaphore.guard("b"),
-        semaphore.guard("c"),
+        Guard::new(&semaphore, "a"),
+        Guard::new(&semaphore, "b"),
+        Guard::new(&semaphore, "c"),
     );
     assert_eq!(a.try_acquire(Want::SLOT), Ok(()));
     assert_eq!(b.try_acquire(Want::SLOT), Ok(()));
@@ -93,7 +93,7 @@ fn nobody_overtakes_the_queue() {
     let semaphore = open(3);
     let holder = holding(&semaphore, "holder", slots(2));
     let heavy = queued(&semaphore, "heavy", slots(2));
-    let light = semaphore.guard("light");
+    let light = Guard::new(&semaphore, "light");
     assert_eq!(
         light.try_acquire(Want::SLOT),
         Err(Refusal::Busy),
@@ -232,7 +232,7 @@ fn a_lower_limit_takes_nothing_away_and_lets_nobody_in() {
 #[test]
 fn what_can_never_be_granted_is_refused() {
     let semaphore = open(3);
-    let guard = semaphore.guard("guard");
+    let guard = Guard::new(&semaphore, "guard");
     assert_eq!(
         guard.try_acquire(slots(4)),
         Err(Refusal::WeightExceedsLimit)
@@ -282,7 +282,7 @@ fn a_suspension_loses_nothing() {
     let _second = queued(&semaphore, "second", Want::SLOT);
     let _third = queued(&semaphore, "third", Want::SLOT);
     semaphore.suspend();
-    let late = semaphore.guard("late");
+    let late = Guard::new(&semaphore, "late");
     assert_eq!(
         late.acquire_or_queue(Want::SLOT, "late"),
         Err(Refusal::Closed)
@@ -382,7 +382,7 @@ fn limits_are_kept_in_bounds() {
     assert_eq!(semaphore.limit(), MAX_LIMIT);
     let _all = holding(&semaphore, "all", slots(MAX_LIMIT));
     assert_eq!(
-        semaphore.guard("one").try_acquire(Want::SLOT),
+        Guard::new(&semaphore, "one").try_acquire(Want::SLOT),
         Err(Refusal::Busy)
     );
 }
@@ -409,7 +409,7 @@ fn threads_share_it() {
         for name in 0..8 {
             let (semaphore, inside) = (&semaphore, &inside);
             scope.spawn(move || {
-                let guard = semaphore.guard(name);
+                let guard = Guard::new(semaphore, name);
                 let (sender, receiver) = mpsc::channel();
                 for turn in 0..TURNS {
                     match guard.acquire_or_queue(Want::SLOT, sender.clone()) {

@@ -295,7 +295,7 @@ fn semaphore_waiters(semaphore: &Semaphore) -> Vec<Row> {
 fn guard_new(env: Env<'_>, semaphore: &Semaphore) -> ResourceArc<Guard> {
     let pid = env.pid();
     let guard = ResourceArc::new(Guard {
-        core: semaphore.core.guard(pid),
+        core: core::Guard::new(&semaphore.core, pid),
     });
     // One monitor for each process, for as long as it lives: set and removed on each acquire, it
     // would cost more than all the rest. It can only fail for a process that is dying, and that

@@ -76,7 +76,12 @@ impl Scan {
     }
 
     fn look(&self, key: Key, name: &CString) -> Option<Found> {
-        let skipped = |error| Some(Found::Skipped { key: Some(key), error });
+        let skipped = |error| {
+            Some(Found::Skipped {
+                key: Some(key),
+                error,
+            })
+        };
         let (file, stat) = match open_regular(&self.root, name, libc::O_RDONLY) {
             Ok(Some(opened)) => opened,
             // Gone since its name was read.
@@ -84,16 +89,26 @@ impl Scan {
             Err(error) => return skipped(error),
         };
         match read_header(&file, stat.len) {
-            Ok(header) => Some(Found::File { key, header, file_len: stat.len }),
+            Ok(header) => Some(Found::File {
+                key,
+                header,
+                file_len: stat.len,
+            }),
             // Written by a later version, perhaps: that is no proof of anything.
             Err(ReadError::Corrupt(corrupt @ Corrupt::UnsupportedVersion)) => {
                 skipped(corrupt.into())
             }
             Err(ReadError::Corrupt(corrupt)) => match sys::unlink_at(self.root.dir(), name) {
                 Ok(()) => Some(Found::Removed { key, corrupt }),
-                Err(source) => skipped(Error::Io { call: "unlink", source }),
+                Err(source) => skipped(Error::Io {
+                    call: "unlink",
+                    source,
+                }),
             },
-            Err(ReadError::Io(source)) => skipped(Error::Io { call: "pread", source }),
+            Err(ReadError::Io(source)) => skipped(Error::Io {
+                call: "pread",
+                source,
+            }),
         }
     }
 
@@ -111,7 +126,10 @@ impl Scan {
         }
         match sys::unlink_at(self.root.dir(), name) {
             Ok(()) => Some(Found::Swept),
-            Err(source) => skipped(Error::Io { call: "unlink", source }),
+            Err(source) => skipped(Error::Io {
+                call: "unlink",
+                source,
+            }),
         }
     }
 }

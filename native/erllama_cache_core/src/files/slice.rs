@@ -21,7 +21,9 @@ pub struct Slice {
 impl Slice {
     /// A slice that begins now.
     pub fn of(length: Duration) -> Slice {
-        Slice { deadline: Instant::now().checked_add(length) }
+        Slice {
+            deadline: Instant::now().checked_add(length),
+        }
     }
 
     /// No limit.
@@ -30,6 +32,7 @@ impl Slice {
     }
 
     pub(crate) fn is_over(&self) -> bool {
-        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+        self.deadline
+            .is_some_and(|deadline| Instant::now() >= deadline)
     }
 }

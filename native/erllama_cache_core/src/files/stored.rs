@@ -35,7 +35,12 @@ pub(crate) fn open_regular(
         Err(error) => return Err(error).call("fstatat"),
     }
     // It may have been swapped since: without O_NONBLOCK a FIFO would hold this thread for ever.
-    let file = match sys::open_at(root.dir(), name, flags | libc::O_NONBLOCK | libc::O_NOCTTY, 0) {
+    let file = match sys::open_at(
+        root.dir(),
+        name,
+        flags | libc::O_NONBLOCK | libc::O_NOCTTY,
+        0,
+    ) {
         Ok(file) => file,
         Err(error) if absent(&error) => return Ok(None),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENXIO)) => {
@@ -44,7 +49,11 @@ pub(crate) fn open_regular(
         Err(error) => return Err(error).call("openat"),
     };
     let stat = sys::stat(&file).call("fstat")?;
-    if stat.is_regular { Ok(Some((file, stat))) } else { Err(Error::NotRegular) }
+    if stat.is_regular {
+        Ok(Some((file, stat)))
+    } else {
+        Err(Error::NotRegular)
+    }
 }
 
 /// A check of a stored file in slices, through a small buffer.
@@ -66,7 +75,11 @@ impl Check {
             return Ok(None);
         };
         let verifier = Verifier::begin(&file, stat.len, expect_key.then_some(key))?;
-        Ok(Some(Check { file, file_len: stat.len, verifier }))
+        Ok(Some(Check {
+            file,
+            file_len: stat.len,
+            verifier,
+        }))
     }
 
     /// Goes on with the payload.
@@ -98,7 +111,11 @@ pub(crate) fn step(
     file: &File,
     slice: &Slice,
 ) -> Result<Progress<()>, Error> {
-    let piece = verifier.prefix().header().payload_len.clamp(1, READ_PIECE as u64);
+    let piece = verifier
+        .prefix()
+        .header()
+        .payload_len
+        .clamp(1, READ_PIECE as u64);
     let mut buf = vec![0; piece as usize];
     loop {
         if verifier.step(file, &mut buf, piece)? {
@@ -132,13 +149,18 @@ impl Loader {
         // To write, so that the use can be noted; where that is not allowed, reading will do.
         let opened = match open_regular(root, &name, libc::O_RDWR) {
             Err(error)
-                if matches!(error.errno(), Some(libc::EACCES | libc::EROFS | libc::EPERM)) =>
+                if matches!(
+                    error.errno(),
+                    Some(libc::EACCES | libc::EROFS | libc::EPERM)
+                ) =>
             {
                 open_regular(root, &name, libc::O_RDONLY)?
             }
             result => result?,
         };
-        let Some((file, stat)) = opened else { return Ok(None) };
+        let Some((file, stat)) = opened else {
+            return Ok(None);
+        };
         let prefix = read_prefix(&file, stat.len)?;
         if prefix.key() != *key {
             return Err(Corrupt::KeyMismatch.into());

@@ -28,7 +28,11 @@ impl Stat {
 
 /// Turns -1 into the error that `errno` holds.
 fn check(result: c_int) -> io::Result<c_int> {
-    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    if result == -1 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// Repeats a call for as long as a signal interrupts it.
@@ -82,8 +86,10 @@ pub(crate) fn open_unnamed(_dir: &File, _mode: u32) -> io::Result<File> {
 pub(crate) fn link_unnamed(file: &File, dir: &File, to: &CStr) -> io::Result<()> {
     let link = |from_dir: c_int, from: *const c_char, flags: c_int| {
         // SAFETY: both names are NUL-terminated and live through the call.
-        uninterrupted(|| unsafe { libc::linkat(from_dir, from, dir.as_raw_fd(), to.as_ptr(), flags) })
-            .map(drop)
+        uninterrupted(|| unsafe {
+            libc::linkat(from_dir, from, dir.as_raw_fd(), to.as_ptr(), flags)
+        })
+        .map(drop)
     };
     // A number's digits hold no NUL.
     let magic = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
@@ -173,7 +179,8 @@ pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
 /// written and the file lies in one piece. `Ok(false)` where the file system cannot.
 #[cfg(target_os = "linux")]
 pub(crate) fn reserve(file: &File, len: u64) -> io::Result<bool> {
-    let len = libc::off64_t::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
+    let len =
+        libc::off64_t::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::EFBIG))?;
     // SAFETY: `file` is open; the call takes numbers only.
     match uninterrupted(|| unsafe { libc::fallocate64(file.as_raw_fd(), 0, 0, len) }) {
         Ok(_) => Ok(true),
@@ -194,8 +201,10 @@ pub(crate) fn reserve(_file: &File, _len: u64) -> io::Result<bool> {
 /// that makes the later sync short; that sync alone makes anything durable and sees any error.
 #[cfg(target_os = "linux")]
 pub(crate) fn start_writeback(file: &File, offset: u64, len: u64) {
-    let (Ok(offset), Ok(len)) = (libc::off64_t::try_from(offset), libc::off64_t::try_from(len))
-    else {
+    let (Ok(offset), Ok(len)) = (
+        libc::off64_t::try_from(offset),
+        libc::off64_t::try_from(len),
+    ) else {
         return;
     };
     // SAFETY: `file` is open; the call takes numbers only. Its result is not needed: see above.
@@ -261,11 +270,17 @@ impl Names {
         let entry = unsafe { libc::readdir(self.stream.as_ptr()) };
         if entry.is_null() {
             let error = io::Error::last_os_error();
-            return if error.raw_os_error() == Some(0) { Ok(None) } else { Err(error) };
+            return if error.raw_os_error() == Some(0) {
+                Ok(None)
+            } else {
+                Err(error)
+            };
         }
         // SAFETY: `readdir` returned an entry, whose name is NUL-terminated and stays until the
         // next call on this stream.
-        Ok(Some(unsafe { CStr::from_ptr(&raw const (*entry).d_name as *const c_char) }.to_owned()))
+        Ok(Some(
+            unsafe { CStr::from_ptr(&raw const (*entry).d_name as *const c_char) }.to_owned(),
+        ))
     }
 }
 

@@ -55,7 +55,11 @@ pub struct TmpFile {
 
 #[derive(Debug)]
 enum Phase {
-    Payload { pos: usize, crc: Crc32c, started: u64 },
+    Payload {
+        pos: usize,
+        crc: Crc32c,
+        started: u64,
+    },
     Check(Verifier),
     Sync,
     Ready,
@@ -97,8 +101,19 @@ impl TmpFile {
     /// [`Error::Io`].
     pub fn create(root: Root, key: Key, prefix: Prefix, mode: u32) -> Result<TmpFile, Error> {
         let (file, name) = create_file(&root, &key, mode)?;
-        let phase = Phase::Payload { pos: 0, crc: Crc32c::new(), started: 0 };
-        let tmp = TmpFile { root, file, name, key, prefix, phase };
+        let phase = Phase::Payload {
+            pos: 0,
+            crc: Crc32c::new(),
+            started: 0,
+        };
+        let tmp = TmpFile {
+            root,
+            file,
+            name,
+            key,
+            prefix,
+            phase,
+        };
         // Whatever fails from here on drops `tmp`, and with it the file.
         if mode != DEFAULT_MODE {
             sys::set_mode(&tmp.file, mode).call("fchmod")?;
@@ -158,9 +173,13 @@ impl TmpFile {
         // A short write is rare: what is missing goes the plain way.
         let of_prefix = written.min(prefix.len());
         let of_payload = written - of_prefix;
-        self.file.write_all_at(&prefix[of_prefix..], of_prefix as u64).call("pwrite")?;
+        self.file
+            .write_all_at(&prefix[of_prefix..], of_prefix as u64)
+            .call("pwrite")?;
         let offset = (prefix.len() + of_payload) as u64;
-        self.file.write_all_at(&payload[of_payload..], offset).call("pwrite")
+        self.file
+            .write_all_at(&payload[of_payload..], offset)
+            .call("pwrite")
     }
 
     fn write_pieces(
@@ -175,7 +194,9 @@ impl TmpFile {
         while pos < payload.len() {
             let end = payload.len().min(pos + PIECE);
             crc.update(&payload[pos..end]);
-            self.file.write_all_at(&payload[pos..end], start + pos as u64).call("pwrite")?;
+            self.file
+                .write_all_at(&payload[pos..end], start + pos as u64)
+                .call("pwrite")?;
             pos = end;
             let reached = start + pos as u64;
             if reached - started >= WRITEBACK {
@@ -190,7 +211,9 @@ impl TmpFile {
             return Ok(Phase::Payload { pos, crc, started });
         }
         self.prefix.set_crc(crc.finish());
-        self.file.write_all_at(self.prefix.as_bytes(), 0).call("pwrite")?;
+        self.file
+            .write_all_at(self.prefix.as_bytes(), 0)
+            .call("pwrite")?;
         // All that is left, and the first pages once more for the prefix.
         sys::start_writeback(&self.file, 0, 0);
         self.begin_check()
@@ -199,7 +222,10 @@ impl TmpFile {
     fn begin_check(&self) -> Result<Phase, Error> {
         // The key is not computed anew: it is the host's, and its formula may outgrow ours.
         let len = sys::stat(&self.file).call("fstat")?.len;
-        Verifier::begin(&self.file, len, None).map(Phase::Check).map_err(Error::from).map_err(read_back)
+        Verifier::begin(&self.file, len, None)
+            .map(Phase::Check)
+            .map_err(Error::from)
+            .map_err(read_back)
     }
 
     /// Publishes a file that is [written](TmpFile::write), a slice at a time.
@@ -277,7 +303,11 @@ impl TmpFile {
         self.phase = Phase::Published;
         let mut header = [0; 48];
         check.file().read_exact_at(&mut header, 0).call("pread")?;
-        Ok(Published { outcome: Outcome::Adopted, file_len: check.file_len(), header })
+        Ok(Published {
+            outcome: Outcome::Adopted,
+            file_len: check.file_len(),
+            header,
+        })
     }
 
     fn replace(&mut self) -> Result<Published, Error> {
@@ -294,7 +324,10 @@ impl TmpFile {
     /// Gives a file without a name a temporary one, for only a name can be renamed over another.
     fn link_temporary(&self) -> Result<CString, Error> {
         // Locked first: from the moment it has a name, a sweeper may find it.
-        self.file.try_lock().map_err(io::Error::from).call("flock")?;
+        self.file
+            .try_lock()
+            .map_err(io::Error::from)
+            .call("flock")?;
         let mut taken = io::Error::from_raw_os_error(libc::EEXIST);
         for name in temporary_names(&self.key) {
             match sys::link_unnamed(&self.file, self.root.dir(), &name) {
@@ -308,7 +341,11 @@ impl TmpFile {
 
     /// The file stands under its final name: makes that durable, or undoes it.
     fn finish(&mut self, outcome: Outcome) -> Result<Published, Error> {
-        if let Err(error) = self.remove_name().call("unlink").and_then(|()| self.root.sync()) {
+        if let Err(error) = self
+            .remove_name()
+            .call("unlink")
+            .and_then(|()| self.root.sync())
+        {
             self.withdraw();
             return Err(error);
         }
@@ -380,7 +417,10 @@ fn create_file(root: &Root, key: &Key, mode: u32) -> Result<(File, Option<CStrin
 /// file system refuses it, an old kernel opens the directory itself for writing, or it takes the
 /// flag for a missing `O_CREAT`.
 fn is_unsupported(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR | libc::ENOENT))
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EOPNOTSUPP | libc::EISDIR | libc::ENOENT)
+    )
 }
 
 fn create_named(root: &Root, key: &Key, mode: u32) -> Result<(File, CString), Error> {

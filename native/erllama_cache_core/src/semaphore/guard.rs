@@ -67,16 +67,33 @@ pub struct Ended;
 
 impl State {
     pub(super) fn new() -> State {
-        State { holds: Vec::new(), ticket: None, granted: 0, pins: 0, ended: None }
+        State {
+            holds: Vec::new(),
+            ticket: None,
+            granted: 0,
+            pins: 0,
+            ended: None,
+        }
     }
 
     pub(super) fn hold(&mut self, want: Want) {
-        self.holds.push(Hold { want, since: clock::coarse() });
+        self.holds.push(Hold {
+            want,
+            since: clock::coarse(),
+        });
         self.granted += 1;
     }
 }
 
 impl<O: Clone, W> Guard<O, W> {
+    /// A guard for `owner`, holding nothing yet.
+    pub fn new(semaphore: &Arc<Semaphore<O, W>>, owner: O) -> Self {
+        Guard {
+            semaphore: Arc::clone(semaphore),
+            shared: semaphore.enrol(owner),
+        }
+    }
+
     /// Takes what is wanted if it is free and nobody is queued for it, without waiting.
     ///
     /// # Errors
@@ -97,7 +114,8 @@ impl<O: Clone, W> Guard<O, W> {
     pub fn acquire_or_queue(&self, want: Want, waker: W) -> Result<Attempt, Refusal> {
         match self.attempt_unqueued(want) {
             Some(Err(Refusal::Busy)) | None => {
-                self.semaphore.acquire_or_queue_locked(&self.shared, want, waker)
+                self.semaphore
+                    .acquire_or_queue_locked(&self.shared, want, waker)
             }
             Some(Ok(())) => Ok(Attempt::Granted),
             Some(Err(refusal)) => Err(refusal),
@@ -200,12 +218,18 @@ impl State {
     pub(super) fn end(&mut self, end: End) -> Option<Vec<Hold>> {
         // The first to end it says why: a drop that follows the owner's death is no news.
         self.ended.get_or_insert(end);
-        if self.pins > 0 { None } else { Some(mem::take(&mut self.holds)) }
+        if self.pins > 0 {
+            None
+        } else {
+            Some(mem::take(&mut self.holds))
+        }
     }
 }
 
 impl<O: fmt::Debug, W> fmt::Debug for Guard<O, W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Guard").field("owner", &self.shared.owner).finish_non_exhaustive()
+        f.debug_struct("Guard")
+            .field("owner", &self.shared.owner)
+            .finish_non_exhaustive()
     }
 }

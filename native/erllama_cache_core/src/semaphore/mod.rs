@@ -52,7 +52,10 @@ pub struct Want {
 
 impl Want {
     /// One slot and no bytes.
-    pub const SLOT: Want = Want { weight: 1, bytes: 0 };
+    pub const SLOT: Want = Want {
+        weight: 1,
+        bytes: 0,
+    };
 }
 
 /// What became of an acquire that may queue.
@@ -288,20 +291,28 @@ impl<O: Clone, W> Semaphore<O, W> {
         self.word.load().limit()
     }
 
-    /// A guard for `owner`, holding nothing yet.
-    pub fn guard(self: &Arc<Self>, owner: O) -> Guard<O, W> {
+    /// Makes a guard known.
+    fn enrol(&self, owner: O) -> Arc<Shared<O>> {
         let mut inner = lock(&self.inner);
         let id = inner.next_guard;
         inner.next_guard += 1;
-        let shared = Arc::new(Shared { id, owner, state: Mutex::new(State::new()) });
+        let shared = Arc::new(Shared {
+            id,
+            owner,
+            state: Mutex::new(State::new()),
+        });
         inner.guards.insert(id, Arc::clone(&shared));
-        Guard { semaphore: Arc::clone(self), shared }
+        shared
     }
 
     /// What is and what has been.
     pub fn info(&self) -> Info {
         let inner = lock(&self.inner);
-        let alive: u64 = inner.guards.values().map(|guard| lock(&guard.state).granted).sum();
+        let alive: u64 = inner
+            .guards
+            .values()
+            .map(|guard| lock(&guard.state).granted)
+            .sum();
         let seen = self.word.load();
         Info {
             limit: seen.limit(),
@@ -352,7 +363,8 @@ impl<O: Clone, W> Semaphore<O, W> {
 
     fn try_acquire_locked(&self, shared: &Arc<Shared<O>>, want: Want) -> Result<(), Refusal> {
         let mut inner = lock(&self.inner);
-        self.take_locked(&mut inner, shared, want).map_err(|(refusal, _)| refusal)
+        self.take_locked(&mut inner, shared, want)
+            .map_err(|(refusal, _)| refusal)
     }
 
     fn acquire_or_queue_locked(
@@ -444,7 +456,10 @@ impl<O: Clone, W> Semaphore<O, W> {
         let mut wakes = Wakes::none();
         let mut inner = lock(&self.inner);
         let mut state = lock(&shared.state);
-        let waiter = state.ticket.take().and_then(|ticket| inner.queue.remove(ticket));
+        let waiter = state
+            .ticket
+            .take()
+            .and_then(|ticket| inner.queue.remove(ticket));
         if let Some(holds) = state.end(end) {
             if inner.guards.remove(&shared.id).is_some() {
                 inner.granted += state.granted;
@@ -478,7 +493,9 @@ impl<O: Clone, W> Semaphore<O, W> {
                 // Something was given back meanwhile: nothing else changes the word under a queue.
                 continue;
             }
-            let Some(waiter) = inner.queue.pop() else { return };
+            let Some(waiter) = inner.queue.pop() else {
+                return;
+            };
             inner.bytes += want.bytes;
             let wait = clock::precise().saturating_sub(waiter.since);
             inner.waited += 1;

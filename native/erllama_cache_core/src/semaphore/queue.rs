@@ -29,7 +29,10 @@ pub(super) struct Queue<O, W> {
 
 impl<O, W> Queue<O, W> {
     pub(super) fn new() -> Self {
-        Queue { waiters: BTreeMap::new(), next: 0 }
+        Queue {
+            waiters: BTreeMap::new(),
+            next: 0,
+        }
     }
 
     pub(super) fn push(&mut self, waiter: Waiter<O, W>) -> Ticket {

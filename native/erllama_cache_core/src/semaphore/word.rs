@@ -76,7 +76,10 @@ impl Word {
     /// Gives `weight` back and returns the word as it was just before: whether somebody was queued
     /// must be known of that very moment. A waiter that queues later sees what was given back.
     pub(super) fn give_back(&self, weight: u32) -> Snapshot {
-        Snapshot(self.0.fetch_sub(u64::from(weight) * HELD_ONE, Ordering::AcqRel))
+        Snapshot(
+            self.0
+                .fetch_sub(u64::from(weight) * HELD_ONE, Ordering::AcqRel),
+        )
     }
 
     /// Announces a queue if the word still is what `seen` says, so that a slot given back after

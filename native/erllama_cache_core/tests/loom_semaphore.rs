@@ -1,0 +1,506 @@
+//! Models of the semaphore: loom runs each of these stories in every order in which its threads'
+//! steps can interleave, under the memory model of C11. `make loom` runs them.
+#![cfg(loom)]
+
+use erllama_cache_core::semaphore::{
+    Attempt, End, Guard, Refusal, Semaphore, Verdict, Wakes, Want,
+};
+use loom::sync::atomic::{AtomicUsize, Ordering};
+use loom::sync::{Arc, Condvar, Mutex};
+use loom::thread;
+
+type Sem = Semaphore<(), Arc<Sleeper>>;
+type G = Guard<(), Arc<Sleeper>>;
+
+/// A waiter asleep until it is told its verdict. To be told twice is a failure of the model.
+#[derive(Default)]
+struct Sleeper {
+    verdict: Mutex<Option<Verdict>>,
+    told: Condvar,
+}
+
+impl Sleeper {
+    fn tell(&self, verdict: Verdict) {
+        let mut slot = self.verdict.lock().unwrap();
+        assert!(slot.replace(verdict).is_none(), "told twice");
+        self.told.notify_one();
+    }
+
+    fn sleep(&self) -> Verdict {
+        let mut slot = self.verdict.lock().unwrap();
+        loop {
+            if let Some(verdict) = slot.take() {
+                return verdict;
+            }
+            slot = self.told.wait(slot).unwrap();
+        }
+    }
+
+    fn was_told(&self) -> bool {
+        self.verdict.lock().unwrap().is_some()
+    }
+}
+
+fn deliver(wakes: Wakes<Arc<Sleeper>>) {
+    for (sleeper, verdict) in wakes {
+        sleeper.tell(verdict);
+    }
+}
+
+fn open(limit: u32) -> Arc<Sem> {
+    let semaphore = Arc::new(Sem::new());
+    deliver(semaphore.open(limit, None));
+    semaphore
+}
+
+fn slots(weight: u32) -> Want {
+    Want { weight, bytes: 0 }
+}
+
+fn holding(semaphore: &Arc<Sem>, want: Want) -> G {
+    let guard = Guard::new(semaphore, ());
+    assert_eq!(guard.try_acquire(want), Ok(()));
+    guard
+}
+
+fn queued(semaphore: &Arc<Sem>, want: Want) -> (G, Arc<Sleeper>) {
+    let guard = Guard::new(semaphore, ());
+    let sleeper = Arc::new(Sleeper::default());
+    assert_eq!(
+        guard.acquire_or_queue(want, Arc::clone(&sleeper)),
+        Ok(Attempt::Queued)
+    );
+    (guard, sleeper)
+}
+
+/// Acquires, however long it takes.
+fn acquire(guard: &G, want: Want) -> Result<(), Verdict> {
+    let sleeper = Arc::new(Sleeper::default());
+    match guard.acquire_or_queue(want, Arc::clone(&sleeper)) {
+        Ok(Attempt::Granted) => Ok(()),
+        Ok(Attempt::Queued) => match sleeper.sleep() {
+            Verdict::Granted => Ok(()),
+            verdict => Err(verdict),
+        },
+        Err(Refusal::Closed) => Err(Verdict::Closed),
+        Err(refusal) => panic!("{refusal:?}"),
+    }
+}
+
+fn release(guard: &G) {
+    deliver(guard.release().expect("it is held"));
+}
+
+fn nothing_left(semaphore: &Sem) {
+    assert_eq!((semaphore.current(), semaphore.info().waiting), (0, 0));
+}
+
+/// Explores every interleaving, with at most this many preemptions where that is too many.
+fn model(preemptions: Option<usize>, story: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = preemptions;
+    builder.check(story);
+}
+
+#[test]
+fn two_take_turns_on_one_slot() {
+    model(None, || {
+        let semaphore = open(1);
+        let inside = Arc::new(AtomicUsize::new(0));
+        let turn = |semaphore: Arc<Sem>, inside: Arc<AtomicUsize>| {
+            let guard = Guard::new(&semaphore, ());
+            acquire(&guard, Want::SLOT).unwrap();
+            assert_eq!(
+                inside.fetch_add(1, Ordering::Relaxed),
+                0,
+                "two inside at once"
+            );
+            inside.fetch_sub(1, Ordering::Relaxed);
+            release(&guard);
+            deliver(guard.end(End::Dropped));
+        };
+        let other = {
+            let (semaphore, inside) = (Arc::clone(&semaphore), Arc::clone(&inside));
+            thread::spawn(move || turn(semaphore, inside))
+        };
+        turn(Arc::clone(&semaphore), inside);
+        other.join().unwrap();
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn three_share_one_slot() {
+    model(Some(2), || {
+        let semaphore = open(1);
+        let others: Vec<_> = (0..2)
+            .map(|_| {
+                let semaphore = Arc::clone(&semaphore);
+                thread::spawn(move || {
+                    let guard = Guard::new(&semaphore, ());
+                    acquire(&guard, Want::SLOT).unwrap();
+                    release(&guard);
+                })
+            })
+            .collect();
+        let guard = Guard::new(&semaphore, ());
+        acquire(&guard, Want::SLOT).unwrap();
+        release(&guard);
+        for other in others {
+            other.join().unwrap();
+        }
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn a_slot_released_during_an_acquire_is_found() {
+    model(None, || {
+        let semaphore = open(1);
+        let holder = holding(&semaphore, Want::SLOT);
+        let releaser = thread::spawn(move || release(&holder));
+        let guard = Guard::new(&semaphore, ());
+        // A lost wake-up would leave this asleep, which loom reports as a deadlock.
+        acquire(&guard, Want::SLOT).unwrap();
+        releaser.join().unwrap();
+        assert_eq!(semaphore.current(), 1);
+        release(&guard);
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn one_try_fails_or_succeeds_but_never_waits() {
+    model(None, || {
+        let semaphore = open(1);
+        let holder = holding(&semaphore, Want::SLOT);
+        let releaser = thread::spawn(move || release(&holder));
+        let guard = Guard::new(&semaphore, ());
+        match guard.try_acquire(Want::SLOT) {
+            Ok(()) => release(&guard),
+            Err(refusal) => assert_eq!(refusal, Refusal::Busy),
+        }
+        releaser.join().unwrap();
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn a_timeout_against_the_hand_over_ends_in_exactly_one() {
+    model(None, || {
+        let semaphore = open(1);
+        let holder = holding(&semaphore, Want::SLOT);
+        let (waiter, sleeper) = queued(&semaphore, Want::SLOT);
+        let releaser = thread::spawn(move || release(&holder));
+        let (gave_up, wakes) = waiter.give_up();
+        deliver(wakes);
+        if gave_up {
+            releaser.join().unwrap();
+            assert!(!sleeper.was_told(), "a stray message");
+        } else {
+            assert_eq!(sleeper.sleep(), Verdict::Granted);
+            release(&waiter);
+            releaser.join().unwrap();
+        }
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn a_waiter_that_dies_lets_the_next_in() {
+    model(None, || {
+        let semaphore = open(1);
+        let holder = holding(&semaphore, Want::SLOT);
+        let (dying, _) = queued(&semaphore, Want::SLOT);
+        let (next, sleeper) = queued(&semaphore, Want::SLOT);
+        let death = thread::spawn(move || deliver(dying.end(End::OwnerDied)));
+        release(&holder);
+        assert_eq!(sleeper.sleep(), Verdict::Granted);
+        death.join().unwrap();
+        release(&next);
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn a_holder_that_dies_lets_the_next_in() {
+    model(None, || {
+        let semaphore = open(1);
+        let dying = holding(&semaphore, Want::SLOT);
+        let death = thread::spawn(move || deliver(dying.end(End::OwnerDied)));
+        let guard = Guard::new(&semaphore, ());
+        acquire(&guard, Want::SLOT).unwrap();
+        death.join().unwrap();
+        release(&guard);
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn released_twice_from_two_threads_comes_back_once() {
+    model(None, || {
+        let semaphore = open(2);
+        let _other = holding(&semaphore, Want::SLOT);
+        let guard = Arc::new(holding(&semaphore, Want::SLOT));
+        let first = {
+            let guard = Arc::clone(&guard);
+            thread::spawn(move || guard.release().map(deliver).is_some())
+        };
+        let second = guard.release().map(deliver).is_some();
+        assert!(first.join().unwrap() ^ second);
+        assert_eq!(semaphore.current(), 1);
+    });
+}
+
+#[test]
+fn death_and_drop_at_once_give_back_once() {
+    model(None, || {
+        let semaphore = open(2);
+        let _other = holding(&semaphore, Want::SLOT);
+        let guard = Arc::new(holding(&semaphore, Want::SLOT));
+        let death = {
+            let guard = Arc::clone(&guard);
+            thread::spawn(move || deliver(guard.end(End::OwnerDied)))
+        };
+        deliver(guard.end(End::Dropped));
+        death.join().unwrap();
+        assert_eq!(semaphore.current(), 1);
+        assert_eq!(semaphore.holders().len(), 1);
+    });
+}
+
+#[test]
+fn death_and_release_at_once_give_back_once() {
+    model(None, || {
+        let semaphore = open(2);
+        let _other = holding(&semaphore, Want::SLOT);
+        let guard = Arc::new(holding(&semaphore, Want::SLOT));
+        let death = {
+            let guard = Arc::clone(&guard);
+            thread::spawn(move || deliver(guard.end(End::OwnerDied)))
+        };
+        guard.release().into_iter().for_each(deliver);
+        death.join().unwrap();
+        assert_eq!(semaphore.current(), 1);
+    });
+}
+
+#[test]
+fn running_io_keeps_a_dead_owners_slot_until_it_ends() {
+    model(None, || {
+        let semaphore = open(1);
+        let owner = Arc::new(holding(&semaphore, Want::SLOT));
+        let running = Arc::new(AtomicUsize::new(1));
+        owner.pin().unwrap();
+        let io = {
+            let (owner, running) = (Arc::clone(&owner), Arc::clone(&running));
+            thread::spawn(move || {
+                running.store(0, Ordering::Release);
+                deliver(owner.unpin());
+            })
+        };
+        let death = {
+            let owner = Arc::clone(&owner);
+            thread::spawn(move || deliver(owner.end(End::OwnerDied)))
+        };
+        let guard = Guard::new(&semaphore, ());
+        acquire(&guard, Want::SLOT).unwrap();
+        assert_eq!(
+            running.load(Ordering::Acquire),
+            0,
+            "granted while the I/O still ran"
+        );
+        io.join().unwrap();
+        death.join().unwrap();
+        release(&guard);
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn no_io_begins_in_a_dead_owners_name() {
+    model(None, || {
+        let semaphore = open(1);
+        let owner = Arc::new(holding(&semaphore, Want::SLOT));
+        let death = {
+            let owner = Arc::clone(&owner);
+            thread::spawn(move || deliver(owner.end(End::OwnerDied)))
+        };
+        if owner.pin().is_ok() {
+            assert_eq!(semaphore.current(), 1, "the slot went while its I/O ran");
+            deliver(owner.unpin());
+        }
+        death.join().unwrap();
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn a_higher_limit_reaches_those_who_wait() {
+    model(None, || {
+        let semaphore = open(1);
+        let _holder = holding(&semaphore, Want::SLOT);
+        let resize = {
+            let semaphore = Arc::clone(&semaphore);
+            thread::spawn(move || deliver(semaphore.set_limit(2)))
+        };
+        let guard = Guard::new(&semaphore, ());
+        acquire(&guard, Want::SLOT).unwrap();
+        resize.join().unwrap();
+        assert_eq!((semaphore.current(), semaphore.limit()), (2, 2));
+    });
+}
+
+#[test]
+fn a_lower_limit_is_kept_by_those_who_come_after() {
+    model(None, || {
+        let semaphore = open(2);
+        let holder = holding(&semaphore, Want::SLOT);
+        let resize = {
+            let semaphore = Arc::clone(&semaphore);
+            thread::spawn(move || deliver(semaphore.set_limit(1)))
+        };
+        let early = Guard::new(&semaphore, ());
+        let came_before = early.try_acquire(Want::SLOT).is_ok();
+        resize.join().unwrap();
+        let late = Guard::new(&semaphore, ());
+        assert_eq!(late.try_acquire(Want::SLOT), Err(Refusal::Busy));
+        release(&holder);
+        assert_eq!(late.try_acquire(Want::SLOT).is_ok(), !came_before);
+    });
+}
+
+#[test]
+fn limits_go_up_and_down_under_waiters() {
+    model(Some(3), || {
+        let semaphore = open(1);
+        let holder = holding(&semaphore, Want::SLOT);
+        let resize = {
+            let semaphore = Arc::clone(&semaphore);
+            thread::spawn(move || {
+                deliver(semaphore.set_limit(2));
+                deliver(semaphore.set_limit(1));
+            })
+        };
+        let releaser = thread::spawn(move || release(&holder));
+        let guard = Guard::new(&semaphore, ());
+        acquire(&guard, Want::SLOT).unwrap();
+        release(&guard);
+        resize.join().unwrap();
+        releaser.join().unwrap();
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn closing_tells_a_waiter_exactly_one_thing() {
+    model(None, || {
+        let semaphore = open(1);
+        let holder = holding(&semaphore, Want::SLOT);
+        let (waiter, sleeper) = queued(&semaphore, Want::SLOT);
+        let closer = {
+            let semaphore = Arc::clone(&semaphore);
+            thread::spawn(move || deliver(semaphore.close()))
+        };
+        release(&holder);
+        match sleeper.sleep() {
+            Verdict::Granted => release(&waiter),
+            verdict => assert_eq!(verdict, Verdict::Closed),
+        }
+        closer.join().unwrap();
+        assert!(!sleeper.was_told());
+        assert_eq!(waiter.try_acquire(Want::SLOT), Err(Refusal::Closed));
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn closing_leaves_nobody_asleep() {
+    model(None, || {
+        let semaphore = open(1);
+        let _holder = holding(&semaphore, Want::SLOT);
+        let closer = {
+            let semaphore = Arc::clone(&semaphore);
+            thread::spawn(move || deliver(semaphore.close()))
+        };
+        let guard = Guard::new(&semaphore, ());
+        assert_eq!(acquire(&guard, Want::SLOT), Err(Verdict::Closed));
+        closer.join().unwrap();
+    });
+}
+
+#[test]
+fn a_server_that_crashes_and_comes_back_loses_nobody() {
+    model(None, || {
+        let semaphore = open(1);
+        let holder = holding(&semaphore, Want::SLOT);
+        let (waiter, sleeper) = queued(&semaphore, Want::SLOT);
+        let restart = {
+            let semaphore = Arc::clone(&semaphore);
+            thread::spawn(move || {
+                semaphore.suspend();
+                deliver(semaphore.open(1, None));
+            })
+        };
+        release(&holder);
+        assert_eq!(sleeper.sleep(), Verdict::Granted);
+        restart.join().unwrap();
+        release(&waiter);
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn a_heavy_waiter_gets_what_two_give_back() {
+    model(None, || {
+        let semaphore = open(2);
+        let (one, two) = (
+            holding(&semaphore, Want::SLOT),
+            holding(&semaphore, Want::SLOT),
+        );
+        let (heavy, sleeper) = queued(&semaphore, slots(2));
+        let first = thread::spawn(move || release(&one));
+        release(&two);
+        assert_eq!(sleeper.sleep(), Verdict::Granted);
+        first.join().unwrap();
+        assert_eq!(semaphore.current(), 2);
+        release(&heavy);
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn a_light_one_never_overtakes_a_heavy_waiter() {
+    model(None, || {
+        let semaphore = open(2);
+        let holder = holding(&semaphore, slots(2));
+        let (heavy, sleeper) = queued(&semaphore, slots(2));
+        let releaser = thread::spawn(move || release(&holder));
+        let light = Guard::new(&semaphore, ());
+        assert_eq!(light.try_acquire(Want::SLOT), Err(Refusal::Busy));
+        releaser.join().unwrap();
+        assert_eq!(sleeper.sleep(), Verdict::Granted);
+        release(&heavy);
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn bytes_given_back_during_an_acquire_are_found() {
+    model(None, || {
+        let semaphore = Arc::new(Sem::new());
+        deliver(semaphore.open(2, Some(10)));
+        let want = Want {
+            weight: 1,
+            bytes: 10,
+        };
+        let holder = holding(&semaphore, want);
+        let releaser = thread::spawn(move || release(&holder));
+        let guard = Guard::new(&semaphore, ());
+        acquire(&guard, want).unwrap();
+        releaser.join().unwrap();
+        assert_eq!(semaphore.info().bytes, 10);
+        release(&guard);
+        nothing_left(&semaphore);
+    });
+}

@@ -5,6 +5,12 @@
 
 -export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 
+%% What these call exists inside erllama only. From OTP 26 on, dialyzer has to be told.
+-if(?OTP_RELEASE >= 26).
+-dialyzer({no_unknown, [identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6,
+                        cancel/3, count/2]}).
+-endif.
+
 %% The slots of erllama's counters that a writer adds to.
 -define(SAVES_COLD, 4).
 -define(SAVES_CONTINUED, 5).

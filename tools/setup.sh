@@ -16,12 +16,16 @@ has() {
     command -v "$1" >/dev/null 2>&1
 }
 
-# Prints the OTP applications that are missing, and `proper` when PropEr is.
+# Prints the OTP applications that are missing, and `proper` when PropEr or its header is.
 missing_apps() {
     erl -noinput -boot start_clean -eval '
         [io:format("~s ", [A]) || A <- init:get_plain_arguments(),
                                   code:lib_dir(list_to_atom(A)) =:= {error, bad_name}],
-        halt().' -extra $otp_apps proper
+        Proper = code:lib_dir(proper),
+        is_list(Proper) andalso
+            filelib:is_file(filename:join([Proper, "include", "proper.hrl"])) orelse
+            io:format("proper "),
+        halt().' -extra $otp_apps
 }
 
 # Prints what is missing, one word each.
@@ -43,8 +47,8 @@ packages() {
             make | python3 | rebar3 | elixir) echo "$word" ;;
             # The C library to link with is only a recommendation of gcc.
             cc) echo gcc libc6-dev ;;
-            erl) echo erlang-base erlang-dev erlang-proper ;;
-            proper) echo erlang-proper ;;
+            erl) echo erlang-base erlang-dev erlang-proper erlang-proper-dev ;;
+            proper) echo erlang-proper erlang-proper-dev ;;
             compiler) echo erlang-base ;;
             *) echo "erlang-$word" | tr _ - ;;
         esac

@@ -10,16 +10,20 @@ export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 # One target directory for all of cargo's work, whatever the user has set: c_src/Makefile uses it.
 export CARGO_TARGET_DIR := $(CURDIR)/$(NATIVE)/target
 
+BENCH_LIB := $(CURDIR)/_build/bench/lib/erllama_cache_nif
+BENCH := BENCH_NIF="$(CARGO_TARGET_DIR)/release/liberllama_cache_bench" \
+  erl -noshell -pa "$(BENCH_LIB)/ebin" "$(BENCH_LIB)/bench"
+
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all help setup demo test check cover edoc clean distclean
+.PHONY: all help setup demo test check loom bench-semaphore bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Install what is missing (apt), or say what is
 	@tools/setup.sh
@@ -27,9 +31,9 @@ setup: ## Install what is missing (apt), or say what is
 demo: setup all ## Save a file into a cache, watch it happen: make demo [FILE=path]
 	ERL_LIBS="$(LIBS)$${ERL_LIBS:+:$$ERL_LIBS}" escript examples/demo.escript $${FILE:+"$$FILE"}
 
-# The NIF crate has no tests of its own: outside a VM it does not link. Erlang tests it.
+# The NIF crates have no tests of their own: outside a VM they do not link. Erlang tests them.
 test: setup ## Run all tests: Rust, EUnit, Common Test, Elixir
-	cd $(NATIVE) && cargo test --locked --workspace --exclude erllama_cache_nif
+	cd $(NATIVE) && cargo test --locked -p erllama_cache_core
 	rebar3 eunit
 	rebar3 ct
 	rebar3 compile
@@ -44,6 +48,17 @@ check: setup ## Formatting, lints, warnings as errors, xref, dialyzer
 
 cover: ## Run the Erlang tests with coverage, report in _build/test/cover
 	rebar3 do eunit --cover, ct --cover, cover --verbose
+
+loom: setup ## Check the models of the semaphore: every interleaving of each
+	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
+	  --test loom_semaphore --target-dir target/loom
+
+bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
+	$(BENCH) -s bench_semaphore main
+
+bench-build:
+	cd $(NATIVE) && cargo build --locked --release -p erllama_cache_bench
+	rebar3 as bench compile
 
 edoc: ## Write the API documentation to doc/
 	rebar3 edoc

@@ -13,7 +13,7 @@
     semaphore_set_limit/2, semaphore_set_max_bytes/2,
     semaphore_current/1, semaphore_limit/1,
     semaphore_info/1, semaphore_holders/1, semaphore_waiters/1,
-    guard_new/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
+    guard_new/1, try_acquire/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
     quant_byte/1, encode_tokens/1, key/4,
     write_tmp/8, write_more/3, publish/2, abort/1,
     load/2, load_more/1, check/2, check_more/1,
@@ -89,6 +89,10 @@ semaphore_waiters(_Semaphore) -> ?NOT_LOADED.
 %% The calling process's guard: one for each process, kept for as long as it lives.
 -spec guard_new(semaphore()) -> guard().
 guard_new(_Semaphore) -> ?NOT_LOADED.
+
+%% One slot, no bytes.
+-spec try_acquire(guard()) -> ok | busy | closed | ended.
+try_acquire(_Guard) -> ?NOT_LOADED.
 
 -spec try_acquire(guard(), Weight :: pos_integer(), Bytes :: non_neg_integer()) ->
     ok | busy | closed | weight_exceeds_limit | ended.

@@ -16,6 +16,9 @@
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 -export_type([config/0, key/0, slot_opts/0, info/0, slot_row/0]).
 
+%% A pair of acquire and release costs little more than its two NIF calls, and is to stay so.
+-compile({inline, [take/3, try_take/3, guard/0]}).
+
 -type key() :: <<_:256>>.
 -type config() :: #{
     max_concurrent => pos_integer(),
@@ -224,7 +227,7 @@ take(Weight, Bytes, Timeout) ->
         closed ->
             closed;
         Guard ->
-            case erllama_cache_nif:try_acquire(Guard, Weight, Bytes) of
+            case try_take(Guard, Weight, Bytes) of
                 ok -> ok;
                 busy when Timeout =:= 0 -> {error, max_concurrent};
                 busy -> wait(Guard, Weight, Bytes, Timeout);
@@ -232,6 +235,9 @@ take(Weight, Bytes, Timeout) ->
                 closed -> closed
             end
     end.
+
+try_take(Guard, 1, 0) -> erllama_cache_nif:try_acquire(Guard);
+try_take(Guard, Weight, Bytes) -> erllama_cache_nif:try_acquire(Guard, Weight, Bytes).
 
 wait(Guard, Weight, Bytes, Timeout) ->
     Ref = make_ref(),

@@ -9,6 +9,7 @@ pub(crate) fn precise() -> Duration {
 
 /// Time since the same start, exact to a few milliseconds. It costs a fifth of [`precise`] and is
 /// read on each acquire, where all it serves is "held since when".
+#[inline]
 pub(crate) fn coarse() -> Duration {
     read(Clock::Coarse)
 }
@@ -25,6 +26,7 @@ fn read(_clock: Clock) -> Duration {
 }
 
 #[cfg(not(loom))]
+#[inline]
 fn read(clock: Clock) -> Duration {
     let id = match clock {
         Clock::Precise => libc::CLOCK_MONOTONIC,

@@ -6,5 +6,6 @@ mod error;
 mod files;
 mod kvc;
 mod semaphore;
+mod waker;
 
 rustler::init!("erllama_cache_nif");

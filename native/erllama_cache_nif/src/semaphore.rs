@@ -1,80 +1,15 @@
-//! The semaphore and its guards as resource objects. Waiters are woken by one message,
-//! `{Ref, granted | closed | weight_exceeds_limit}`.
+//! The semaphore and its guards as resource objects.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use erllama_cache_core::semaphore as core;
-use erllama_cache_core::semaphore::{Attempt, End, MAX_LIMIT, Refusal, Verdict, Want};
-use rustler::env::SavedTerm;
+use erllama_cache_core::semaphore::{Attempt, End, MAX_LIMIT, Refusal, Want};
 use rustler::{
-    Atom, Encoder, Env, Error, LocalPid, Monitor, NifResult, OwnedEnv, Reference, Resource,
-    ResourceArc, Term,
+    Atom, Encoder, Env, Error, LocalPid, Monitor, NifResult, Reference, Resource, ResourceArc, Term,
 };
 
 use crate::atoms;
-
-type Wakes = core::Wakes<Waker>;
-
-/// What wakes a waiter: a message that nobody else can send.
-pub(crate) struct Waker {
-    pid: LocalPid,
-    env: OwnedEnv,
-    reference: SavedTerm,
-}
-
-impl Waker {
-    fn new(pid: LocalPid, reference: Reference<'_>) -> Waker {
-        let env = OwnedEnv::new();
-        let reference = env.save(*reference);
-        Waker {
-            pid,
-            env,
-            reference,
-        }
-    }
-
-    /// Sends from `env`, which is that of the NIF or callback that runs. False when the receiver is
-    /// dead, or when the sender is: see [`deliver`].
-    fn send(&self, env: Env<'_>, verdict: Verdict) -> bool {
-        let reference = self.env.run(|own| self.reference.load(own).in_env(env));
-        let verdict = match verdict {
-            Verdict::Granted => atoms::granted(),
-            Verdict::Closed => atoms::closed(),
-            Verdict::WeightExceedsLimit => atoms::weight_exceeds_limit(),
-        };
-        env.send(&self.pid, (reference, verdict)).is_ok()
-    }
-}
-
-/// Wakes waiters. No lock is held here: a send takes the sender's main lock, and `down` runs with a
-/// dying process's main lock held and takes the semaphore's.
-pub(crate) fn deliver(env: Env<'_>, wakes: Wakes) {
-    let mut left: Vec<(Waker, Verdict)> = Vec::new();
-    for (waker, verdict) in wakes {
-        if !waker.send(env, verdict) {
-            left.push((waker, verdict));
-        }
-    }
-    if !left.is_empty() {
-        // A process that was killed while its dirty NIF ran cannot send any more, although the
-        // receiver lives. The courier's only reference goes right here, so its destructor runs, in
-        // an environment that belongs to no process, and sends in this one's stead.
-        drop(ResourceArc::new(Courier(Mutex::new(left))));
-    }
-}
-
-/// Delivers from its destructor. A send that fails there too has a dead receiver, whose guard gives
-/// the slot on by itself.
-struct Courier(Mutex<Vec<(Waker, Verdict)>>);
-
-#[rustler::resource_impl]
-impl Resource for Courier {
-    fn destructor(self, env: Env<'_>) {
-        for (waker, verdict) in self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            waker.send(env, verdict);
-        }
-    }
-}
+use crate::waker::{SpareEnv, Waker, deliver};
 
 /// The semaphore. It outlives the server that opened it, and so do the slots.
 pub(crate) struct Semaphore {
@@ -104,6 +39,7 @@ impl Resource for Semaphore {
 /// One process's slots.
 pub(crate) struct Guard {
     core: core::Guard<LocalPid, Waker>,
+    spare_env: Arc<SpareEnv>,
 }
 
 #[rustler::resource_impl]
@@ -296,6 +232,7 @@ fn guard_new(env: Env<'_>, semaphore: &Semaphore) -> ResourceArc<Guard> {
     let pid = env.pid();
     let guard = ResourceArc::new(Guard {
         core: core::Guard::new(&semaphore.core, pid),
+        spare_env: Arc::default(),
     });
     // One monitor for each process, for as long as it lives: set and removed on each acquire, it
     // would cost more than all the rest. It can only fail for a process that is dying, and that
@@ -312,6 +249,15 @@ fn try_acquire(guard: &Guard, weight: u32, bytes: u64) -> NifResult<Atom> {
         .map_or_else(refusal, |()| atoms::ok()))
 }
 
+/// The same for one slot and no bytes: fewer arguments to decode on the path that is taken most.
+#[rustler::nif(name = "try_acquire")]
+fn try_acquire_slot(guard: &Guard) -> Atom {
+    guard
+        .core
+        .try_acquire(Want::SLOT)
+        .map_or_else(refusal, |()| atoms::ok())
+}
+
 #[rustler::nif]
 fn acquire_or_queue(
     env: Env<'_>,
@@ -320,7 +266,7 @@ fn acquire_or_queue(
     bytes: u64,
     reference: Reference<'_>,
 ) -> NifResult<Atom> {
-    let waker = Waker::new(env.pid(), reference);
+    let waker = Waker::new(env.pid(), reference, &guard.spare_env);
     Ok(
         match guard.core.acquire_or_queue(want(weight, bytes)?, waker) {
             Ok(Attempt::Granted) => atoms::ok(),

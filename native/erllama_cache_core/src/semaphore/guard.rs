@@ -76,6 +76,7 @@ impl State {
         }
     }
 
+    #[inline]
     pub(super) fn hold(&mut self, want: Want) {
         self.holds.push(Hold {
             want,

@@ -30,7 +30,10 @@ mod word;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::iter;
+use std::option;
 use std::time::Duration;
+use std::vec;
 
 pub use guard::{End, Ended, Guard};
 pub use word::MAX_LIMIT;
@@ -94,25 +97,41 @@ pub enum Verdict {
 /// Wakers to deliver, now that no lock is held, each with what to tell.
 #[must_use = "a waker that is not delivered is a waiter that sleeps for ever"]
 #[derive(Debug)]
-pub struct Wakes<W>(Vec<(W, Verdict)>);
+pub struct Wakes<W> {
+    /// Apart from the rest, so that the usual case, one slot and one waiter, allocates nothing.
+    first: Option<(W, Verdict)>,
+    rest: Vec<(W, Verdict)>,
+}
 
 impl<W> Wakes<W> {
     fn none() -> Self {
-        Wakes(Vec::new())
+        Wakes {
+            first: None,
+            rest: Vec::new(),
+        }
+    }
+
+    fn push(&mut self, waker: W, verdict: Verdict) {
+        let wake = (waker, verdict);
+        if self.first.is_none() {
+            self.first = Some(wake);
+        } else {
+            self.rest.push(wake);
+        }
     }
 
     /// Whether there is nobody to wake.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.first.is_none()
     }
 }
 
 impl<W> IntoIterator for Wakes<W> {
     type Item = (W, Verdict);
-    type IntoIter = std::vec::IntoIter<(W, Verdict)>;
+    type IntoIter = iter::Chain<option::IntoIter<Self::Item>, vec::IntoIter<Self::Item>>;
 
     fn into_iter(self) -> Self::IntoIter {
-        self.0.into_iter()
+        self.first.into_iter().chain(self.rest)
     }
 }
 
@@ -505,7 +524,7 @@ impl<O: Clone, W> Semaphore<O, W> {
             state.ticket = None;
             state.hold(want);
             drop(state);
-            wakes.0.push((waiter.waker, Verdict::Granted));
+            wakes.push(waiter.waker, Verdict::Granted);
         }
         self.word.clear_queue();
     }
@@ -514,7 +533,7 @@ impl<O: Clone, W> Semaphore<O, W> {
 /// Tells a waiter that it will not be served.
 fn dismiss<O, W>(waiter: Waiter<O, W>, verdict: Verdict, wakes: &mut Wakes<W>) {
     lock(&waiter.guard.state).ticket = None;
-    wakes.0.push((waiter.waker, verdict));
+    wakes.push(waiter.waker, verdict);
 }
 
 impl<O: Clone, W> Default for Semaphore<O, W> {

@@ -1,0 +1,134 @@
+//! How a waiter is woken: by one message, `{Ref, granted | closed | weight_exceeds_limit}`, whatever
+//! becomes of the process that gives the slot back.
+
+use std::mem;
+use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use erllama_cache_core::semaphore::{Verdict, Wakes};
+use rustler::env::SavedTerm;
+use rustler::thread::is_scheduler_thread;
+use rustler::{Encoder, Env, LocalPid, OwnedEnv, Reference, Resource, ResourceArc, sys};
+
+use crate::atoms;
+
+/// What wakes a waiter: a message that nobody else can send, in an environment of its own.
+pub(crate) struct Waker {
+    pid: LocalPid,
+    /// `None` only while this is being dropped.
+    env: Option<OwnedEnv>,
+    reference: SavedTerm,
+    spare: Arc<SpareEnv>,
+}
+
+/// Keeps a process's message environment from one wait to the next. It waits in one place at a
+/// time, so one is enough; and whoever wakes it has nothing to free.
+#[derive(Default)]
+pub(crate) struct SpareEnv(Mutex<Option<OwnedEnv>>);
+
+impl SpareEnv {
+    fn swap(&self, env: Option<OwnedEnv>) -> Option<OwnedEnv> {
+        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        mem::replace(&mut *spare, env)
+    }
+
+    fn take(&self) -> OwnedEnv {
+        match self.swap(None) {
+            Some(mut env) => {
+                env.clear();
+                env
+            }
+            None => OwnedEnv::new(),
+        }
+    }
+}
+
+impl Waker {
+    /// Wakes `pid`, which says by `reference` what it waits for.
+    pub(crate) fn new(pid: LocalPid, reference: Reference<'_>, spare: &Arc<SpareEnv>) -> Waker {
+        let env = spare.take();
+        let reference = env.save(*reference);
+        Waker {
+            pid,
+            env: Some(env),
+            reference,
+            spare: Arc::clone(spare),
+        }
+    }
+
+    /// Sends in the name of `env`, which is that of the NIF or callback that runs. Comes back when
+    /// the receiver is dead, or when the sender is: see [`deliver`].
+    fn send(self, env: Env<'_>, verdict: Verdict) -> Result<(), Waker> {
+        let Some(own) = &self.env else {
+            return Ok(());
+        };
+        let verdict = match verdict {
+            Verdict::Granted => atoms::granted(),
+            Verdict::Closed => atoms::closed(),
+            Verdict::WeightExceedsLimit => atoms::weight_exceeds_limit(),
+        };
+        let caller = if is_scheduler_thread() {
+            env.as_c_arg()
+        } else {
+            ptr::null_mut()
+        };
+        let sent = own.run(|own| {
+            let message = (self.reference.load(own), verdict).encode(own);
+            // SAFETY: `message` lives in `own`, which nobody else can reach: a process-independent
+            // environment that this owns. A send that succeeds leaves it to be cleared before it
+            // is used again, which `SpareEnv::take` does. A caller's environment belongs to
+            // scheduler threads only; elsewhere there must be none.
+            unsafe {
+                sys::enif_send(
+                    caller,
+                    self.pid.as_c_arg(),
+                    own.as_c_arg(),
+                    message.as_c_arg(),
+                )
+            }
+        });
+        if sent == 0 { Err(self) } else { Ok(()) }
+    }
+}
+
+impl Drop for Waker {
+    fn drop(&mut self) {
+        let env = self.env.take();
+        drop(self.spare.swap(env));
+    }
+}
+
+/// Wakes waiters. No lock is held here: a send takes the sender's main lock, and `down` runs with a
+/// dying process's main lock held and takes the semaphore's.
+#[inline]
+pub(crate) fn deliver(env: Env<'_>, wakes: Wakes<Waker>) {
+    if !wakes.is_empty() {
+        deliver_some(env, wakes);
+    }
+}
+
+fn deliver_some(env: Env<'_>, wakes: Wakes<Waker>) {
+    let left: Vec<_> = wakes
+        .into_iter()
+        .filter_map(|(waker, verdict)| Some((waker.send(env, verdict).err()?, verdict)))
+        .collect();
+    if !left.is_empty() {
+        // A process that was killed while its dirty NIF ran cannot send any more, although the
+        // receiver lives. The courier's only reference goes right here, so its destructor runs, in
+        // an environment that belongs to no process, and sends in this one's stead.
+        drop(ResourceArc::new(Courier(Mutex::new(left))));
+    }
+}
+
+/// Delivers from its destructor. A send that fails there too has a dead receiver, whose guard gives
+/// the slot on by itself.
+struct Courier(Mutex<Vec<(Waker, Verdict)>>);
+
+#[rustler::resource_impl]
+impl Resource for Courier {
+    fn destructor(self, env: Env<'_>) {
+        for (waker, verdict) in self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            let _ = waker.send(env, verdict);
+        }
+    }
+}

@@ -17,7 +17,7 @@
     quant_byte/1, encode_tokens/1, key/4,
     write_tmp/8, write_more/3, publish/2, abort/1,
     load/2, load_more/1, check/2, check_more/1,
-    delete/2, scan/1, scan_more/1
+    exists/2, delete/2, scan/1, scan_more/1
 ]).
 -export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, failure/0]).
 
@@ -163,6 +163,10 @@ check(_Root, _Key) -> ?NOT_LOADED.
 -spec check_more(reference()) ->
     {ok, Size :: pos_integer(), LastUsed :: non_neg_integer()} | more | failure().
 check_more(_Check) -> ?NOT_LOADED.
+
+%% Whether a file stands under the key's name. What is in it is not looked at.
+-spec exists(root(), key()) -> boolean() | failure().
+exists(_Root, _Key) -> ?NOT_LOADED.
 
 %% Whether there was one.
 -spec delete(root(), key()) -> boolean() | failure().

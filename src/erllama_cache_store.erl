@@ -353,13 +353,23 @@ lease() ->
 claimable(Name, Key) ->
     case ets:lookup(Name, Key) of
         [] -> {ok, none};
-        [#row{state = present}] -> {error, already_present};
+        [#row{state = present} = Row] -> present_still(Name, Row);
         [#row{pid = Pid, expires = Expires} = Row] ->
             Stands = Expires > erlang:monotonic_time(millisecond) andalso is_process_alive(Pid),
             case Stands of
                 true -> {error, conflict};
                 false -> {ok, Row}
             end
+    end.
+
+%% Another node, or a person, may have deleted the file: then the row tells of nothing.
+present_still(Name, #row{key = Key} = Row) ->
+    case erllama_cache_nif:exists((config(Name))#config.path, Key) of
+        false ->
+            remove_row(Name, Row),
+            {ok, none};
+        _ ->
+            {error, already_present}
     end.
 
 claim(Name, none, Row) ->

@@ -364,9 +364,11 @@ save(TierSrv, Tier, Meta, Payload) ->
 %% '''
 %%
 %% Errors: `max_concurrent', no slot in time, and nothing was done; `already_present', this key is
-%% stored; `conflict', somebody else is saving it; `{missing_key, Key}' and `{invalid_meta, Key}',
-%% of the map; `expired', the reservation was lost; a POSIX reason as the module `file' has them.
-%% After any of them nothing is left behind.
+%% stored; `conflict', somebody else is saving it; `{missing_key, Key}', `{invalid_meta, Key}' and
+%% `prefix_too_long', of the map; `expired', the reservation was lost; `badarg', of the root's name;
+%% `{read_back, What}', the file is not what was written; a POSIX reason as the module `file' has
+%% them; and what the host itself answers. After any of them nothing is left behind, but for
+%% `expired' when the file was published by then: it stays, and the host adopts it.
 -spec save(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
            erllama_cache_meta:build_meta(), binary(), timeout()) ->
     {ok, key()} | {error, term()}.

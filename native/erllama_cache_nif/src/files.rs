@@ -289,6 +289,15 @@ fn check_slice<'a>(env: Env<'a>, mut check: Check, slice: &Slice) -> (Option<Che
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
+fn exists<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term<'a>> {
+    let key = kvc::key(key)?;
+    Ok(match root(path)?.and_then(|root| root.has(&key)) {
+        Ok(exists) => exists.encode(env),
+        Err(error) => error_term(env, &error),
+    })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
 fn delete<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term<'a>> {
     let key = kvc::key(key)?;
     Ok(match root(path)?.and_then(|root| root.delete(&key)) {

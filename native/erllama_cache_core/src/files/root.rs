@@ -70,6 +70,18 @@ impl Root {
         self.dir.sync_all().call("fsync")
     }
 
+    /// Whether anything stands under the name of `key`.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn has(&self, key: &Key) -> Result<bool, Error> {
+        match sys::stat_at(&self.dir, &final_name(key)) {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error).call("fstatat"),
+        }
+    }
+
     /// Removes the file of `key`; `false` when there was none.
     ///
     /// # Errors

@@ -29,7 +29,8 @@ without_nul(Path) ->
 %% Where a key's file stands, as a string or a binary like the root.
 -spec final(file:name_all(), erllama_cache_nif:key()) -> file:filename_all().
 final(Root, Key) ->
-    filename:join(Root, <<(<<<<(hex(Nibble))>> || <<Nibble:4>> <= Key>>)/binary, ".kvc">>).
+    %% A string, for joined with a binary a string becomes one.
+    filename:join(Root, [hex(Nibble) || <<Nibble:4>> <= Key] ++ ".kvc").
 
 hex(Nibble) when Nibble < 10 -> $0 + Nibble;
 hex(Nibble) -> $a + Nibble - 10.

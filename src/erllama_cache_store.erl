@@ -159,19 +159,21 @@ child_spec(Name, Options) ->
     {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
 load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     Config = config(Name),
+    %% Only this row may be forgotten: a save can end while the load finds out that there is no file.
+    Known = ets:lookup(Name, Key),
     case load_slices(Config#config.path, Key) of
         {ok, #{file_size := Size}, _Payload} = Loaded ->
             count_one(Config, ?HITS),
-            note_use(Name, Key, Size),
+            note_use(Name, Key, Size, Known),
             Loaded;
         miss ->
             count_one(Config, ?MISSES),
-            forget(Name, Key),
+            forget(Name, Known),
             miss;
         {error, {corrupt, _}} = Error ->
             %% Forgotten, so that a save of this key finds it and replaces it.
             count_one(Config, ?REFUSED),
-            forget(Name, Key),
+            forget(Name, Known),
             Error;
         {error, _} = Error ->
             Error
@@ -189,42 +191,39 @@ load_more(Load) ->
         Result -> Result
     end.
 
-note_use(Name, Key, Size) ->
+note_use(Name, Key, Size, Known) ->
     Now = now_ms(),
     case ets:update_element(Name, Key, {#row.last_used, Now}) of
-        true ->
-            ok;
-        false ->
+        false when Known =:= [] ->
             %% Saved by another node on the same root.
             case ets:insert_new(Name, present(Key, Size, Now)) of
                 true -> gen_server:cast(Name, {used, Size});
                 false -> ok
-            end
+            end;
+        _TrueOrDeletedSince ->
+            ok
     end.
 
+%% The token tells this row from a later one of the same key.
 present(Key, Size, LastUsed) ->
-    #row{key = Key, size = Size, last_used = LastUsed, state = present}.
+    #row{key = Key, size = Size, last_used = LastUsed, state = present, token = make_ref()}.
 
-%% Removes the row of a file that is not there, or not worth anything.
-forget(Name, Key) ->
-    case ets:lookup(Name, Key) of
-        [#row{state = present} = Row] -> remove_row(Name, Row);
-        _ -> ok
-    end.
-
-remove_row(Name, #row{key = Key, size = Size}) ->
-    Pattern = #row{key = Key, size = Size, state = present, _ = '_'},
-    case ets:select_delete(Name, [{Pattern, [], [true]}]) of
+%% Removes the row of a file that is not there, or not worth anything, unless it is another by now.
+forget(Name, [#row{state = present, size = Size} = Row]) ->
+    case ets:select_delete(Name, [{Row#row{last_used = '_'}, [], [true]}]) of
         1 -> gen_server:cast(Name, {used, -Size});
         0 -> ok
-    end.
+    end;
+forget(_Name, _NothingOrReserved) ->
+    ok.
 
 %% @doc Deletes what is stored under a key; `ok' also when nothing is.
 -spec delete(name(), erllama_cache_writer:key()) -> ok | {error, term()}.
 delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     Config = config(Name),
+    Known = ets:lookup(Name, Key),
     case erllama_cache_nif:delete(Config#config.path, Key) of
-        Existed when is_boolean(Existed) -> forget(Name, Key);
+        Existed when is_boolean(Existed) -> forget(Name, Known);
         {error, _} = Error -> Error
     end.
 
@@ -366,7 +365,7 @@ claimable(Name, Key) ->
 present_still(Name, #row{key = Key} = Row) ->
     case erllama_cache_nif:exists((config(Name))#config.path, Key) of
         false ->
-            remove_row(Name, Row),
+            forget(Name, [Row]),
             {ok, none};
         _ ->
             {error, already_present}
@@ -391,7 +390,7 @@ mark_published(Name, Key, Token, _Path) ->
     renew(Name, Key, Token, published).
 
 renew(Name, Key, Token, State) ->
-    Old = #row{key = Key, size = '$1', last_used = 0, state = '$2', token = Token, pid = '$3',
+    Old = #row{key = Key, size = '$1', last_used = '_', state = '$2', token = Token, pid = '$3',
                expires = '_'},
     New = {{row, Key, '$1', 0, State, Token, '$3', lease()}},
     replaced(ets:select_replace(table(Name), [{Old, [], [New]}])).
@@ -443,17 +442,20 @@ init({Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}}) ->
         counters = counters:new(length(?COUNTERS), [write_concurrency])
     },
     true = ets:insert(Name, {config, config, Config}),
-    case erllama_cache_nif:scan(Path) of
-        {ok, Scan} ->
-            case scan(Scan, Config, 0) of
-                {ok, Used} ->
-                    {_, State} = make_room(0, #state{config = Config, used = Used}),
-                    {ok, State};
-                {error, Reason} ->
-                    {stop, Reason}
-            end;
+    case scan(Config) of
+        {ok, Used} ->
+            {_, State} = make_room(0, #state{config = Config, used = Used}),
+            {ok, State};
         {error, Reason} ->
+            %% The starter hears of it before this process is gone, and may try again at once.
+            true = ets:delete(Name),
             {stop, Reason}
+    end.
+
+scan(#config{path = Path} = Config) ->
+    case erllama_cache_nif:scan(Path) of
+        {ok, Scan} -> scan(Scan, Config, 0);
+        {error, _} = Error -> Error
     end.
 
 scan(Scan, #config{name = Name} = Config, Used) ->

@@ -1,16 +1,21 @@
-# Elixir calls the writer as any Erlang module: a save and a load.
+# Elixir calls the writer and the store as it calls any Erlang module. What a save does is the
+# business of the Erlang tests; this checks that nothing about it needs to be Erlang.
 ExUnit.start()
 
 defmodule ElixirCheck do
   use ExUnit.Case
 
-  test "saves and loads" do
-    root = Path.join(System.tmp_dir!(), "elixir_check_#{System.unique_integer([:positive])}_#{System.pid()}")
-    File.mkdir_p!(root)
+  alias :erllama_cache_store, as: Store
+  alias :erllama_cache_writer, as: Writer
+
+  setup do
+    unique = "elixir_check_#{System.pid()}_#{System.unique_integer([:positive])}"
+    root = Path.join(System.tmp_dir!(), unique)
+    File.mkdir!(root)
     on_exit(fn -> File.rm_rf!(root) end)
 
-    {:ok, _} = :erllama_cache_store.start_link(:elixir_store, %{root: root})
-    {:ok, _} = :erllama_cache_writer.start_link(%{host: :erllama_cache_store})
+    start_supervised!(Store.child_spec(__MODULE__, %{root: root}))
+    start_supervised!(%{id: Writer, start: {Writer, :start_link, [%{host: Store}]}})
 
     meta = %{
       save_reason: :cold,
@@ -20,14 +25,51 @@ defmodule ElixirCheck do
       quant_type: :f16,
       ctx_params_hash: <<2::256>>,
       tokens: Enum.to_list(1..100),
-      context_size: 4096
+      context_size: 4096,
+      prompt_text: "Grüße aus Elixir"
     }
 
+    {:ok, root: root, meta: meta}
+  end
+
+  test "loads what it saves", %{root: root, meta: meta} do
     payload = :crypto.strong_rand_bytes(100_000)
-    {:ok, key} = :erllama_cache_writer.save(:elixir_store, :disk, meta, payload)
-    assert {:ok, info, ^payload} = :erllama_cache_store.load(:elixir_store, key)
-    assert info.tokens == meta.tokens
-    assert {:error, :already_present} = :erllama_cache_writer.save(:elixir_store, :disk, meta, payload)
-    assert :erllama_cache_writer.current() == 0
+    assert {:ok, key} = Writer.save(__MODULE__, :disk, meta, payload)
+    assert {:ok, ^key} = Store.key(meta)
+    assert File.ls!(root) == [Base.encode16(key, case: :lower) <> ".kvc"]
+
+    assert {:ok, info, ^payload} = Store.load(__MODULE__, key)
+    assert Map.take(info, Map.keys(meta)) == meta
+    assert Writer.current() == 0
+
+    assert :ok = Store.delete(__MODULE__, key)
+    assert :miss = Store.load(__MODULE__, key)
+  end
+
+  test "saves a key once", %{meta: meta} do
+    assert {:ok, key} = Writer.save(__MODULE__, :disk, meta, "first")
+    assert {:error, :already_present} = Writer.save(__MODULE__, :disk, meta, "second", 0)
+    assert {:ok, _info, "first"} = Store.load(__MODULE__, key)
+    assert %{saves: 1, duplicates: 1} = Store.info(__MODULE__)
+  end
+
+  test "says what is wrong with a map", %{root: root, meta: meta} do
+    save = &Writer.save(__MODULE__, :disk, &1, "payload")
+    assert {:error, {:missing_key, :tokens}} = save.(Map.delete(meta, :tokens))
+    # A string of Elixir's is a binary, a charlist is not.
+    assert {:error, {:invalid_meta, :prompt_text}} = save.(%{meta | prompt_text: ~c"charlist"})
+    assert {:error, {:invalid_meta, :tokens}} = save.(%{meta | tokens: [1, "two"]})
+    # nil is an atom, and no number.
+    assert {:error, {:invalid_meta, :context_size}} = save.(%{meta | context_size: nil})
+    assert File.ls!(root) == []
+    assert {:ok, _key} = save.(meta)
+  end
+
+  test "runs a function with a slot" do
+    assert 1 == Writer.with_slot(:infinity, fn -> Writer.current() end)
+    assert_raise RuntimeError, fn -> Writer.with_slot(0, fn -> raise "on purpose" end) end
+    assert Writer.current() == 0
+    :ok = stop_supervised(Writer)
+    assert {:noproc, _} = catch_exit(Writer.acquire(0))
   end
 end

@@ -1,18 +1,69 @@
-%% Stands in for the host's module of this name: the key of the contract.
+%% Stands in for the host's module of this name: SHA-256 over fingerprint, quant byte, hash of the
+%% context's parameters, and tokens. It shares no code with the NIF.
 -module(erllama_cache_key).
+
 -export([make/1, make/4, quant_byte/1, encode_tokens/1]).
 
--spec make(map()) -> <<_:256>>.
-make(#{fingerprint := <<_:256>> = Fp, quant_type := Quant, ctx_params_hash := <<_:256>> = Ctx,
-       tokens := Tokens}) ->
-    make(Fp, Quant, Ctx, encode_tokens(Tokens)).
+-spec make(#{fingerprint := <<_:256>>, quant_type := atom(), ctx_params_hash := <<_:256>>,
+             tokens := [non_neg_integer()]}) -> <<_:256>>.
+make(#{fingerprint := <<_:256>> = Fingerprint, quant_type := QuantType,
+       ctx_params_hash := <<_:256>> = CtxParamsHash, tokens := Tokens} = Parts)
+    when is_atom(QuantType), is_list(Tokens)
+->
+    erllama_standin:call(make, [Parts], fun() ->
+        key(Fingerprint, QuantType, CtxParamsHash, encode(Tokens))
+    end).
 
 -spec make(<<_:256>>, atom(), <<_:256>>, binary()) -> <<_:256>>.
-make(Fp, Quant, Ctx, Tokens) ->
-    erllama_cache_nif:key(Fp, quant_byte(Quant), Ctx, Tokens).
+make(<<_:256>> = Fingerprint, QuantType, <<_:256>> = CtxParamsHash, Tokens)
+    when is_atom(QuantType), is_binary(Tokens)
+->
+    erllama_standin:call(make, [Fingerprint, QuantType, CtxParamsHash, Tokens], fun() ->
+        key(Fingerprint, QuantType, CtxParamsHash, Tokens)
+    end).
 
 -spec quant_byte(atom()) -> byte().
-quant_byte(Quant) -> erllama_cache_nif:quant_byte(Quant).
+quant_byte(QuantType) when is_atom(QuantType) ->
+    erllama_standin:call(quant_byte, [QuantType], fun() -> byte(QuantType) end).
 
--spec encode_tokens([integer()]) -> binary().
-encode_tokens(Tokens) -> <<<<Token:32/little>> || Token <- Tokens>>.
+-spec encode_tokens([non_neg_integer()]) -> binary().
+encode_tokens(Tokens) ->
+    erllama_standin:call(encode_tokens, [Tokens], fun() -> encode(Tokens) end).
+
+key(Fingerprint, QuantType, CtxParamsHash, Tokens) ->
+    <<_:256>> = crypto:hash(sha256, [Fingerprint, byte(QuantType), CtxParamsHash, Tokens]).
+
+encode(Tokens) ->
+    <<<<Token:32/little>> || Token <- Tokens>>.
+
+byte(f32) -> 0;
+byte(f16) -> 1;
+byte(q4_0) -> 2;
+byte(q4_1) -> 3;
+byte(q5_0) -> 4;
+byte(q5_1) -> 5;
+byte(q8_0) -> 6;
+byte(q4_k_m) -> 7;
+byte(q4_k_s) -> 8;
+byte(q5_k_m) -> 9;
+byte(q5_k_s) -> 10;
+byte(q6_k) -> 11;
+byte(q8_k) -> 12;
+byte(q2_k) -> 13;
+byte(q3_k_s) -> 14;
+byte(q3_k_m) -> 15;
+byte(q3_k_l) -> 16;
+byte(iq2_xxs) -> 17;
+byte(iq2_xs) -> 18;
+byte(iq2_s) -> 19;
+byte(iq2_m) -> 20;
+byte(iq3_xxs) -> 21;
+byte(iq3_xs) -> 22;
+byte(iq3_s) -> 23;
+byte(iq3_m) -> 24;
+byte(iq1_s) -> 25;
+byte(iq1_m) -> 26;
+byte(iq4_nl) -> 27;
+byte(iq4_xs) -> 28;
+byte(bf16) -> 29;
+byte(_Other) -> 255.

@@ -1,0 +1,1310 @@
+//! Files in a root, through the public interface: saving and loading them, and what other threads,
+//! other processes and a failing system do to them.
+//!
+//! A slice of no length ends after one piece, so that everything that can be done in slices is.
+
+use std::collections::BTreeSet;
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Barrier;
+use std::thread;
+use std::time::Duration;
+
+use erllama_cache_core::Error;
+use erllama_cache_core::files::{
+    Check, DEFAULT_MODE, Found, Loader, Outcome, Progress, Published, Root, Scan, Slice, TmpFile,
+};
+use erllama_cache_core::kvc::{
+    Corrupt, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason, verify,
+};
+use tempfile::TempDir;
+
+const FINGERPRINT: [u8; 32] = [1; 32];
+const CTX_PARAMS_HASH: [u8; 32] = [2; 32];
+const QUANT_BYTE: u8 = 1;
+
+/// Up to here a file is written in one call. Of a bigger one several pieces are.
+const SMALL: usize = 1024 * 1024;
+
+// What is saved. A number makes the tokens, and so the key.
+
+fn key(n: u32) -> Key {
+    Key::of(&FINGERPRINT, QUANT_BYTE, &CTX_PARAMS_HASH, &n.to_le_bytes())
+}
+
+fn prefix(n: u32, payload: &[u8]) -> Prefix {
+    let meta = Meta {
+        save_reason: SaveReason::Cold,
+        quant_bits: 16,
+        quant_byte: QUANT_BYTE,
+        fingerprint: &FINGERPRINT,
+        fingerprint_mode: FingerprintMode::Safe,
+        ctx_params_hash: &CTX_PARAMS_HASH,
+        tokens: &n.to_le_bytes(),
+        context_size: 4096,
+        creation_time: 1_700_000_000,
+        last_used_time: 1_700_000_000,
+        hit_count: 0,
+        prompt_text: b"",
+        hostname: b"",
+        erllama_version: b"",
+        save_reason_detail: b"",
+    };
+    Prefix::encode(&meta, payload.len() as u64, Digest::None).unwrap()
+}
+
+fn payload(len: usize) -> Vec<u8> {
+    (0..len).map(|i| (i * 31 + i / 251) as u8).collect()
+}
+
+// What is done with it.
+
+/// What is learnt of a directory is remembered by its number, and a test may have taught it that the
+/// directory that had this number before knows no files without a name.
+fn root() -> TempDir {
+    let mut spoilt = Vec::new();
+    loop {
+        let dir = tempfile::tempdir().unwrap();
+        if !open(dir.path()).needs_names() {
+            return dir;
+        }
+        spoilt.push(dir);
+    }
+}
+
+fn open(dir: &Path) -> Root {
+    try_open(dir).unwrap()
+}
+
+fn try_open(dir: &Path) -> Result<Root, Error> {
+    Root::open(&CString::new(dir.as_os_str().as_bytes()).unwrap())
+}
+
+/// The shortest slice there is.
+fn slice() -> Slice {
+    Slice::of(Duration::ZERO)
+}
+
+/// Calls again for as long as there is more to do.
+fn complete<T>(mut step: impl FnMut() -> Result<Progress<T>, Error>) -> Result<T, Error> {
+    loop {
+        if let Progress::Done(result) = step()? {
+            return Ok(result);
+        }
+    }
+}
+
+fn create(dir: &Path, n: u32, payload: &[u8]) -> Result<TmpFile, Error> {
+    TmpFile::create(open(dir), key(n), prefix(n, payload), DEFAULT_MODE)
+}
+
+fn write(tmp: &mut TmpFile, payload: &[u8]) -> Result<(), Error> {
+    complete(|| tmp.write(payload, &slice()))
+}
+
+fn publish(tmp: &mut TmpFile) -> Result<Published, Error> {
+    complete(|| tmp.publish(&slice()))
+}
+
+fn written(dir: &Path, n: u32, payload: &[u8]) -> TmpFile {
+    let mut tmp = create(dir, n, payload).unwrap();
+    write(&mut tmp, payload).unwrap();
+    tmp
+}
+
+fn save(dir: &Path, n: u32, payload: &[u8]) -> Result<Published, Error> {
+    let mut tmp = create(dir, n, payload)?;
+    write(&mut tmp, payload)?;
+    publish(&mut tmp)
+}
+
+fn load(dir: &Path, n: u32) -> Result<Option<Vec<u8>>, Error> {
+    let Some(mut loader) = Loader::open(&open(dir), &key(n))? else {
+        return Ok(None);
+    };
+    read(&mut loader).map(Some)
+}
+
+fn read(loader: &mut Loader) -> Result<Vec<u8>, Error> {
+    let mut payload = vec![0; loader.payload_len() as usize];
+    complete(|| loader.read(&mut payload, &slice()))?;
+    Ok(payload)
+}
+
+fn check(dir: &Path, n: u32) -> Result<(), Error> {
+    let mut check = Check::open(&open(dir), &key(n), true)?.expect("a file");
+    complete(|| check.step(&slice()))
+}
+
+fn scan(dir: &Path) -> Vec<Found> {
+    let mut scan = Scan::open(open(dir)).unwrap();
+    let mut found = Vec::new();
+    complete(|| scan.step(&mut found, &slice())).unwrap();
+    found
+}
+
+// What is there afterwards.
+
+fn path(dir: &Path, n: u32) -> PathBuf {
+    dir.join(key(n).file_name())
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[track_caller]
+fn assert_holds(dir: &Path, n: u32, payload: &[u8]) {
+    assert!(load(dir, n).unwrap().as_deref() == Some(payload));
+    check(dir, n).unwrap();
+}
+
+#[track_caller]
+fn assert_empty(dir: &Path) {
+    assert_eq!(names(dir), [""; 0]);
+}
+
+#[track_caller]
+fn assert_only(dir: &Path, n: u32) {
+    assert_eq!(names(dir), [key(n).file_name()]);
+}
+
+#[track_caller]
+fn assert_errno<T: std::fmt::Debug>(result: Result<T, Error>, errno: i32) {
+    assert_eq!(result.unwrap_err().errno(), Some(errno));
+}
+
+fn flip_last_byte(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+// Saving and loading
+
+#[test]
+fn what_is_saved_is_loaded() {
+    let dir = root();
+    let sizes = [
+        0,
+        1,
+        4096,
+        SMALL - 1,
+        SMALL,
+        SMALL + 1,
+        3 * SMALL / 2,
+        9 * SMALL + 7,
+    ];
+    for (n, size) in (0..).zip(sizes) {
+        let payload = payload(size);
+        let published = save(dir.path(), n, &payload).unwrap();
+        assert_eq!(published.outcome, Outcome::Linked, "{size}");
+        assert_holds(dir.path(), n, &payload);
+
+        let file = fs::read(path(dir.path(), n)).unwrap();
+        assert_eq!(published.file_len, file.len() as u64, "{size}");
+        assert_eq!(published.header, file[..48], "{size}");
+        assert!(file.ends_with(&payload), "{size}");
+        verify(
+            &file[..],
+            file.len() as u64,
+            Some(&key(n)),
+            &mut vec![0; 1000],
+        )
+        .unwrap();
+    }
+    assert_eq!(names(dir.path()).len(), sizes.len());
+}
+
+#[test]
+fn what_is_not_there_is_none() {
+    let dir = root();
+    let root = open(dir.path());
+    assert!(load(dir.path(), 1).unwrap().is_none());
+    assert!(Check::open(&root, &key(1), true).unwrap().is_none());
+    assert!(!root.delete(&key(1)).unwrap());
+    save(dir.path(), 1, b"payload").unwrap();
+    assert!(root.delete(&key(1)).unwrap());
+    assert_empty(dir.path());
+}
+
+#[test]
+fn nothing_is_seen_before_it_is_published() {
+    let dir = root();
+    let payload = payload(2 * SMALL);
+    let mut tmp = create(dir.path(), 1, &payload).unwrap();
+    let mut slices = 0;
+    while tmp.write(&payload, &slice()).unwrap() == Progress::More {
+        assert!(load(dir.path(), 1).unwrap().is_none());
+        assert!(scan(dir.path()).is_empty());
+        slices += 1;
+    }
+    // A piece at a time, first written, then read back, then the sync.
+    assert!(slices >= 4 + 8, "{slices}");
+    assert!(load(dir.path(), 1).unwrap().is_none());
+    publish(&mut tmp).unwrap();
+    assert_holds(dir.path(), 1, &payload);
+}
+
+#[test]
+fn what_is_dropped_on_the_way_is_gone() {
+    let dir = root();
+    let payload = payload(2 * SMALL);
+    for calls in 0.. {
+        let mut tmp = create(dir.path(), 1, &payload).unwrap();
+        let done = (0..calls).any(|_| tmp.write(&payload, &slice()).unwrap() == Progress::Done(()));
+        drop(tmp);
+        assert_empty(dir.path());
+        if done {
+            break;
+        }
+    }
+}
+
+#[test]
+fn every_call_has_its_turn() {
+    let dir = root();
+    let out_of_turn = |result: Result<Progress<()>, Error>| {
+        assert!(matches!(result, Err(Error::OutOfTurn)));
+    };
+    let publish_early = |tmp: &mut TmpFile| tmp.publish(&slice()).map(|_| Progress::Done(()));
+
+    let mut tmp = create(dir.path(), 1, b"payload").unwrap();
+    out_of_turn(tmp.write(b"another length", &slice()));
+    out_of_turn(publish_early(&mut tmp));
+    write(&mut tmp, b"payload").unwrap();
+    write(&mut tmp, b"payload").unwrap();
+    publish(&mut tmp).unwrap();
+    out_of_turn(tmp.write(b"payload", &slice()));
+    out_of_turn(publish_early(&mut tmp));
+    drop(tmp);
+    assert_holds(dir.path(), 1, b"payload");
+
+    let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+    out_of_turn(loader.read(&mut [0; 6], &slice()));
+    assert_eq!(read(&mut loader).unwrap(), b"payload");
+}
+
+#[test]
+fn permissions_are_those_asked_for() {
+    let dir = root();
+    for (n, mode) in (0..).zip([0o600, 0o666, 0o640, 0o444]) {
+        let mut tmp = TmpFile::create(open(dir.path()), key(n), prefix(n, b"x"), mode).unwrap();
+        write(&mut tmp, b"x").unwrap();
+        publish(&mut tmp).unwrap();
+        let permissions = fs::metadata(path(dir.path(), n)).unwrap().permissions();
+        assert_eq!(permissions.mode() & 0o777, mode);
+        assert_holds(dir.path(), n, b"x");
+    }
+}
+
+#[test]
+fn a_use_is_noted() {
+    let dir = root();
+    save(dir.path(), 1, b"payload").unwrap();
+    let load_and_note = |now| {
+        let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+        assert_eq!(read(&mut loader).unwrap(), b"payload");
+        loader.note_use(now);
+        let header = loader.prefix().header();
+        (header.hit_count, header.last_used_time)
+    };
+    assert_eq!(load_and_note(42), (0, 1_700_000_000));
+    assert_eq!(load_and_note(43), (1, 42));
+
+    let file = File::options()
+        .write(true)
+        .open(path(dir.path(), 1))
+        .unwrap();
+    file.write_all_at(&u32::MAX.to_le_bytes(), 12).unwrap();
+    load_and_note(44);
+    assert_eq!(load_and_note(45), (u32::MAX, 44), "the count stays there");
+
+    // A file with a second name may be somebody's else.
+    fs::hard_link(path(dir.path(), 1), dir.path().join("second name")).unwrap();
+    load_and_note(46);
+    assert_eq!(load_and_note(47), (u32::MAX, 45));
+}
+
+// The name is taken
+
+#[test]
+fn a_valid_file_is_adopted() {
+    let dir = root();
+    let first = payload(2 * SMALL);
+    let length = save(dir.path(), 1, &first).unwrap().file_len;
+    let published = save(dir.path(), 1, b"second").unwrap();
+    assert_eq!(published.outcome, Outcome::Adopted);
+    assert_eq!(published.file_len, length);
+    assert_eq!(
+        published.header,
+        fs::read(path(dir.path(), 1)).unwrap()[..48]
+    );
+    assert_holds(dir.path(), 1, &first);
+    assert_only(dir.path(), 1);
+}
+
+#[test]
+fn an_invalid_file_is_replaced() {
+    let dir = root();
+    let path = path(dir.path(), 1);
+    let damages: [fn(&Path); 5] = [
+        flip_last_byte,
+        |path| fs::write(path, b"").unwrap(),
+        |path| fs::write(path, b"not a KVC file at all").unwrap(),
+        |path| {
+            File::options()
+                .write(true)
+                .open(path)
+                .unwrap()
+                .set_len(150)
+                .unwrap()
+        },
+        |path| {
+            File::options()
+                .append(true)
+                .open(path)
+                .unwrap()
+                .write_all(b"x")
+                .unwrap()
+        },
+    ];
+    for damage in damages {
+        save(dir.path(), 1, &payload(2 * SMALL)).unwrap();
+        damage(&path);
+        assert!(matches!(load(dir.path(), 1), Err(Error::Corrupt(_))));
+        let published = save(dir.path(), 1, b"new").unwrap();
+        assert_eq!(published.outcome, Outcome::Replaced);
+        assert_holds(dir.path(), 1, b"new");
+        assert_only(dir.path(), 1);
+        fs::remove_file(&path).unwrap();
+    }
+}
+
+#[test]
+fn a_valid_file_of_another_key_is_replaced() {
+    let dir = root();
+    save(dir.path(), 1, b"one").unwrap();
+    fs::rename(path(dir.path(), 1), path(dir.path(), 2)).unwrap();
+    assert!(matches!(
+        load(dir.path(), 2),
+        Err(Error::Corrupt(Corrupt::KeyMismatch))
+    ));
+    let published = save(dir.path(), 2, b"two").unwrap();
+    assert_eq!(published.outcome, Outcome::Replaced);
+    assert_holds(dir.path(), 2, b"two");
+}
+
+/// A key is the host's to make: that it is not ours does not make a file invalid.
+#[test]
+fn a_valid_file_is_adopted_whatever_the_formula_of_its_name() {
+    let dir = root();
+    let foreign = Key::from_bytes([9; 32]);
+    let outcomes = [b"first!", b"second"].map(|payload| {
+        let mut tmp =
+            TmpFile::create(open(dir.path()), foreign, prefix(1, payload), DEFAULT_MODE).unwrap();
+        write(&mut tmp, payload).unwrap();
+        publish(&mut tmp).unwrap().outcome
+    });
+    assert_eq!(outcomes, [Outcome::Linked, Outcome::Adopted]);
+}
+
+#[test]
+fn a_link_or_a_fifo_is_replaced_and_never_opened() {
+    let dir = root();
+    let target = dir.path().join("target");
+    save(dir.path(), 1, b"payload").unwrap();
+    fs::rename(path(dir.path(), 1), &target).unwrap();
+    let before = fs::read(&target).unwrap();
+
+    let there: [&dyn Fn(); 3] = [
+        &|| symlink(&target, path(dir.path(), 1)).unwrap(),
+        &|| symlink("nowhere", path(dir.path(), 1)).unwrap(),
+        &|| {
+            let made = Command::new("mkfifo").arg(path(dir.path(), 1)).status();
+            assert!(made.unwrap().success());
+        },
+    ];
+    for make in there {
+        make();
+        assert!(matches!(load(dir.path(), 1), Err(Error::NotRegular)));
+        assert!(matches!(
+            Check::open(&open(dir.path()), &key(1), true),
+            Err(Error::NotRegular)
+        ));
+        let published = save(dir.path(), 1, b"payload").unwrap();
+        assert_eq!(published.outcome, Outcome::Replaced);
+        let metadata = fs::symlink_metadata(path(dir.path(), 1)).unwrap();
+        assert!(metadata.is_file());
+        assert_holds(dir.path(), 1, b"payload");
+        fs::remove_file(path(dir.path(), 1)).unwrap();
+    }
+    assert_eq!(fs::read(&target).unwrap(), before);
+    assert_eq!(names(dir.path()), ["target"]);
+}
+
+#[test]
+fn a_directory_is_an_error_and_stays() {
+    let dir = root();
+    fs::create_dir(path(dir.path(), 1)).unwrap();
+    assert_errno(save(dir.path(), 1, b"payload"), libc::EISDIR);
+    assert!(open(dir.path()).delete(&key(1)).is_err());
+    assert!(matches!(load(dir.path(), 1), Err(Error::NotRegular)));
+    assert_only(dir.path(), 1);
+}
+
+// Roots
+
+#[test]
+fn what_is_no_root_is_an_error() {
+    let dir = root();
+    let file = dir.path().join("file");
+    fs::write(&file, b"").unwrap();
+    let link = dir.path().join("loop");
+    symlink("loop", &link).unwrap();
+    assert_errno(try_open(&dir.path().join("missing")), libc::ENOENT);
+    assert_errno(try_open(Path::new("")), libc::ENOENT);
+    assert_errno(try_open(&file), libc::ENOTDIR);
+    assert_errno(try_open(&link), libc::ELOOP);
+    assert_errno(
+        try_open(&dir.path().join("a".repeat(256))),
+        libc::ENAMETOOLONG,
+    );
+}
+
+#[test]
+fn a_root_may_have_any_name() {
+    let dir = root();
+    // macOS takes UTF-8 only.
+    let name: &[u8] = if cfg!(target_os = "linux") {
+        b"\xff\xfe \n\\"
+    } else {
+        "\u{e9} \n\\".as_bytes()
+    };
+    let odd = dir.path().join(std::ffi::OsStr::from_bytes(name));
+    fs::create_dir(&odd).unwrap();
+    save(&odd, 1, b"payload").unwrap();
+    assert_holds(&odd, 1, b"payload");
+}
+
+#[test]
+fn a_root_that_is_removed_is_an_error() {
+    let dir = root();
+    let [root, held] = [open(dir.path()), open(dir.path())];
+    let mut tmp = written(dir.path(), 1, b"payload");
+    dir.close().unwrap();
+    assert_errno(publish(&mut tmp), libc::ENOENT);
+    // Some file systems refuse this at once, others when it gets a name.
+    let saved = TmpFile::create(root, key(1), prefix(1, b"payload"), DEFAULT_MODE)
+        .and_then(|mut tmp| write(&mut tmp, b"payload").and_then(|()| publish(&mut tmp)));
+    assert!(saved.is_err());
+    assert!(!held.needs_names(), "that it is gone says nothing of that");
+}
+
+#[test]
+fn a_root_that_is_moved_stays_the_root() {
+    let dir = root();
+    let [before, after] = ["before", "after"].map(|name| dir.path().join(name));
+    fs::create_dir(&before).unwrap();
+    let mut tmp = written(&before, 1, b"payload");
+    fs::rename(&before, &after).unwrap();
+    fs::create_dir(&before).unwrap();
+    publish(&mut tmp).unwrap();
+    assert_empty(&before);
+    assert_holds(&after, 1, b"payload");
+}
+
+#[test]
+fn a_root_may_be_a_link_that_is_turned_elsewhere() {
+    let dir = root();
+    let [a, b, link] = ["a", "b", "link"].map(|name| dir.path().join(name));
+    fs::create_dir(&a).unwrap();
+    fs::create_dir(&b).unwrap();
+    symlink(&a, &link).unwrap();
+    let mut tmp = written(&link, 1, b"payload");
+    fs::remove_file(&link).unwrap();
+    symlink(&b, &link).unwrap();
+    publish(&mut tmp).unwrap();
+    assert_holds(&a, 1, b"payload");
+    assert_empty(&b);
+}
+
+// Files that change while they are read
+
+#[test]
+fn a_file_that_shrinks_is_truncated() {
+    let dir = root();
+    let payload = payload(2 * SMALL);
+    save(dir.path(), 1, &payload).unwrap();
+    let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+    let mut check = Check::open(&open(dir.path()), &key(1), true)
+        .unwrap()
+        .unwrap();
+    let mut buf = vec![0; payload.len()];
+    assert_eq!(loader.read(&mut buf, &slice()).unwrap(), Progress::More);
+    assert_eq!(check.step(&slice()).unwrap(), Progress::More);
+    let file = File::options()
+        .write(true)
+        .open(path(dir.path(), 1))
+        .unwrap();
+    file.set_len(SMALL as u64).unwrap();
+    let truncated = |error| matches!(error, Error::Corrupt(Corrupt::Truncated));
+    assert!(truncated(
+        complete(|| loader.read(&mut buf, &slice())).unwrap_err()
+    ));
+    assert!(truncated(complete(|| check.step(&slice())).unwrap_err()));
+    assert!(truncated(load(dir.path(), 1).unwrap_err()));
+}
+
+#[test]
+fn a_file_that_grows_is_what_it_was_and_then_too_long() {
+    let dir = root();
+    let payload = payload(2 * SMALL);
+    save(dir.path(), 1, &payload).unwrap();
+    let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+    let mut file = File::options()
+        .append(true)
+        .open(path(dir.path(), 1))
+        .unwrap();
+    file.write_all(b"more").unwrap();
+    assert!(read(&mut loader).unwrap() == payload);
+    assert!(matches!(
+        load(dir.path(), 1),
+        Err(Error::Corrupt(Corrupt::TrailingBytes))
+    ));
+}
+
+#[test]
+fn a_file_that_is_written_to_has_another_checksum() {
+    let dir = root();
+    let payload = payload(2 * SMALL);
+    save(dir.path(), 1, &payload).unwrap();
+    let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+    let mut buf = vec![0; payload.len()];
+    assert_eq!(loader.read(&mut buf, &slice()).unwrap(), Progress::More);
+    flip_last_byte(&path(dir.path(), 1));
+    assert!(matches!(
+        complete(|| loader.read(&mut buf, &slice())),
+        Err(Error::Corrupt(Corrupt::CrcMismatch))
+    ));
+}
+
+#[test]
+fn a_file_that_is_deleted_is_read_to_its_end() {
+    let dir = root();
+    save(dir.path(), 1, b"old").unwrap();
+    let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+    assert!(open(dir.path()).delete(&key(1)).unwrap());
+    save(dir.path(), 1, b"new").unwrap();
+    assert_eq!(read(&mut loader).unwrap(), b"old");
+    assert_holds(dir.path(), 1, b"new");
+}
+
+/// A sparse file really has the length that its header claims, and costs nothing to make.
+#[test]
+fn no_memory_is_taken_for_an_absurd_prefix() {
+    let dir = root();
+    save(dir.path(), 1, b"payload").unwrap();
+    let file = File::options()
+        .write(true)
+        .open(path(dir.path(), 1))
+        .unwrap();
+    let offset: u64 = 1 << 40;
+    file.write_all_at(&offset.to_le_bytes(), 48).unwrap();
+    file.set_len(offset + 7).unwrap();
+    assert!(matches!(
+        load(dir.path(), 1),
+        Err(Error::Corrupt(Corrupt::PrefixTooLong))
+    ));
+}
+
+// Scans
+
+fn temporary_name(random: u64) -> String {
+    format!("{}.{random:016x}.tmp", key(1).to_hex())
+}
+
+#[test]
+fn a_scan_tells_what_is_there_and_removes_what_is_nothing() {
+    let dir = root();
+    for n in 0..30 {
+        save(dir.path(), n, &payload(n as usize)).unwrap();
+    }
+    // Its header is right, and more is not read.
+    flip_last_byte(&path(dir.path(), 3));
+    fs::write(path(dir.path(), 30), b"").unwrap();
+    fs::write(path(dir.path(), 31), vec![0; 1000]).unwrap();
+    fs::create_dir(path(dir.path(), 32)).unwrap();
+    symlink("/dev/zero", path(dir.path(), 33)).unwrap();
+    let mut later = fs::read(path(dir.path(), 0)).unwrap();
+    later[3] = 2;
+    fs::write(path(dir.path(), 34), later).unwrap();
+    let others = [
+        "README".to_owned(),
+        "x.tmp".to_owned(),
+        key(1).to_hex().to_uppercase() + ".kvc",
+        temporary_name(1).replace(".tmp", ".TMP"),
+        temporary_name(1).replace('.', "-"),
+    ];
+    for other in &others {
+        fs::write(dir.path().join(other), b"").unwrap();
+    }
+    fs::write(dir.path().join(temporary_name(1)), b"half a fi").unwrap();
+    fs::create_dir(dir.path().join(temporary_name(2))).unwrap();
+
+    let (mut files, mut removed, mut swept, mut skipped) = (vec![], vec![], 0, vec![]);
+    for found in scan(dir.path()) {
+        match found {
+            Found::File {
+                key,
+                header,
+                file_len,
+            } => {
+                assert_eq!(header.last_used_time, 1_700_000_000);
+                files.push((key.to_hex(), file_len));
+            }
+            Found::Removed { key, corrupt } => removed.push((key.to_hex(), corrupt.name())),
+            Found::Swept => swept += 1,
+            Found::Skipped { key, error } => {
+                skipped.push((key.map(|key| key.to_hex()), error.to_string()));
+            }
+        }
+    }
+    let mut expected: Vec<_> = (0..30)
+        .map(|n| (key(n).to_hex(), prefix(n, &payload(n as usize)).file_len()))
+        .collect();
+    expected.sort();
+    files.sort();
+    assert_eq!(files, expected);
+    removed.sort_by_key(|(_, name)| *name);
+    assert_eq!(
+        removed,
+        [
+            (key(31).to_hex(), "bad_magic"),
+            (key(30).to_hex(), "truncated")
+        ]
+    );
+    assert_eq!(swept, 1);
+    let skipped: BTreeSet<_> = skipped.into_iter().collect();
+    let not_regular = Error::NotRegular.to_string();
+    let version = Error::Corrupt(Corrupt::UnsupportedVersion).to_string();
+    assert_eq!(
+        skipped,
+        BTreeSet::from([
+            (Some(key(32).to_hex()), not_regular.clone()),
+            (Some(key(33).to_hex()), not_regular.clone()),
+            (Some(key(34).to_hex()), version),
+            (None, not_regular),
+        ])
+    );
+    let left: BTreeSet<_> = names(dir.path()).into_iter().collect();
+    let kept = (0..30).chain(32..=34).map(|n| key(n).file_name());
+    let kept = kept.chain(others).chain([temporary_name(2)]);
+    assert_eq!(left, kept.collect());
+}
+
+#[test]
+fn a_scan_leaves_a_locked_temporary_file() {
+    let dir = root();
+    let path = dir.path().join(temporary_name(1));
+    fs::write(&path, b"half a fi").unwrap();
+    let lock = File::open(&path).unwrap();
+    lock.lock().unwrap();
+    assert!(scan(dir.path()).is_empty());
+    assert!(path.exists());
+    // Not by closing it: a process that another test is starting may have it open for a moment.
+    lock.unlock().unwrap();
+    assert!(matches!(scan(dir.path())[..], [Found::Swept]));
+    assert_empty(dir.path());
+}
+
+// Many at once
+
+#[test]
+fn of_many_publishers_of_a_key_one_links_and_the_others_adopt() {
+    const PUBLISHERS: usize = 4;
+    let dir = root();
+    for n in 0..50 {
+        let barrier = Barrier::new(PUBLISHERS);
+        let results: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..PUBLISHERS)
+                .map(|i| {
+                    let (dir, barrier) = (dir.path(), &barrier);
+                    scope.spawn(move || {
+                        let mut tmp = written(dir, n, &payload(1000 + i));
+                        barrier.wait();
+                        publish(&mut tmp).unwrap()
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        let linked: Vec<_> = (0..PUBLISHERS)
+            .filter(|i| results[*i].outcome == Outcome::Linked)
+            .collect();
+        let [winner] = linked[..] else {
+            panic!("{results:?}")
+        };
+        for (i, published) in results.iter().enumerate() {
+            assert!(i == winner || published.outcome == Outcome::Adopted);
+            assert_eq!(published.file_len, results[winner].file_len);
+        }
+        assert_holds(dir.path(), n, &payload(1000 + winner));
+    }
+    assert_eq!(names(dir.path()).len(), 50);
+}
+
+#[test]
+fn of_many_publishers_over_a_corrupt_file_each_succeeds() {
+    const PUBLISHERS: usize = 4;
+    let dir = root();
+    for n in 0..50 {
+        fs::write(path(dir.path(), n), b"not a KVC file").unwrap();
+        let barrier = Barrier::new(PUBLISHERS);
+        let outcomes: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = (0..PUBLISHERS)
+                .map(|_| {
+                    let (dir, barrier) = (dir.path(), &barrier);
+                    scope.spawn(move || {
+                        let mut tmp = written(dir, n, b"payload");
+                        barrier.wait();
+                        publish(&mut tmp).unwrap().outcome
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect()
+        });
+        assert!(outcomes.contains(&Outcome::Replaced), "{outcomes:?}");
+        assert!(!outcomes.contains(&Outcome::Linked), "{outcomes:?}");
+        assert_holds(dir.path(), n, b"payload");
+    }
+    assert_eq!(names(dir.path()).len(), 50);
+}
+
+/// Files come and go while others load and scan: no load ever sees a part of one.
+#[test]
+fn loads_see_whole_files_or_none() {
+    const ROUNDS: usize = 100;
+    let dir = root();
+    let payload = payload(300_000);
+    thread::scope(|scope| {
+        let saver = scope.spawn(|| {
+            for _ in 0..ROUNDS {
+                save(dir.path(), 1, &payload).unwrap();
+                assert!(open(dir.path()).delete(&key(1)).unwrap());
+            }
+        });
+        while !saver.is_finished() {
+            if let Some(loaded) = load(dir.path(), 1).unwrap() {
+                assert!(loaded == payload);
+            }
+            assert!(scan(dir.path()).len() <= 1);
+        }
+    });
+    assert_empty(dir.path());
+}
+
+// Other processes: this very program, told by its environment what to be.
+
+const ROLE: &str = "FILES_TEST_ROLE";
+const ROOT: &str = "FILES_TEST_ROOT";
+
+/// Not a test by itself: what a child process runs. It talks over standard error, which the test
+/// harness leaves alone.
+#[test]
+fn child() {
+    let Some(role) = std::env::var_os(ROLE) else {
+        return;
+    };
+    let dir = PathBuf::from(std::env::var_os(ROOT).unwrap());
+    match role.to_str().unwrap() {
+        "save keys" => {
+            eprintln!("ready");
+            wait_for_parent();
+            let payload = payload(1000 + std::process::id() as usize % 1000);
+            let outcomes: Vec<_> = (0..KEYS)
+                .map(|n| save(&dir, n, &payload).unwrap().outcome)
+                .collect();
+            assert!(!outcomes.contains(&Outcome::Replaced));
+            let linked = outcomes.iter().filter(|o| **o == Outcome::Linked).count();
+            eprintln!("{linked}");
+        }
+        #[cfg(target_os = "linux")]
+        "hold a named temporary file" => failing::with(&[failing::UNNAMED], || {
+            let payload = payload(2 * SMALL);
+            let mut tmp = create(&dir, 1, &payload).unwrap();
+            assert_eq!(tmp.write(&payload, &slice()).unwrap(), Progress::More);
+            eprintln!("ready");
+            wait_for_parent();
+        }),
+        other => panic!("{other}"),
+    }
+}
+
+const KEYS: u32 = 100;
+
+fn wait_for_parent() {
+    io::stdin().read_line(&mut String::new()).unwrap();
+}
+
+struct Process {
+    child: Child,
+    lines: io::Lines<BufReader<std::process::ChildStderr>>,
+}
+
+impl Process {
+    /// Starts one and waits until it is ready.
+    fn start(role: &str, dir: &Path) -> Process {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child", "--nocapture"])
+            .env(ROLE, role)
+            .env(ROOT, dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut process = Process { child, lines };
+        assert_eq!(process.line(), "ready");
+        process
+    }
+
+    fn line(&mut self) -> String {
+        self.lines.next().expect("a line").unwrap()
+    }
+
+    fn go(&mut self) {
+        self.child.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn processes_that_save_the_same_keys_all_succeed() {
+    let dir = root();
+    let mut processes = [(); 3].map(|()| Process::start("save keys", dir.path()));
+    processes.iter_mut().for_each(Process::go);
+    let linked = processes
+        .iter_mut()
+        .map(|process| process.line().parse::<u32>().unwrap());
+    assert_eq!(linked.sum::<u32>(), KEYS);
+    for n in 0..KEYS {
+        check(dir.path(), n).unwrap();
+    }
+    assert_eq!(names(dir.path()).len(), KEYS as usize);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_temporary_file_is_swept_once_its_process_is_dead() {
+    let dir = root();
+    let mut process = Process::start("hold a named temporary file", dir.path());
+    assert!(scan(dir.path()).is_empty());
+    assert_eq!(names(dir.path()).len(), 1);
+    process.child.kill().unwrap();
+    process.child.wait().unwrap();
+    assert!(matches!(scan(dir.path())[..], [Found::Swept]));
+    assert_empty(dir.path());
+}
+
+// A system that fails
+
+/// Makes system calls fail in one thread, by a seccomp filter.
+#[cfg(target_os = "linux")]
+mod failing {
+    use std::io;
+    use std::thread;
+
+    /// A call, with certain bits in one of its arguments if it matters which, and its error.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Call {
+        pub(crate) number: libc::c_long,
+        pub(crate) bits: Option<(u32, libc::c_int)>,
+        pub(crate) errno: libc::c_int,
+    }
+
+    pub(crate) fn call(number: libc::c_long, errno: libc::c_int) -> Call {
+        Call {
+            number,
+            bits: None,
+            errno,
+        }
+    }
+
+    /// Creating files without a name, on a file system that does not know them.
+    pub(crate) const UNNAMED: Call = unnamed(libc::EOPNOTSUPP);
+
+    pub(crate) const fn unnamed(errno: libc::c_int) -> Call {
+        Call {
+            number: libc::SYS_openat,
+            bits: Some((2, libc::O_TMPFILE & !libc::O_DIRECTORY)),
+            errno,
+        }
+    }
+
+    /// Does `work` in a thread of its own in which these calls fail. No other thread is affected,
+    /// and there is no way back, so that thread ends with it.
+    pub(crate) fn with<T: Send>(calls: &[Call], work: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                install(calls);
+                work()
+            });
+            match thread.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    fn install(calls: &[Call]) {
+        let mut filter = Vec::new();
+        for call in calls {
+            let fail = statement(
+                libc::BPF_RET | libc::BPF_K,
+                libc::SECCOMP_RET_ERRNO | call.errno as u32,
+            );
+            let mut rest = vec![fail];
+            if let Some((argument, bits)) = call.bits {
+                // Of 64 bits of an argument, the flags are in the lower half.
+                let low = 16 + 8 * argument + if cfg!(target_endian = "big") { 4 } else { 0 };
+                rest.insert(0, jump_unless(libc::BPF_JSET, bits as u32, rest.len()));
+                rest.insert(0, load(low));
+            }
+            filter.push(load(0));
+            filter.push(jump_unless(libc::BPF_JEQ, call.number as u32, rest.len()));
+            filter.append(&mut rest);
+        }
+        filter.push(statement(
+            libc::BPF_RET | libc::BPF_K,
+            libc::SECCOMP_RET_ALLOW,
+        ));
+        let program = libc::sock_fprog {
+            len: filter.len() as u16,
+            filter: filter.as_mut_ptr(),
+        };
+        // SAFETY: the calls change nothing but what this thread may call; `program` and the filter
+        // that it points to live through the second one, and the kernel copies them.
+        let installed = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+                && libc::prctl(
+                    libc::PR_SET_SECCOMP,
+                    libc::SECCOMP_MODE_FILTER,
+                    &raw const program,
+                ) == 0
+        };
+        assert!(installed, "seccomp: {}", io::Error::last_os_error());
+    }
+
+    /// Loads 32 bits of the call's description: its number is at 0, its arguments are from 16 on.
+    fn load(offset: u32) -> libc::sock_filter {
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset)
+    }
+
+    fn statement(code: u32, k: u32) -> libc::sock_filter {
+        libc::sock_filter {
+            code: code as u16,
+            jt: 0,
+            jf: 0,
+            k,
+        }
+    }
+
+    /// Goes on if the test holds for what was loaded, else skips the next `skip` instructions.
+    fn jump_unless(test: u32, k: u32, skip: usize) -> libc::sock_filter {
+        libc::sock_filter {
+            jf: skip as u8,
+            ..statement(libc::BPF_JMP | test | libc::BPF_K, k)
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod failures {
+    use super::failing::{Call, UNNAMED, call, unnamed, with};
+    use super::*;
+
+    /// What saves, with each call failing that it makes.
+    #[test]
+    fn a_failed_save_leaves_nothing() {
+        let small = b"payload".to_vec();
+        let large = payload(2 * SMALL);
+        let cases: [(&[u8], &[Call]); 10] = [
+            (&large, &[call(libc::SYS_fallocate, libc::ENOSPC)]),
+            (&small, &[call(libc::SYS_pwritev, libc::ENOSPC)]),
+            (&large, &[call(libc::SYS_pwrite64, libc::EIO)]),
+            (&small, &[call(libc::SYS_pread64, libc::EIO)]),
+            (&small, &[call(libc::SYS_fdatasync, libc::EIO)]),
+            (&large, &[call(libc::SYS_fdatasync, libc::EIO)]),
+            (&small, &[call(libc::SYS_linkat, libc::EDQUOT)]),
+            (&small, &[call(libc::SYS_fsync, libc::EIO)]),
+            (&small, &[UNNAMED, call(libc::SYS_linkat, libc::EIO)]),
+            (&small, &[UNNAMED, call(libc::SYS_fsync, libc::EIO)]),
+        ];
+        for (payload, calls) in cases {
+            let dir = root();
+            let errno = calls.last().unwrap().errno;
+            with(calls, || assert_errno(save(dir.path(), 1, payload), errno));
+            assert_empty(dir.path());
+            save(dir.path(), 1, payload).unwrap();
+            assert_holds(dir.path(), 1, payload);
+        }
+    }
+
+    /// The kernel has marked the pages clean: a second sync of the same file would lie.
+    #[test]
+    fn a_failed_sync_is_final() {
+        let dir = root();
+        let mut tmp = create(dir.path(), 1, b"payload").unwrap();
+        with(&[call(libc::SYS_fdatasync, libc::EIO)], || {
+            assert_errno(write(&mut tmp, b"payload"), libc::EIO);
+        });
+        assert!(matches!(write(&mut tmp, b"payload"), Err(Error::OutOfTurn)));
+        assert!(matches!(publish(&mut tmp), Err(Error::OutOfTurn)));
+        drop(tmp);
+        assert_empty(dir.path());
+    }
+
+    #[test]
+    fn a_failed_publish_is_final() {
+        let dir = root();
+        let mut tmp = written(dir.path(), 1, b"payload");
+        with(&[call(libc::SYS_fsync, libc::EIO)], || {
+            assert_errno(publish(&mut tmp), libc::EIO);
+        });
+        assert_empty(dir.path());
+        assert!(matches!(publish(&mut tmp), Err(Error::OutOfTurn)));
+        drop(tmp);
+        assert_empty(dir.path());
+    }
+
+    #[test]
+    fn space_need_not_be_reserved() {
+        for errno in [libc::EOPNOTSUPP, libc::ENOSYS] {
+            let dir = root();
+            let payload = payload(2 * SMALL);
+            with(&[call(libc::SYS_fallocate, errno)], || {
+                save(dir.path(), 1, &payload).unwrap()
+            });
+            assert_holds(dir.path(), 1, &payload);
+        }
+    }
+
+    /// What cannot be read is not corrupt: it is neither replaced, nor adopted, nor removed.
+    #[test]
+    fn a_failed_read_proves_nothing() {
+        let dir = root();
+        let first = payload(2 * SMALL);
+        save(dir.path(), 1, &first).unwrap();
+        let mut tmp = written(dir.path(), 1, b"second");
+        let mut begun = written(dir.path(), 1, b"third");
+        assert!(matches!(begun.publish(&slice()), Ok(Progress::More)));
+        with(&[call(libc::SYS_pread64, libc::EIO)], || {
+            assert_errno(publish(&mut tmp), libc::EIO);
+            assert_errno(publish(&mut begun), libc::EIO);
+            assert_errno(load(dir.path(), 1), libc::EIO);
+            assert_errno(check(dir.path(), 1), libc::EIO);
+            let found = scan(dir.path());
+            let [Found::Skipped { key: found, error }] = &found[..] else {
+                panic!("{found:?}");
+            };
+            assert_eq!((*found, error.errno()), (Some(key(1)), Some(libc::EIO)));
+        });
+        drop((tmp, begun));
+        assert_only(dir.path(), 1);
+        assert_holds(dir.path(), 1, &first);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_opened_is_not_absent() {
+        let dir = root();
+        save(dir.path(), 1, b"payload").unwrap();
+        let root = open(dir.path());
+        let mut tmp = written(dir.path(), 1, b"second");
+        with(&[call(libc::SYS_openat, libc::EMFILE)], || {
+            assert_errno(Loader::open(&root, &key(1)), libc::EMFILE);
+            assert_errno(Check::open(&root, &key(1), true), libc::EMFILE);
+            assert_errno(publish(&mut tmp), libc::EMFILE);
+        });
+        assert_holds(dir.path(), 1, b"payload");
+    }
+
+    #[test]
+    fn a_file_that_may_not_be_written_is_read() {
+        let dir = root();
+        save(dir.path(), 1, b"payload").unwrap();
+        for errno in [libc::EACCES, libc::EROFS] {
+            let to_write = Call {
+                bits: Some((2, libc::O_RDWR)),
+                ..call(libc::SYS_openat, errno)
+            };
+            with(&[to_write], || assert_holds(dir.path(), 1, b"payload"));
+        }
+    }
+
+    #[test]
+    fn a_failed_replacement_leaves_what_was_there() {
+        let dir = root();
+        fs::write(path(dir.path(), 1), b"not a KVC file").unwrap();
+        let renames = [libc::SYS_renameat, libc::SYS_renameat2].map(|n| call(n, libc::EIO));
+        let locks = [call(libc::SYS_flock, libc::ENOLCK)];
+        for (calls, errno) in [(&renames[..], libc::EIO), (&locks[..], libc::ENOLCK)] {
+            with(calls, || {
+                assert_errno(save(dir.path(), 1, b"payload"), errno)
+            });
+            assert_only(dir.path(), 1);
+            assert_eq!(
+                fs::read(path(dir.path(), 1)).unwrap(),
+                b"not a KVC file".as_slice()
+            );
+        }
+    }
+
+    /// Not known to be durable, and what it replaced was nothing.
+    #[test]
+    fn a_replacement_that_is_not_synced_is_withdrawn() {
+        let dir = root();
+        fs::write(path(dir.path(), 1), b"not a KVC file").unwrap();
+        with(&[call(libc::SYS_fsync, libc::EIO)], || {
+            assert_errno(save(dir.path(), 1, b"payload"), libc::EIO);
+        });
+        assert_empty(dir.path());
+    }
+
+    /// An adopted file is a promise too: it may be so fresh that nobody has synced it yet.
+    #[test]
+    fn an_adopted_file_is_synced() {
+        for number in [libc::SYS_fdatasync, libc::SYS_fsync] {
+            let dir = root();
+            save(dir.path(), 1, b"payload").unwrap();
+            let mut tmp = written(dir.path(), 1, b"second");
+            with(&[call(number, libc::EIO)], || {
+                assert_errno(publish(&mut tmp), libc::EIO);
+            });
+            drop(tmp);
+            assert_holds(dir.path(), 1, b"payload");
+            assert_only(dir.path(), 1);
+        }
+    }
+
+    // Named temporary files
+
+    /// The temporary file's name, when there is one and nothing else.
+    fn only_name(dir: &Path) -> String {
+        let [name] = &names(dir)[..] else {
+            panic!("{:?}", names(dir));
+        };
+        name.clone()
+    }
+
+    #[test]
+    fn without_unnamed_files_they_have_names() {
+        for errno in [libc::EOPNOTSUPP, libc::EISDIR, libc::ENOENT] {
+            let dir = root();
+            let payload = payload(2 * SMALL);
+            let mut tmp = with(&[unnamed(errno)], || {
+                create(dir.path(), 1, &payload).unwrap()
+            });
+            assert!(open(dir.path()).needs_names(), "it is remembered");
+            let name = only_name(dir.path());
+            let random = name
+                .strip_prefix(&key(1).to_hex())
+                .and_then(|rest| rest.strip_prefix('.'))
+                .and_then(|rest| rest.strip_suffix(".tmp"))
+                .unwrap();
+            assert_eq!(random.len(), 16, "{name}");
+            assert!(u64::from_str_radix(random, 16).is_ok(), "{name}");
+            write(&mut tmp, &payload).unwrap();
+            assert!(scan(dir.path()).is_empty(), "it is locked");
+            assert!(load(dir.path(), 1).unwrap().is_none());
+            assert_eq!(publish(&mut tmp).unwrap().outcome, Outcome::Linked);
+            assert_only(dir.path(), 1);
+            assert_holds(dir.path(), 1, &payload);
+
+            // From now on it is not even tried.
+            let tmp = create(dir.path(), 2, &payload).unwrap();
+            assert_eq!(names(dir.path()).len(), 2);
+            drop(tmp);
+            assert_only(dir.path(), 1);
+        }
+    }
+
+    #[test]
+    fn named_files_are_adopted_and_replaced_too() {
+        let dir = root();
+        with(&[UNNAMED], || {
+            save(dir.path(), 1, b"first").unwrap();
+            let published = save(dir.path(), 1, b"second").unwrap();
+            assert_eq!(published.outcome, Outcome::Adopted);
+            flip_last_byte(&path(dir.path(), 1));
+            let published = save(dir.path(), 1, b"third").unwrap();
+            assert_eq!(published.outcome, Outcome::Replaced);
+            fs::create_dir(path(dir.path(), 2)).unwrap();
+            assert_errno(save(dir.path(), 2, b"x"), libc::EISDIR);
+        });
+        assert_eq!(names(dir.path()).len(), 2);
+        assert_holds(dir.path(), 1, b"third");
+    }
+
+    /// Other errors do not mean that the file system cannot.
+    #[test]
+    fn what_fails_today_is_tried_tomorrow() {
+        let dir = root();
+        let held = open(dir.path());
+        for errno in [libc::EACCES, libc::ENOSPC, libc::EMFILE] {
+            with(&[unnamed(errno)], || {
+                assert_errno(create(dir.path(), 1, b"payload"), errno);
+            });
+        }
+        assert!(!held.needs_names());
+        let other = root();
+        let tmp = with(&[UNNAMED], || create(other.path(), 1, b"payload").unwrap());
+        assert!(!held.needs_names(), "that was another root");
+        drop(tmp);
+    }
+
+    #[test]
+    fn what_does_not_read_back_is_not_published() {
+        for size in [1000, 2 * SMALL] {
+            let dir = root();
+            let payload = payload(size);
+            let mut tmp = with(&[UNNAMED], || create(dir.path(), 1, &payload).unwrap());
+            // All is written when the disk's own page says so: the last byte is there.
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .open(dir.path().join(only_name(dir.path())))
+                .unwrap();
+            let last = prefix(1, &payload).file_len() - 1;
+            let mut magic = [0];
+            while magic != *b"K" {
+                assert_eq!(tmp.write(&payload, &slice()).unwrap(), Progress::More);
+                let _ = file.read_at(&mut magic, 0).unwrap();
+            }
+            file.write_all_at(&[!payload[size - 1]], last).unwrap();
+            assert!(matches!(
+                write(&mut tmp, &payload),
+                Err(Error::ReadBack(Corrupt::CrcMismatch))
+            ));
+            drop(tmp);
+            assert_empty(dir.path());
+        }
+    }
+}

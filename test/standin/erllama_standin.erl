@@ -1,0 +1,93 @@
+%% What the stand-ins for the host application's modules share: a log of the calls that reach them,
+%% and a script of what the next ones do.
+%%
+%% A call without a step in the script does what the host does. Everything runs in the calling
+%% process, as the host's own functions do: a step that blocks, blocks the caller.
+-module(erllama_standin).
+-behaviour(gen_server).
+
+-export([start/2, stop/0]).
+-export([script/2, calls/0, forget_calls/0]).
+-export([call/3]).
+-export([init/1, handle_call/3, handle_cast/2]).
+-export_type([name/0, step/0]).
+
+-type name() :: make | quant_byte | encode_tokens | dir
+              | reserve_save | check_reservation | mark_published | announce_saved
+              | cancel_reservation | incr.
+%% The host's functions, whose names are unique without their modules.
+
+-type step() :: {return, term()}
+              | {raise, error | exit | throw, Reason :: term()}
+              | {before, fun((Args :: list()) -> term())}
+              | {instead, fun((Args :: list()) -> term())}.
+%% `before' runs the fun and then does what the host does; `instead' gives what the fun returns.
+
+-record(state, {
+    tier_srv :: atom(),
+    script = #{} :: #{name() => [step()]},
+    calls = [] :: [{name(), Args :: list(), Caller :: pid()}]
+}).
+
+%% Starts the host's servers, with one tier server of this name and root.
+-spec start(atom(), file:name_all()) -> ok.
+start(TierSrv, Root) ->
+    {ok, _} = gen_server:start({local, ?MODULE}, ?MODULE, TierSrv, []),
+    {ok, _} = erllama_cache_meta_srv:start(),
+    {ok, _} = erllama_cache_disk_srv:start(TierSrv, Root),
+    erllama_cache_counters:reset().
+
+%% Stops those of them that still run.
+-spec stop() -> ok.
+stop() ->
+    TierSrv = gen_server:call(?MODULE, tier_srv),
+    Servers = [TierSrv, erllama_cache_meta_srv, ?MODULE],
+    lists:foreach(fun gen_server:stop/1, [S || S <- Servers, whereis(S) =/= undefined]).
+
+%% What the next calls of this function do, one step for each.
+-spec script(name(), [step()]) -> ok.
+script(Name, Steps) ->
+    gen_server:call(?MODULE, {script, Name, Steps}).
+
+%% The calls so far, the first one first.
+-spec calls() -> [{name(), Args :: list(), Caller :: pid()}].
+calls() ->
+    gen_server:call(?MODULE, calls).
+
+-spec forget_calls() -> ok.
+forget_calls() ->
+    gen_server:call(?MODULE, forget_calls).
+
+%% For the stand-ins: logs a call and answers it. `Host' does what the host does.
+-spec call(name(), list(), fun(() -> Answer)) -> Answer.
+call(Name, Args, Host) ->
+    case gen_server:call(?MODULE, {called, Name, Args}) of
+        host -> Host();
+        {return, Answer} -> Answer;
+        {raise, Class, Reason} -> erlang:raise(Class, Reason, []);
+        {before, Fun} -> _ = Fun(Args), Host();
+        {instead, Fun} -> Fun(Args)
+    end.
+
+init(TierSrv) ->
+    {ok, #state{tier_srv = TierSrv}}.
+
+handle_call({called, Name, Args}, {Caller, _}, #state{script = Script, calls = Calls} = State) ->
+    Logged = State#state{calls = [{Name, Args, Caller} | Calls]},
+    case Script of
+        #{Name := [Step | Steps]} ->
+            {reply, Step, Logged#state{script = Script#{Name := Steps}}};
+        _ ->
+            {reply, host, Logged}
+    end;
+handle_call({script, Name, Steps}, _From, #state{script = Script} = State) ->
+    {reply, ok, State#state{script = Script#{Name => Steps}}};
+handle_call(calls, _From, #state{calls = Calls} = State) ->
+    {reply, lists:reverse(Calls), State};
+handle_call(forget_calls, _From, State) ->
+    {reply, ok, State#state{calls = []}};
+handle_call(tier_srv, _From, #state{tier_srv = TierSrv} = State) ->
+    {reply, TierSrv, State}.
+
+handle_cast(_Request, State) ->
+    {noreply, State}.

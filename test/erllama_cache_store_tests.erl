@@ -5,7 +5,7 @@
 -include_lib("eunit/include/eunit.hrl").
 -include_lib("kernel/include/file.hrl").
 
-%% Called in another node, by the logger, and by the fixture.
+%% Called in another node, and by the logger.
 -export([start_in_node/2, save_in_node/3, load_in_node/2, log/2]).
 
 -define(STORE, store_under_test).
@@ -445,7 +445,7 @@ a_dead_owner_frees_its_key(Root) ->
             {Owner, {ok, Token}} = start_owner(fun() -> reserve(Store, key(1)) end),
             ?assertMatch(#{reservations := 1}, erllama_cache_store:info(Store)),
             kill(Owner),
-            eventually(fun() -> maps:get(reservations, erllama_cache_store:info(Store)) =:= 0 end),
+            none_reserved(Store),
             ?assertEqual({error, expired}, erllama_cache_store:check(Store, key(1), Token)),
             ok = erllama_cache_store:delete(Store, save(Store, 1))
         end)
@@ -479,7 +479,7 @@ a_dead_owner_leaves_no_bad_file(Root) ->
         corrupt_payload(path(Root, Key)),
         ok = die_published(Store, Key),
         ok = die_published(Store, <<0:256>>),
-        eventually(fun() -> maps:get(reservations, erllama_cache_store:info(Store)) =:= 0 end),
+        none_reserved(Store),
         ?assertMatch(#{files := 0}, erllama_cache_store:info(Store)),
         ?assertEqual(Key, save(Store, 1)),
         ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(Store, Key))
@@ -493,7 +493,7 @@ a_killed_saver_leaves_nothing_half(Root) ->
         Saver = spawn(fun() -> save(Store, 1, Payload) end),
         eventually(fun() -> maps:get(reservations, erllama_cache_store:info(Store)) =:= 1 end),
         kill(Saver),
-        eventually(fun() -> maps:get(reservations, erllama_cache_store:info(Store)) =:= 0 end),
+        none_reserved(Store),
         eventually(fun() -> erllama_cache_writer:current() =:= 0 end),
         case list_dir(Root) of
             [] ->
@@ -617,16 +617,17 @@ room_comes_back(Root) ->
                 ok = file:delete(path(Root, save_big(Store, 1))),
                 miss = erllama_cache_store:load(Store, key(1))
             end,
-            fun() -> {ok, _} = in_process(fun() -> reserve(Store, key(1)) end) end,
+            fun() ->
+                {ok, _} = in_process(fun() -> reserve(Store, key(1)) end),
+                none_reserved(Store)
+            end,
             fun() ->
                 {ok, Token} = reserve(Store, key(1)),
                 ok = erllama_cache_store:cancel(Store, key(1), Token)
             end,
             fun() ->
                 ok = die_published(Store, key(1)),
-                eventually(fun() ->
-                    maps:get(reservations, erllama_cache_store:info(Store)) =:= 0
-                end)
+                none_reserved(Store)
             end,
             fun() ->
                 ok = file:make_dir(path(Root, key(1))),
@@ -1191,6 +1192,12 @@ ask(Owner, Fun) ->
     after 5000 ->
         error(no_answer)
     end.
+
+%% Waits until the server has heard of every death and has done with it.
+none_reserved(Store) ->
+    eventually(fun() -> maps:get(reservations, erllama_cache_store:info(Store)) =:= 0 end),
+    _ = sys:get_state(Store),
+    ok.
 
 kill(Pid) ->
     Monitor = monitor(process, Pid),

@@ -64,8 +64,8 @@ fn payload(len: usize) -> Vec<u8> {
 
 // What is done with it.
 
-/// What is learnt of a directory is remembered by its number, and a test may have taught it that the
-/// directory that had this number before knows no files without a name.
+/// What is learnt of a directory is remembered by its number, and a test may have let the one that
+/// had this number before seem to know no files without a name.
 fn root() -> TempDir {
     let mut spoilt = Vec::new();
     loop {

@@ -17,7 +17,7 @@ BENCH := BENCH_NIF="$(CARGO_TARGET_DIR)/release/liberllama_cache_bench" \
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all help setup demo test check loom bench-semaphore bench-build cover edoc clean distclean
+.PHONY: all help setup demo test check loom soak sanitize bench-semaphore bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -52,6 +52,12 @@ cover: ## Run the Erlang tests with coverage, report in _build/test/cover
 loom: setup ## Check the models of the semaphore: every interleaving of each
 	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
 	  --test loom_semaphore --target-dir target/loom
+
+soak: setup ## The semaphore's state machine for 50,000 sequences (minutes)
+	PROPER_SEQUENCES=50000 rebar3 eunit --module=prop_semaphore_tests
+
+sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under AddressSanitizer
+	tools/sanitize.sh
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main

@@ -4,7 +4,7 @@
 
 -export([fresh_dir/2, files/1, open_files/1, file_of/2]).
 -export([meta/0, meta/1]).
--export([eventually/1]).
+-export([eventually/1, eventually/2]).
 -export([actor/0, actor/1, ask/2, tell/2, answer/2, kill/1]).
 -export([run_command/2]).
 
@@ -73,16 +73,21 @@ meta(Tokens) ->
 %% Waits until `Fun' returns true.
 -spec eventually(fun(() -> boolean())) -> ok.
 eventually(Fun) ->
-    eventually(Fun, erlang:monotonic_time(millisecond) + ?DEADLINE).
+    eventually(Fun, ?DEADLINE).
 
-eventually(Fun, Deadline) ->
+%% The same, for at most so many milliseconds.
+-spec eventually(fun(() -> boolean()), non_neg_integer()) -> ok.
+eventually(Fun, Timeout) ->
+    poll(Fun, erlang:monotonic_time(millisecond) + Timeout).
+
+poll(Fun, Deadline) ->
     case Fun() of
         true ->
             ok;
         false ->
             ?assert(erlang:monotonic_time(millisecond) < Deadline),
             receive
-            after ?POLL_EVERY -> eventually(Fun, Deadline)
+            after ?POLL_EVERY -> poll(Fun, Deadline)
             end
     end.
 

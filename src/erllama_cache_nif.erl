@@ -9,17 +9,17 @@
 -module(erllama_cache_nif).
 
 -export([
-    semaphore_new/0, semaphore_open/3, semaphore_close/1,
+    semaphore_new/0, semaphore_new/1, semaphore_open/3, semaphore_close/1,
     semaphore_set_limit/2, semaphore_set_max_bytes/2,
     semaphore_current/1, semaphore_limit/1,
     semaphore_info/1, semaphore_holders/1, semaphore_waiters/1,
     guard_new/1, try_acquire/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
     quant_byte/1, encode_tokens/1, key/4,
-    write_tmp/8, write_more/3, publish/2, abort/1,
-    load/2, load_more/1, check/2, check_more/1,
-    exists/2, delete/2, scan/1, scan_more/1
+    write_tmp/8, write_more/3, write_and_publish/8, write_and_publish_in_memory/8, publish/2, abort/1,
+    secret_new/1, load/3, load_more/1, check/3, check_more/1,
+    exists/2, delete/2, scan/2, scan_more/1
 ]).
--export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, failure/0]).
+-export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_options/0, failure/0]).
 
 -on_load(load_library/0).
 
@@ -31,6 +31,12 @@
 -type bytes_bound() :: non_neg_integer() | infinity.
 -type row() :: {pid(), Weight :: pos_integer(), Bytes :: non_neg_integer(),
                 Milliseconds :: non_neg_integer()}.
+-type secret() :: reference().
+-type save_options() :: {Mode :: non_neg_integer(), none | blake3 | secret(), keep | drop}.
+%% The file's permissions; its digest, keyed if there is a secret; whether it stays in the page
+%% cache.
+-type published() ::
+    {ok, linked | adopted | replaced, Size :: pos_integer(), Header :: <<_:384>>}.
 -type failure() :: {error, file:posix() | {errno, integer()} | {corrupt | read_back, atom()}
                            | {invalid_meta, atom()} | enomem | atom()}.
 -type found() :: {file, key(), Size :: pos_integer(), LastUsed :: non_neg_integer()}
@@ -51,6 +57,10 @@ load_library() ->
                 Dir
         end,
     erlang:load_nif(filename:join(Priv, "erllama_cache_nif"), 0).
+
+%% A semaphore without a server: open from the start, and for as long as it is there.
+-spec semaphore_new(pos_integer()) -> semaphore().
+semaphore_new(_Limit) -> ?NOT_LOADED.
 
 %% A semaphore that is closed until it is opened.
 -spec semaphore_new() -> semaphore().
@@ -119,16 +129,40 @@ quant_byte(_QuantType) -> ?NOT_LOADED.
 -spec encode_tokens([integer()]) -> binary() | error.
 encode_tokens(_Tokens) -> ?NOT_LOADED.
 
-%% SHA-256 over the four, the key of the contract.
+%% SHA-256 over the four, in this order.
 -spec key(<<_:256>>, byte(), <<_:256>>, binary()) -> key().
 key(_Fingerprint, _QuantByte, _CtxParamsHash, _Tokens) -> ?NOT_LOADED.
+
+%% Keeps a secret where nothing prints it.
+-spec secret_new(<<_:256>>) -> secret().
+secret_new(_Bytes) -> ?NOT_LOADED.
 
 %% Creates a temporary file in the root and begins to write. The metadata is complete, as
 %% erllama_cache_meta:complete/2 returns it.
 -spec write_tmp(guard(), root(), key(), erllama_cache_meta:complete(), byte(),
-                Tokens :: binary(), Payload :: binary(), Mode :: non_neg_integer()) ->
+                Tokens :: binary(), Payload :: binary(), save_options()) ->
     {ok | more, tmp()} | failure().
-write_tmp(_Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Mode) ->
+write_tmp(_Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options) ->
+    ?NOT_LOADED.
+
+%% write_tmp/8 and publish/2 in one call, for a payload of some ten KiB: with `more' go on as after
+%% the one, with `{ok, Tmp}' go on with the other.
+-spec write_and_publish(guard(), root(), key(), erllama_cache_meta:complete(), byte(),
+                        Tokens :: binary(), Payload :: binary(), save_options()) ->
+    published() | {ok | more, tmp()} | failure().
+write_and_publish(_Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options) ->
+    ?NOT_LOADED.
+
+%% The same on the caller's own scheduler, if the root's file system is one in memory: then no call
+%% waits for a device.
+-spec write_and_publish_in_memory(
+    guard(), root(), key(), erllama_cache_meta:complete(), byte(),
+    Tokens :: binary(), Payload :: binary(), save_options()
+) ->
+    published() | {ok | more, tmp()} | on_device | failure().
+write_and_publish_in_memory(
+    _Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options
+) ->
     ?NOT_LOADED.
 
 %% The payload is the same at each call. After an error the file is gone.
@@ -136,29 +170,28 @@ write_tmp(_Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Mode) ->
 write_more(_Guard, _Tmp, _Payload) -> ?NOT_LOADED.
 
 %% Publishes what is written. Size and header are those of the file that now stands there.
--spec publish(guard(), tmp()) ->
-    {ok, linked | adopted | replaced, Size :: pos_integer(), Header :: <<_:384>>}
-    | more | failure().
+-spec publish(guard(), tmp()) -> published() | more | failure().
 publish(_Guard, _Tmp) -> ?NOT_LOADED.
 
 %% Closes the temporary file, and so removes it. Doing it twice, or after publishing, does nothing.
 -spec abort(tmp()) -> ok.
 abort(_Tmp) -> ?NOT_LOADED.
 
--spec load(root(), key()) ->
+%% With a secret, a file has to have a digest that is keyed with it.
+-spec load(root(), key(), none | secret()) ->
     {ok, erllama_cache_store:file_info(), Payload :: binary()}
     | {more, reference()} | miss | failure().
-load(_Root, _Key) -> ?NOT_LOADED.
+load(_Root, _Key, _Secret) -> ?NOT_LOADED.
 
 -spec load_more(reference()) ->
     {ok, erllama_cache_store:file_info(), Payload :: binary()} | more | failure().
 load_more(_Load) -> ?NOT_LOADED.
 
 %% Verifies a stored file, its key included, without bringing it into memory.
--spec check(root(), key()) ->
+-spec check(root(), key(), none | secret()) ->
     {ok, Size :: pos_integer(), LastUsed :: non_neg_integer()}
     | {more, reference()} | miss | failure().
-check(_Root, _Key) -> ?NOT_LOADED.
+check(_Root, _Key, _Secret) -> ?NOT_LOADED.
 
 -spec check_more(reference()) ->
     {ok, Size :: pos_integer(), LastUsed :: non_neg_integer()} | more | failure().
@@ -172,8 +205,9 @@ exists(_Root, _Key) -> ?NOT_LOADED.
 -spec delete(root(), key()) -> boolean() | failure().
 delete(_Root, _Key) -> ?NOT_LOADED.
 
--spec scan(root()) -> {ok, reference()} | failure().
-scan(_Root) -> ?NOT_LOADED.
+%% With `KeyedOnly', files without a keyed digest are skipped.
+-spec scan(root(), KeyedOnly :: boolean()) -> {ok, reference()} | failure().
+scan(_Root, _KeyedOnly) -> ?NOT_LOADED.
 
 -spec scan_more(reference()) -> {ok | more, [found()]} | failure().
 scan_more(_Scan) -> ?NOT_LOADED.

@@ -28,6 +28,8 @@ without_nul(Path) ->
 
 %% Where a key's file stands, as a string or a binary like the root.
 -spec final(file:name_all(), erllama_cache_nif:key()) -> file:filename_all().
+final(Root, Key) when is_binary(Root), binary_part(Root, byte_size(Root), -1) =/= <<"/">> ->
+    <<Root/binary, $/, <<<<(hex(Nibble))>> || <<Nibble:4>> <= Key>>/binary, ".kvc">>;
 final(Root, Key) ->
     %% A string, for joined with a binary a string becomes one.
     filename:join(Root, [hex(Nibble) || <<Nibble:4>> <= Key] ++ ".kvc").

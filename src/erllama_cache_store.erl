@@ -23,10 +23,13 @@
 -type options() :: #{
     root := file:name_all(),
     tier => erllama_cache_host:tier(),
-    max_bytes => pos_integer() | infinity
+    max_bytes => pos_integer() | infinity,
+    mac_key => {file, file:name_all()} | fun(() -> <<_:256>>)
 }.
 %% The directory, which must exist; what kind of store it is (default `disk'); how many bytes its
-%% files may take together (default `infinity').
+%% files may take together (default `infinity'); the secret that the writer's digests are keyed with
+%% (default: `mac_key' of the application's environment, or none): with one, a file without such a
+%% digest is as good as none.
 
 -type file_info() :: #{
     save_reason := erllama_cache_meta:save_reason(),
@@ -88,6 +91,7 @@
     root :: file:name_all(),
     tier :: erllama_cache_host:tier(),
     max_bytes :: pos_integer() | infinity,
+    secret :: none | erllama_cache_nif:secret(),
     counters :: counters:counters_ref()
 }).
 
@@ -108,6 +112,8 @@
 }).
 
 -define(LEASE, 60000).
+%% A check leaves at least this much of the lease; it renews one only when there is less.
+-define(LEASE_LEFT, 45000).
 -define(COUNTERS, [saves, duplicates, hits, misses, refused, evictions]).
 -define(SAVES, 1).
 -define(DUPLICATES, 2).
@@ -132,17 +138,27 @@
 %% Errors: a POSIX reason, or `badarg', of the root.
 -spec start_link(name(), options()) -> {ok, pid()} | {error, term()}.
 start_link(Name, #{root := Root} = Options) when is_atom(Name) ->
-    Complete = maps:merge(#{tier => disk, max_bytes => infinity}, Options),
+    Complete = maps:merge(default_options(), Options),
     ok = maps:foreach(fun check_option/2, Complete),
     case erllama_cache_path:native(Root) of
         {ok, Path} -> gen_server:start_link({local, Name}, ?MODULE, {Name, Path, Complete}, []);
         {error, _} = Error -> Error
     end.
 
+default_options() ->
+    Defaults = #{tier => disk, max_bytes => infinity},
+    case application:get_env(erllama_cache_nif, mac_key) of
+        {ok, Source} -> Defaults#{mac_key => Source};
+        undefined -> Defaults
+    end.
+
 check_option(root, _Root) -> ok;
 check_option(tier, Tier) when Tier =:= disk; Tier =:= ram_file -> ok;
 check_option(max_bytes, infinity) -> ok;
 check_option(max_bytes, Bytes) when is_integer(Bytes), Bytes > 0 -> ok;
+check_option(mac_key, {file, _Path}) -> ok;
+check_option(mac_key, Fun) when is_function(Fun, 0) -> ok;
+check_option(mac_key, _Secret) -> error({invalid_option, mac_key, hidden});
 check_option(Key, Value) -> error({invalid_option, Key, Value}).
 
 %% @doc For a supervisor of one's own.
@@ -161,7 +177,7 @@ load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     Config = config(Name),
     %% Only this row may be forgotten: a save can end while the load finds out that there is no file.
     Known = ets:lookup(Name, Key),
-    case load_slices(Config#config.path, Key) of
+    case load_slices(Config, Key) of
         {ok, #{file_size := Size}, _Payload} = Loaded ->
             count_one(Config, ?HITS),
             note_use(Name, Key, Size, Known),
@@ -170,7 +186,7 @@ load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
             count_one(Config, ?MISSES),
             forget(Name, Known),
             miss;
-        {error, {corrupt, _}} = Error ->
+        {error, Reason} = Error when Reason =:= unauthenticated; element(1, Reason) =:= corrupt ->
             %% Forgotten, so that a save of this key finds it and replaces it.
             count_one(Config, ?REFUSED),
             forget(Name, Known),
@@ -179,15 +195,15 @@ load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
             Error
     end.
 
-load_slices(Path, Key) ->
-    case erllama_cache_nif:load(Path, Key) of
-        {more, Load} -> load_more(Load);
+load_slices(#config{path = Path, secret = Secret}, Key) ->
+    case erllama_cache_nif:load(Path, Key, Secret) of
+        {more, Load} -> load_more(Load, erllama_cache_turn:new());
         Result -> Result
     end.
 
-load_more(Load) ->
-    case erllama_cache_nif:load_more(Load) of
-        more -> load_more(Load);
+load_more(Load, Turn) ->
+    case erllama_cache_turn:run(Turn, fun() -> erllama_cache_nif:load_more(Load) end) of
+        more -> load_more(Load, Turn);
         Result -> Result
     end.
 
@@ -292,12 +308,8 @@ identify(#{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash 
             {ok, {Key, QuantByte, Encoded}}
     end.
 
-%% More tokens than this would hold a scheduler for longer than a NIF should; numbers beyond 64 bits
-%% are rare enough to be Erlang's.
--define(MANY_TOKENS, 32768).
-
-encode_tokens(Tokens) when length(Tokens) > ?MANY_TOKENS ->
-    encode_tokens_slowly(Tokens);
+%% More tokens than a NIF should hold a scheduler for, and numbers beyond 64 bits, are rare enough to
+%% be Erlang's.
 encode_tokens(Tokens) ->
     case erllama_cache_nif:encode_tokens(Tokens) of
         error -> encode_tokens_slowly(Tokens);
@@ -383,7 +395,11 @@ root(Name) ->
 %% @private
 %% A reservation whose lease has ended stands until somebody else takes it: nobody wanted the key.
 check(Name, Key, Token) ->
-    renew(Name, Key, Token, '$2').
+    Enough = erlang:monotonic_time(millisecond) + ?LEASE_LEFT,
+    case ets:lookup(table(Name), Key) of
+        [#row{token = Token, expires = Expires}] when Expires > Enough -> ok;
+        _ -> renew(Name, Key, Token, '$2')
+    end.
 
 %% @private
 mark_published(Name, Key, Token, _Path) ->
@@ -433,12 +449,19 @@ table(Name) ->
 %%% The server
 
 %% @private
-init({Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}}) ->
+init({Name, Path, Options}) ->
+    case erllama_cache_secret:read(maps:get(mac_key, Options, undefined)) of
+        {ok, Secret} -> open(Name, Path, Options, Secret);
+        {error, Reason} -> {stop, Reason}
+    end.
+
+open(Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}, Secret) ->
     Name = ets:new(Name, [
         named_table, public, {keypos, #row.key}, {read_concurrency, true}, {write_concurrency, true}
     ]),
+    ok = erllama_cache_turn:setup(),
     Config = #config{
-        name = Name, path = Path, root = Root, tier = Tier, max_bytes = MaxBytes,
+        name = Name, path = Path, root = Root, tier = Tier, max_bytes = MaxBytes, secret = Secret,
         counters = counters:new(length(?COUNTERS), [write_concurrency])
     },
     true = ets:insert(Name, {config, config, Config}),
@@ -452,8 +475,8 @@ init({Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}}) ->
             {stop, Reason}
     end.
 
-scan(#config{path = Path} = Config) ->
-    case erllama_cache_nif:scan(Path) of
+scan(#config{path = Path, secret = Secret} = Config) ->
+    case erllama_cache_nif:scan(Path, Secret =/= none) of
         {ok, Scan} -> scan(Scan, Config, 0);
         {error, _} = Error -> Error
     end.
@@ -565,7 +588,7 @@ unwatch(Token, FileSize, #state{watches = Watches, monitors = Monitors, used = U
 
 %% Its owner died in the middle of a save. Before the file was published there is nothing; after
 %% it, the file is looked at and taken if it is good.
-owner_died(Token, #state{config = #config{name = Name, path = Path}, watches = Watches} = State) ->
+owner_died(Token, #state{config = #config{name = Name} = Config, watches = Watches} = State) ->
     #{Token := #watch{key = Key}} = Watches,
     case ets:lookup(Name, Key) of
         [#row{token = Token, state = writing}] ->
@@ -574,7 +597,7 @@ owner_died(Token, #state{config = #config{name = Name, path = Path}, watches = W
         [#row{token = Token, state = published}] ->
             Server = self(),
             _ = spawn_link(fun() ->
-                gen_server:cast(Server, {checked, Token, Key, check_file(Path, Key)})
+                gen_server:cast(Server, {checked, Token, Key, check_file(Config, Key)})
             end),
             State;
         [#row{state = present, size = Size}] ->
@@ -584,8 +607,8 @@ owner_died(Token, #state{config = #config{name = Name, path = Path}, watches = W
             unwatch(Token, 0, State)
     end.
 
-check_file(Path, Key) ->
-    case erllama_cache_nif:check(Path, Key) of
+check_file(#config{path = Path, secret = Secret}, Key) ->
+    case erllama_cache_nif:check(Path, Key, Secret) of
         {more, Check} -> check_more(Check);
         Result -> Result
     end.

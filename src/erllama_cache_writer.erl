@@ -24,11 +24,17 @@
     max_concurrent => pos_integer(),
     max_inflight_bytes => non_neg_integer() | infinity,
     host => module(),
-    file_mode => non_neg_integer()
+    file_mode => non_neg_integer(),
+    digest => blake3 | none,
+    mac_key => {file, file:name_all()} | fun(() -> <<_:256>>),
+    page_cache => keep | drop
 }.
 %% How many saves run at once (default: twice the schedulers plus one); how many bytes of payload
 %% they may hold together (default: `infinity'); the {@link erllama_cache_host} (default:
-%% `erllama_cache_host_erllama'); the files' permissions (default: `8#600').
+%% `erllama_cache_host_erllama'); the files' permissions (default: `8#600'); whether files get a
+%% digest (default: `blake3' in tier `disk', `none' in tier `ram_file'); what all digests are keyed
+%% with, if anything, and then every file has one; whether files stay in the page cache (default:
+%% `keep', for what is saved is often loaded soon).
 
 -type slot_opts() :: #{weight => pos_integer()}.
 -type info() :: #{
@@ -59,6 +65,8 @@
 -define(MAX_BYTES, 16#ffffffffffffffff).
 %% A save that takes long renews its reservation's lease of 60 s this often.
 -define(RENEW_EVERY, 15000).
+%% Up to this many bytes of payload, a save is one call of the library.
+-define(SMALL, 65536).
 
 -define(IS_TIMEOUT(T), (T =:= infinity orelse (is_integer(T) andalso T >= 0 andalso T =< ?MAX_TIMEOUT))).
 -define(IS_LIMIT(N), (is_integer(N) andalso N > 0 andalso N =< ?MAX_LIMIT)).
@@ -91,11 +99,12 @@ default_config() ->
         max_concurrent => erlang:system_info(schedulers) * 2 + 1,
         max_inflight_bytes => infinity,
         host => erllama_cache_host_erllama,
-        file_mode => 8#600
+        file_mode => 8#600,
+        page_cache => keep
     }.
 
 env_config() ->
-    Keys = [max_concurrent, max_inflight_bytes, host, file_mode],
+    Keys = [max_concurrent, max_inflight_bytes, host, file_mode, digest, mac_key, page_cache],
     maps:from_list([
         {Key, Value}
      || Key <- Keys, {ok, Value} <- [application:get_env(erllama_cache_nif, Key)]
@@ -111,20 +120,42 @@ check_config(max_concurrent, Limit) when ?IS_LIMIT(Limit) -> ok;
 check_config(max_inflight_bytes, Bytes) when ?IS_BYTES(Bytes) -> ok;
 check_config(host, Host) when is_atom(Host) -> ok;
 check_config(file_mode, Mode) when is_integer(Mode), Mode >= 0, Mode =< 8#777 -> ok;
+check_config(digest, Digest) when Digest =:= blake3; Digest =:= none -> ok;
+check_config(mac_key, {file, _Path}) -> ok;
+check_config(mac_key, Fun) when is_function(Fun, 0) -> ok;
+check_config(page_cache, PageCache) when PageCache =:= keep; PageCache =:= drop -> ok;
+check_config(mac_key, _Secret) -> error({invalid_config, mac_key, hidden});
 check_config(Key, Value) -> error({invalid_config, Key, Value}).
 
 %% @private
-init(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config) ->
+init(Config) ->
+    case erllama_cache_secret:read(maps:get(mac_key, Config, undefined)) of
+        {ok, Secret} -> open(maps:remove(mac_key, Config), Secret);
+        {error, Reason} -> {stop, Reason}
+    end.
+
+open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret) ->
     %% So that terminate/2 runs when the supervisor says shutdown.
     process_flag(trap_exit, true),
     Semaphore = semaphore(),
+    ok = erllama_cache_turn:setup(),
     {ok, Hostname} = inet:gethostname(),
     persistent_term:put(?STATE, Config#{
         semaphore => Semaphore,
+        options => #{
+            disk => save_options(blake3, Secret, Config),
+            ram_file => save_options(none, Secret, Config)
+        },
         defaults => #{hostname => unicode:characters_to_binary(Hostname)}
     }),
     ok = erllama_cache_nif:semaphore_open(Semaphore, Limit, MaxBytes),
     {ok, Semaphore}.
+
+save_options(Digest, none, #{file_mode := Mode, page_cache := PageCache} = Config) ->
+    {Mode, maps:get(digest, Config, Digest), PageCache};
+save_options(_Digest, Secret, #{file_mode := Mode, page_cache := PageCache}) ->
+    %% A file without a keyed digest would not be loaded.
+    {Mode, Secret, PageCache}.
 
 %% The semaphore of the server before this one, if there was one: with it come the slots that are
 %% held and those who wait.
@@ -398,18 +429,20 @@ save(TierSrv, Tier, Meta, Payload, Timeout) when
     host :: module(),
     guard :: erllama_cache_nif:guard(),
     tier_srv :: erllama_cache_host:tier_srv(),
+    tier :: erllama_cache_host:tier(),
     meta :: erllama_cache_meta:complete(),
     payload :: binary(),
-    mode :: non_neg_integer(),
+    options :: erllama_cache_nif:save_options(),
     key :: key(),
     quant_byte :: byte(),
     tokens :: binary(),
     token :: erllama_cache_host:token(),
+    turn :: none | erllama_cache_turn:turn(),
     renewed :: integer()
 }).
 
 save_with_slot(TierSrv, Tier, BuildMeta, Payload) ->
-    #{host := Host, defaults := Defaults, file_mode := Mode} = state(save, []),
+    #{host := Host, defaults := Defaults, options := #{Tier := Options}} = state(save, []),
     case erllama_cache_meta:complete(BuildMeta, Defaults) of
         {ok, Meta} ->
             case Host:identify(Meta) of
@@ -417,9 +450,9 @@ save_with_slot(TierSrv, Tier, BuildMeta, Payload) ->
                     case Host:reserve(TierSrv, Tier, Key, file_size(Meta, Tokens, Payload)) of
                         {ok, Token} ->
                             save_reserved(#save{
-                                host = Host, guard = get(?GUARD), tier_srv = TierSrv, meta = Meta,
-                                payload = Payload, mode = Mode, key = Key, quant_byte = QuantByte,
-                                tokens = Tokens, token = Token,
+                                host = Host, guard = get(?GUARD), tier_srv = TierSrv, tier = Tier, meta = Meta,
+                                payload = Payload, options = Options, key = Key, quant_byte = QuantByte,
+                                tokens = Tokens, token = Token, turn = turn(Payload),
                                 renewed = erlang:monotonic_time(millisecond)
                             });
                         {error, already_present} = Error ->
@@ -435,6 +468,9 @@ save_with_slot(TierSrv, Tier, BuildMeta, Payload) ->
             Error
     end.
 
+turn(Payload) when byte_size(Payload) =< ?SMALL -> none;
+turn(_Payload) -> erllama_cache_turn:new().
+
 %% What the file will take, for a host that makes room: exact but for the fixed fields and tags,
 %% which are less than this.
 file_size(#{prompt_text := Prompt, hostname := Hostname, erllama_version := Version,
@@ -448,8 +484,12 @@ save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
         Root = Host:root(TierSrv),
         {Root, begin_write(erllama_cache_path:native(Root), Save)}
     of
+        {Root1, {ok, _Outcome, Size, Header}} ->
+            announce(erllama_cache_path:final(Root1, Save#save.key), Size, Header, Save);
         {Root1, {Progress, Tmp}} when Progress =:= ok; Progress =:= more ->
             save_begun(Progress, Root1, Tmp, Save);
+        {_Root, {lost, Error}} ->
+            Error;
         {_Root, {error, _} = Error} ->
             cancel(Save),
             Error
@@ -459,11 +499,39 @@ save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
             erlang:raise(Class, Reason, Stack)
     end.
 
+begin_write({ok, Path}, #save{payload = Payload} = Save) when byte_size(Payload) =< ?SMALL ->
+    %% The way to a dirty scheduler and back takes longer than the write of a few pages, so there is
+    %% at most one way for all; the reservation, milliseconds old, is checked before it.
+    case check(Save) of
+        ok -> write_and_publish(Path, Save);
+        {error, _} = Error -> {lost, Error}
+    end;
 begin_write({ok, Path}, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
-                              tokens = Tokens, payload = Payload, mode = Mode}) ->
-    erllama_cache_nif:write_tmp(Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Mode);
+                              tokens = Tokens, payload = Payload, options = Options} = Save) ->
+    in_turn(Save, fun() ->
+        erllama_cache_nif:write_tmp(Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options)
+    end);
 begin_write({error, _} = Error, _Save) ->
     Error.
+
+write_and_publish(Path, #save{tier = ram_file, guard = Guard, key = Key, meta = Meta,
+                              quant_byte = QuantByte, tokens = Tokens, payload = Payload,
+                              options = Options} = Save) ->
+    Written = erllama_cache_nif:write_and_publish_in_memory(
+        Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
+    ),
+    case Written of
+        on_device -> write_and_publish(Path, Save#save{tier = disk});
+        _ -> Written
+    end;
+write_and_publish(Path, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
+                              tokens = Tokens, payload = Payload, options = Options}) ->
+    erllama_cache_nif:write_and_publish(
+        Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
+    ).
+
+in_turn(#save{turn = none}, Slice) -> Slice();
+in_turn(#save{turn = Turn}, Slice) -> erllama_cache_turn:run(Turn, Slice).
 
 %% There is a temporary file: a failed call has dropped it, everything else has to.
 save_begun(Progress, Root, Tmp, Save) ->
@@ -492,7 +560,7 @@ write_rest(ok, _Tmp, Save) ->
 write_rest(more, Tmp, #save{guard = Guard, payload = Payload} = Save) ->
     case renew(Save) of
         {ok, Renewed} ->
-            case erllama_cache_nif:write_more(Guard, Tmp, Payload) of
+            case in_turn(Save, fun() -> erllama_cache_nif:write_more(Guard, Tmp, Payload) end) of
                 {error, _} = Error -> {failed, Error};
                 Progress -> write_rest(Progress, Tmp, Renewed)
             end;
@@ -517,7 +585,7 @@ check(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
     Host:check(TierSrv, Key, Token).
 
 publish(Root, Tmp, #save{guard = Guard} = Save) ->
-    case erllama_cache_nif:publish(Guard, Tmp) of
+    case in_turn(Save, fun() -> erllama_cache_nif:publish(Guard, Tmp) end) of
         more ->
             publish(Root, Tmp, Save);
         {ok, _Outcome, Size, Header} ->

@@ -731,7 +731,7 @@ a_start_reads_headers_only(Root) ->
         ?assertEqual(
             {error, already_present}, erllama_cache_writer:save(Store, disk, meta(1), ?PAYLOAD)
         ),
-        ?assertEqual({error, {corrupt, crc_mismatch}}, erllama_cache_store:load(Store, Bad))
+        ?assertEqual({error, {corrupt, digest_mismatch}}, erllama_cache_store:load(Store, Bad))
     end).
 
 a_start_removes_what_is_proven_corrupt(Root) ->
@@ -878,7 +878,9 @@ damage_is_found_by_a_load(Root) ->
         Size = byte_size(Good),
         Prompt = 72,
         Tlv = 82,
-        Tokens = Size - byte_size(Payload) - 4,
+        Digest = Size - byte_size(Payload) - 32,
+        %% Before the digest's record of 38 bytes.
+        Tokens = Size - byte_size(Payload) - 38 - 4,
         Damaged = [
             {truncated, <<>>},
             {truncated, binary:part(Good, 0, 10)},
@@ -897,8 +899,11 @@ damage_is_found_by_a_load(Root) ->
             {section_gap, patch(Good, Tlv, <<0:32>>)},
             {bad_tlv, patch(Good, Tlv + 5, <<-1:32>>)},
             {missing_tag, patch(Good, Tlv + 4, <<16#7f>>)},
-            {crc_mismatch, patch(Good, 64, <<(binary:at(Good, 64) bxor 1)>>)},
-            {crc_mismatch, flip(Good, Size - 1)},
+            {digest_mismatch, patch(Good, 64, <<(binary:at(Good, 64) bxor 1)>>)},
+            {digest_mismatch, flip(Good, Size - 1)},
+            {digest_mismatch, flip(Good, 4)},
+            {digest_mismatch, flip(Good, Digest)},
+            {bad_tag, patch(Good, Digest - 1, <<7>>)},
             {key_mismatch, flip(Good, Tokens)},
             {key_mismatch, flip(Good, Tlv + 9)}
         ],

@@ -112,7 +112,8 @@ defaults_hold(Meta, Info, Before) ->
 
 %% The whole file, by the format's description.
 expected_size(Info, Payload) ->
-    Tags = [32, 1, 1, 32, 4, 4 * length(maps:get(tokens, Info))] ++ [
+    %% The digest's is the last record, and always there.
+    Tags = [32, 1, 1, 32, 4, 4 * length(maps:get(tokens, Info)), 33] ++ [
         byte_size(Text)
      || Key <- [hostname, erllama_version, save_reason_detail],
         (Text = maps:get(Key, Info)) =/= <<>>

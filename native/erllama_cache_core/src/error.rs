@@ -18,6 +18,9 @@ pub enum Error {
     /// The file was read and is not what it claims to be: proof, not suspicion.
     #[error("corrupt file: {0}")]
     Corrupt(#[from] Corrupt),
+    /// A secret is set, and the file does not prove that its maker knew it.
+    #[error("not made by this node")]
+    Unauthenticated,
     /// Under the name stands something that is not a regular file.
     #[error("not a regular file")]
     NotRegular,
@@ -30,6 +33,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether it proves that a file is not worth keeping, as against telling that nothing could be
+    /// found out.
+    pub(crate) fn condemns(&self) -> bool {
+        matches!(
+            self,
+            Error::Corrupt(_) | Error::NotRegular | Error::Unauthenticated
+        )
+    }
+
     /// The system's error number, where it was the system that refused.
     pub fn errno(&self) -> Option<i32> {
         match self {

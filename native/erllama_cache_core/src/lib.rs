@@ -4,9 +4,11 @@
 #![deny(missing_docs)]
 
 mod clock;
+pub mod digest;
 mod error;
 pub mod files;
 pub mod kvc;
+mod pool;
 pub mod semaphore;
 mod sync;
 

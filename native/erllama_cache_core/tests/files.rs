@@ -12,12 +12,13 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{
-    Check, DEFAULT_MODE, Found, Loader, Outcome, Progress, Published, Root, Scan, Slice, TmpFile,
+    Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile,
 };
 use erllama_cache_core::kvc::{
     Corrupt, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason, verify,
@@ -30,6 +31,9 @@ const QUANT_BYTE: u8 = 1;
 
 /// Up to here a file is written in one call. Of a bigger one several pieces are.
 const SMALL: usize = 1024 * 1024;
+
+/// More than any call works on between two looks at the clock.
+const SLICES: usize = 17 << 20;
 
 // What is saved. A number makes the tokens, and so the key.
 
@@ -100,7 +104,7 @@ fn complete<T>(mut step: impl FnMut() -> Result<Progress<T>, Error>) -> Result<T
 }
 
 fn create(dir: &Path, n: u32, payload: &[u8]) -> Result<TmpFile, Error> {
-    TmpFile::create(open(dir), key(n), prefix(n, payload), DEFAULT_MODE)
+    TmpFile::create(open(dir), key(n), prefix(n, payload), Options::default())
 }
 
 fn write(tmp: &mut TmpFile, payload: &[u8]) -> Result<(), Error> {
@@ -124,7 +128,7 @@ fn save(dir: &Path, n: u32, payload: &[u8]) -> Result<Published, Error> {
 }
 
 fn load(dir: &Path, n: u32) -> Result<Option<Vec<u8>>, Error> {
-    let Some(mut loader) = Loader::open(&open(dir), &key(n))? else {
+    let Some(mut loader) = Loader::open(&open(dir), &key(n), None)? else {
         return Ok(None);
     };
     read(&mut loader).map(Some)
@@ -137,12 +141,12 @@ fn read(loader: &mut Loader) -> Result<Vec<u8>, Error> {
 }
 
 fn check(dir: &Path, n: u32) -> Result<(), Error> {
-    let mut check = Check::open(&open(dir), &key(n), true)?.expect("a file");
+    let mut check = Check::open(&open(dir), &key(n), true, None)?.expect("a file");
     complete(|| check.step(&slice()))
 }
 
 fn scan(dir: &Path) -> Vec<Found> {
-    let mut scan = Scan::open(open(dir)).unwrap();
+    let mut scan = Scan::open(open(dir), false).unwrap();
     let mut found = Vec::new();
     complete(|| scan.step(&mut found, &slice())).unwrap();
     found
@@ -231,7 +235,7 @@ fn what_is_not_there_is_none() {
     let dir = root();
     let root = open(dir.path());
     assert!(load(dir.path(), 1).unwrap().is_none());
-    assert!(Check::open(&root, &key(1), true).unwrap().is_none());
+    assert!(Check::open(&root, &key(1), true, None).unwrap().is_none());
     assert!(!root.delete(&key(1)).unwrap());
     save(dir.path(), 1, b"payload").unwrap();
     assert!(root.delete(&key(1)).unwrap());
@@ -241,7 +245,7 @@ fn what_is_not_there_is_none() {
 #[test]
 fn nothing_is_seen_before_it_is_published() {
     let dir = root();
-    let payload = payload(2 * SMALL);
+    let payload = payload(9 * SMALL);
     let mut tmp = create(dir.path(), 1, &payload).unwrap();
     let mut slices = 0;
     while tmp.write(&payload, &slice()).unwrap() == Progress::More {
@@ -249,8 +253,8 @@ fn nothing_is_seen_before_it_is_published() {
         assert!(scan(dir.path()).is_empty());
         slices += 1;
     }
-    // A piece at a time, first written, then read back, then the sync.
-    assert!(slices >= 4 + 8, "{slices}");
+    // A block at a time: three are written, then two times eight MiB are waited for.
+    assert!(slices >= 3 + 2, "{slices}");
     assert!(load(dir.path(), 1).unwrap().is_none());
     publish(&mut tmp).unwrap();
     assert_holds(dir.path(), 1, &payload);
@@ -290,7 +294,9 @@ fn every_call_has_its_turn() {
     drop(tmp);
     assert_holds(dir.path(), 1, b"payload");
 
-    let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+    let mut loader = Loader::open(&open(dir.path()), &key(1), None)
+        .unwrap()
+        .unwrap();
     out_of_turn(loader.read(&mut [0; 6], &slice()));
     assert_eq!(read(&mut loader).unwrap(), b"payload");
 }
@@ -299,7 +305,11 @@ fn every_call_has_its_turn() {
 fn permissions_are_those_asked_for() {
     let dir = root();
     for (n, mode) in (0..).zip([0o600, 0o666, 0o640, 0o444]) {
-        let mut tmp = TmpFile::create(open(dir.path()), key(n), prefix(n, b"x"), mode).unwrap();
+        let options = Options {
+            mode,
+            ..Options::default()
+        };
+        let mut tmp = TmpFile::create(open(dir.path()), key(n), prefix(n, b"x"), options).unwrap();
         write(&mut tmp, b"x").unwrap();
         publish(&mut tmp).unwrap();
         let permissions = fs::metadata(path(dir.path(), n)).unwrap().permissions();
@@ -313,7 +323,9 @@ fn a_use_is_noted() {
     let dir = root();
     save(dir.path(), 1, b"payload").unwrap();
     let load_and_note = |now| {
-        let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+        let mut loader = Loader::open(&open(dir.path()), &key(1), None)
+            .unwrap()
+            .unwrap();
         assert_eq!(read(&mut loader).unwrap(), b"payload");
         loader.note_use(now);
         let header = loader.prefix().header();
@@ -411,8 +423,13 @@ fn a_valid_file_is_adopted_whatever_the_formula_of_its_name() {
     let dir = root();
     let foreign = Key::from_bytes([9; 32]);
     let outcomes = [b"first!", b"second"].map(|payload| {
-        let mut tmp =
-            TmpFile::create(open(dir.path()), foreign, prefix(1, payload), DEFAULT_MODE).unwrap();
+        let mut tmp = TmpFile::create(
+            open(dir.path()),
+            foreign,
+            prefix(1, payload),
+            Options::default(),
+        )
+        .unwrap();
         write(&mut tmp, payload).unwrap();
         publish(&mut tmp).unwrap().outcome
     });
@@ -439,7 +456,7 @@ fn a_link_or_a_fifo_is_replaced_and_never_opened() {
         make();
         assert!(matches!(load(dir.path(), 1), Err(Error::NotRegular)));
         assert!(matches!(
-            Check::open(&open(dir.path()), &key(1), true),
+            Check::open(&open(dir.path()), &key(1), true, None),
             Err(Error::NotRegular)
         ));
         let published = save(dir.path(), 1, b"payload").unwrap();
@@ -505,7 +522,7 @@ fn a_root_that_is_removed_is_an_error() {
     dir.close().unwrap();
     assert_errno(publish(&mut tmp), libc::ENOENT);
     // Some file systems refuse this at once, others when it gets a name.
-    let saved = TmpFile::create(root, key(1), prefix(1, b"payload"), DEFAULT_MODE)
+    let saved = TmpFile::create(root, key(1), prefix(1, b"payload"), Options::default())
         .and_then(|mut tmp| write(&mut tmp, b"payload").and_then(|()| publish(&mut tmp)));
     assert!(saved.is_err());
     assert!(!held.needs_names(), "that it is gone says nothing of that");
@@ -544,10 +561,12 @@ fn a_root_may_be_a_link_that_is_turned_elsewhere() {
 #[test]
 fn a_file_that_shrinks_is_truncated() {
     let dir = root();
-    let payload = payload(2 * SMALL);
+    let payload = payload(SLICES);
     save(dir.path(), 1, &payload).unwrap();
-    let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
-    let mut check = Check::open(&open(dir.path()), &key(1), true)
+    let mut loader = Loader::open(&open(dir.path()), &key(1), None)
+        .unwrap()
+        .unwrap();
+    let mut check = Check::open(&open(dir.path()), &key(1), true, None)
         .unwrap()
         .unwrap();
     let mut buf = vec![0; payload.len()];
@@ -571,7 +590,9 @@ fn a_file_that_grows_is_what_it_was_and_then_too_long() {
     let dir = root();
     let payload = payload(2 * SMALL);
     save(dir.path(), 1, &payload).unwrap();
-    let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+    let mut loader = Loader::open(&open(dir.path()), &key(1), None)
+        .unwrap()
+        .unwrap();
     let mut file = File::options()
         .append(true)
         .open(path(dir.path(), 1))
@@ -587,9 +608,11 @@ fn a_file_that_grows_is_what_it_was_and_then_too_long() {
 #[test]
 fn a_file_that_is_written_to_has_another_checksum() {
     let dir = root();
-    let payload = payload(2 * SMALL);
+    let payload = payload(SLICES);
     save(dir.path(), 1, &payload).unwrap();
-    let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+    let mut loader = Loader::open(&open(dir.path()), &key(1), None)
+        .unwrap()
+        .unwrap();
     let mut buf = vec![0; payload.len()];
     assert_eq!(loader.read(&mut buf, &slice()).unwrap(), Progress::More);
     flip_last_byte(&path(dir.path(), 1));
@@ -603,7 +626,9 @@ fn a_file_that_is_written_to_has_another_checksum() {
 fn a_file_that_is_deleted_is_read_to_its_end() {
     let dir = root();
     save(dir.path(), 1, b"old").unwrap();
-    let mut loader = Loader::open(&open(dir.path()), &key(1)).unwrap().unwrap();
+    let mut loader = Loader::open(&open(dir.path()), &key(1), None)
+        .unwrap()
+        .unwrap();
     assert!(open(dir.path()).delete(&key(1)).unwrap());
     save(dir.path(), 1, b"new").unwrap();
     assert_eq!(read(&mut loader).unwrap(), b"old");
@@ -1071,15 +1096,52 @@ mod failures {
     /// The kernel has marked the pages clean: a second sync of the same file would lie.
     #[test]
     fn a_failed_sync_is_final() {
+        let fail = [call(libc::SYS_fdatasync, libc::EIO)];
+        // A small file is synced when it is published.
         let dir = root();
-        let mut tmp = create(dir.path(), 1, b"payload").unwrap();
-        with(&[call(libc::SYS_fdatasync, libc::EIO)], || {
-            assert_errno(write(&mut tmp, b"payload"), libc::EIO);
+        let mut tmp = written(dir.path(), 1, b"payload");
+        with(&fail, || {
+            assert_errno(publish(&mut tmp), libc::EIO);
         });
         assert!(matches!(write(&mut tmp, b"payload"), Err(Error::OutOfTurn)));
         assert!(matches!(publish(&mut tmp), Err(Error::OutOfTurn)));
         drop(tmp);
         assert_empty(dir.path());
+        // A large one when it is written.
+        let payload = payload(2 * SMALL);
+        let mut tmp = create(dir.path(), 1, &payload).unwrap();
+        with(&fail, || {
+            assert_errno(write(&mut tmp, &payload), libc::EIO);
+        });
+        assert!(matches!(write(&mut tmp, &payload), Err(Error::OutOfTurn)));
+        assert!(matches!(publish(&mut tmp), Err(Error::OutOfTurn)));
+        drop(tmp);
+        assert_empty(dir.path());
+    }
+
+    /// The kernel tells an error of the disk once: to whoever waits first.
+    #[test]
+    fn a_failed_wait_for_the_disk_is_final() {
+        let dir = root();
+        let payload = payload(2 * SMALL);
+        let mut tmp = create(dir.path(), 1, &payload).unwrap();
+        with(&[call(libc::SYS_sync_file_range, libc::EIO)], || {
+            assert_errno(write(&mut tmp, &payload), libc::EIO);
+        });
+        assert!(matches!(write(&mut tmp, &payload), Err(Error::OutOfTurn)));
+        assert!(matches!(publish(&mut tmp), Err(Error::OutOfTurn)));
+        drop(tmp);
+        assert_empty(dir.path());
+    }
+
+    #[test]
+    fn the_disk_need_not_be_waited_for() {
+        let dir = root();
+        let payload = payload(2 * SMALL);
+        with(&[call(libc::SYS_sync_file_range, libc::ENOSYS)], || {
+            save(dir.path(), 1, &payload).unwrap()
+        });
+        assert_holds(dir.path(), 1, &payload);
     }
 
     #[test]
@@ -1139,8 +1201,8 @@ mod failures {
         let root = open(dir.path());
         let mut tmp = written(dir.path(), 1, b"second");
         with(&[call(libc::SYS_openat, libc::EMFILE)], || {
-            assert_errno(Loader::open(&root, &key(1)), libc::EMFILE);
-            assert_errno(Check::open(&root, &key(1), true), libc::EMFILE);
+            assert_errno(Loader::open(&root, &key(1), None), libc::EMFILE);
+            assert_errno(Check::open(&root, &key(1), true, None), libc::EMFILE);
             assert_errno(publish(&mut tmp), libc::EMFILE);
         });
         assert_holds(dir.path(), 1, b"payload");
@@ -1280,29 +1342,47 @@ mod failures {
         drop(tmp);
     }
 
+    /// Somebody writes into the file all the time, so what is read back is soon not what was written.
     #[test]
     fn what_does_not_read_back_is_not_published() {
-        for size in [1000, 2 * SMALL] {
-            let dir = root();
-            let payload = payload(size);
+        let dir = root();
+        let payload = payload(9 * SMALL);
+        let start = prefix(1, &payload).len() as u64;
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            assert!(Instant::now() < deadline, "it never read back wrongly");
             let mut tmp = with(&[UNNAMED], || create(dir.path(), 1, &payload).unwrap());
-            // All is written when the disk's own page says so: the last byte is there.
             let file = File::options()
-                .read(true)
                 .write(true)
                 .open(dir.path().join(only_name(dir.path())))
                 .unwrap();
-            let last = prefix(1, &payload).file_len() - 1;
-            let mut magic = [0];
-            while magic != *b"K" {
-                assert_eq!(tmp.write(&payload, &slice()).unwrap(), Progress::More);
-                let _ = file.read_at(&mut magic, 0).unwrap();
+            let done = AtomicBool::new(false);
+            let written = thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        file.write_all_at(&[!payload[1000]], start + 1000).unwrap();
+                    }
+                });
+                let written = write(&mut tmp, &payload);
+                done.store(true, Ordering::Relaxed);
+                written
+            });
+            match written {
+                Err(Error::ReadBack(Corrupt::ContentMismatch)) => break,
+                other => other.unwrap(),
             }
-            file.write_all_at(&[!payload[size - 1]], last).unwrap();
-            assert!(matches!(
-                write(&mut tmp, &payload),
-                Err(Error::ReadBack(Corrupt::CrcMismatch))
-            ));
+        }
+        assert_empty(dir.path());
+    }
+
+    #[test]
+    fn what_reads_back_short_is_not_published() {
+        let dir = root();
+        for payload in [payload(SMALL), payload(9 * SMALL)] {
+            let mut tmp = create(dir.path(), 1, &payload).unwrap();
+            // The end of the file, where there is more.
+            let written = with(&[call(libc::SYS_pread64, 0)], || write(&mut tmp, &payload));
+            assert!(matches!(written, Err(Error::ReadBack(Corrupt::Truncated))));
             drop(tmp);
             assert_empty(dir.path());
         }

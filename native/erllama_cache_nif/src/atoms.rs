@@ -32,6 +32,10 @@ rustler::atoms! {
     mean_wait_us,
 
     // Files
+    blake3,
+    keep,
+    drop,
+    unauthenticated,
     linked,
     adopted,
     replaced,
@@ -40,6 +44,7 @@ rustler::atoms! {
     swept,
     skipped,
     corrupt,
+    on_device,
     read_back,
     not_regular,
     out_of_turn,

@@ -19,6 +19,7 @@ pub(crate) fn reason<'a>(env: Env<'a>, error: &Error) -> Term<'a> {
         Error::Corrupt(corrupt) => (atoms::corrupt(), atom(env, corrupt.name())).encode(env),
         Error::ReadBack(corrupt) => (atoms::read_back(), atom(env, corrupt.name())).encode(env),
         Error::NotRegular => (atoms::corrupt(), atoms::not_regular()).encode(env),
+        Error::Unauthenticated => atoms::unauthenticated().encode(env),
         Error::OutOfTurn => atoms::out_of_turn().encode(env),
     }
 }

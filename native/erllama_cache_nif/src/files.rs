@@ -7,19 +7,20 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{
-    Check, Found, Loader, Outcome, Progress, Published, Root, Scan, Slice, TmpFile,
+    Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile,
 };
-use erllama_cache_core::kvc::{EncodeError, Field, Key};
+use erllama_cache_core::kvc::{Digest, EncodeError, Field, Key, Prefix};
 use rustler::sys::{ErlNifBinary, enif_alloc_binary};
 use rustler::{Atom, Binary, Encoder, Env, NifResult, OwnedBinary, Resource, ResourceArc, Term};
 
 use crate::atoms;
 use crate::error::{atom, error_term, reason};
 use crate::kvc;
+use crate::secret;
 use crate::semaphore::Guard;
 
 /// How long one call works. A piece in it may wait for the disk and overrun.
-const SLICE: Duration = Duration::from_millis(20);
+const SLICE: Duration = Duration::from_millis(10);
 
 /// Something that is worked on in slices and gone when it is finished, has failed, or is dropped.
 struct InSlices<T>(Mutex<Option<T>>);
@@ -83,30 +84,159 @@ fn write_tmp<'a>(
     quant_byte: u8,
     tokens: Binary<'a>,
     payload: Binary<'a>,
-    mode: u32,
+    options: Term<'a>,
 ) -> NifResult<Term<'a>> {
     let slice = Slice::of(SLICE);
     let Some(_running) = guard.running_io(env) else {
         return Ok(owner_died(env));
     };
-    let key = kvc::key(key)?;
-    let prefix = match kvc::prefix(meta, quant_byte, tokens, payload.len() as u64)? {
+    let prefix = match prefix(meta, quant_byte, tokens, payload, options)? {
         Ok(prefix) => prefix,
         Err(error) => return Ok(encode_error_term(env, error)),
     };
-    let written = root(path)?
-        .and_then(|root| TmpFile::create(root, key, prefix, mode))
-        .and_then(|mut tmp| {
-            tmp.write(payload.as_slice(), &slice)
-                .map(|progress| (tmp, progress))
-        });
+    let written = begin_write(root(path)?, key, prefix, payload, &slice)?;
     Ok(match written {
-        Ok((tmp, progress)) => {
-            let tmp = ResourceArc::new(Tmp(InSlices::new(tmp)));
-            (progress_atom(progress), tmp).encode(env)
-        }
+        Ok((tmp, progress)) => (progress_atom(progress), tmp_term(env, tmp)).encode(env),
         Err(error) => error_term(env, &error),
     })
+}
+
+/// Both in one call, for a payload that is written in one slice.
+#[rustler::nif(schedule = "DirtyIo")]
+#[allow(clippy::too_many_arguments)]
+fn write_and_publish<'a>(
+    env: Env<'a>,
+    guard: &'a Guard,
+    path: Binary<'a>,
+    key: Binary<'a>,
+    meta: Term<'a>,
+    quant_byte: u8,
+    tokens: Binary<'a>,
+    payload: Binary<'a>,
+    options: Term<'a>,
+) -> NifResult<Term<'a>> {
+    let Some(_running) = guard.running_io(env) else {
+        return Ok(owner_died(env));
+    };
+    let prefix = prefix(meta, quant_byte, tokens, payload, options)?;
+    write_then_publish(env, root(path)?, key, prefix, payload, &Slice::of(SLICE))
+}
+
+/// The same without the way to another thread and back: for a root in memory, where nothing waits
+/// for a device. What could take longer, the check of a file that is there already, is left for
+/// `publish`.
+#[rustler::nif]
+#[allow(clippy::too_many_arguments)]
+fn write_and_publish_in_memory<'a>(
+    env: Env<'a>,
+    guard: &'a Guard,
+    path: Binary<'a>,
+    key: Binary<'a>,
+    meta: Term<'a>,
+    quant_byte: u8,
+    tokens: Binary<'a>,
+    payload: Binary<'a>,
+    options: Term<'a>,
+) -> NifResult<Term<'a>> {
+    let root = root(path)?;
+    match root.as_ref().map(Root::is_in_memory) {
+        Ok(Ok(true)) | Err(_) => {}
+        Ok(Ok(false) | Err(_)) => return Ok(atoms::on_device().encode(env)),
+    }
+    let Some(_running) = guard.running_io(env) else {
+        return Ok(owner_died(env));
+    };
+    let prefix = prefix(meta, quant_byte, tokens, payload, options)?;
+    write_then_publish(env, root, key, prefix, payload, &Slice::of(Duration::ZERO))
+}
+
+fn write_then_publish<'a>(
+    env: Env<'a>,
+    root: Result<Root, Error>,
+    key: Binary<'a>,
+    plan: Result<Plan, EncodeError>,
+    payload: Binary<'a>,
+    slice: &Slice,
+) -> NifResult<Term<'a>> {
+    let plan = match plan {
+        Ok(plan) => plan,
+        Err(error) => return Ok(encode_error_term(env, error)),
+    };
+    let published = match begin_write(root, key, plan, payload, slice)? {
+        Ok((tmp, Progress::More)) => {
+            return Ok((atoms::more(), tmp_term(env, tmp)).encode(env));
+        }
+        Ok((mut tmp, Progress::Done(()))) => tmp.publish(slice).map(|progress| (tmp, progress)),
+        Err(error) => Err(error),
+    };
+    Ok(match published {
+        Ok((_, Progress::Done(published))) => published_term(env, &published),
+        Ok((tmp, Progress::More)) => (atoms::ok(), tmp_term(env, tmp)).encode(env),
+        Err(error) => error_term(env, &error),
+    })
+}
+
+/// What makes a file, but for its root, key and payload.
+type Plan = (Prefix, Options);
+
+fn prefix<'a>(
+    meta: Term<'a>,
+    quant_byte: u8,
+    tokens: Binary<'a>,
+    payload: Binary<'a>,
+    options: Term<'a>,
+) -> NifResult<Result<Plan, EncodeError>> {
+    let (options, digest) = save_options(options)?;
+    let prefix = kvc::prefix(meta, quant_byte, tokens, payload.len() as u64, digest)?;
+    Ok(prefix.map(|prefix| (prefix, options)))
+}
+
+fn begin_write(
+    root: Result<Root, Error>,
+    key: Binary<'_>,
+    (prefix, options): Plan,
+    payload: Binary<'_>,
+    slice: &Slice,
+) -> NifResult<Result<(TmpFile, Progress<()>), Error>> {
+    let key = kvc::key(key)?;
+    Ok(root
+        .and_then(|root| TmpFile::create(root, key, prefix, options))
+        .and_then(|mut tmp| {
+            tmp.write(payload.as_slice(), slice)
+                .map(|progress| (tmp, progress))
+        }))
+}
+
+fn tmp_term<'a>(env: Env<'a>, tmp: TmpFile) -> Term<'a> {
+    ResourceArc::new(Tmp(InSlices::new(tmp))).encode(env)
+}
+
+/// `{Mode, none | blake3 | Secret, keep | drop}`.
+fn save_options(term: Term<'_>) -> NifResult<(Options, Digest)> {
+    let (mode, digest, page_cache): (u32, Term<'_>, Atom) = term.decode()?;
+    let secret = if atoms::none() == digest || atoms::blake3() == digest {
+        None
+    } else {
+        Some(digest.decode::<&secret::Secret>()?.core().clone())
+    };
+    let digest = match &secret {
+        Some(_) => Digest::Blake3Keyed,
+        None if atoms::none() == digest => Digest::None,
+        None => Digest::Blake3,
+    };
+    let drop_cache = if page_cache == atoms::drop() {
+        true
+    } else if page_cache == atoms::keep() {
+        false
+    } else {
+        return Err(rustler::Error::BadArg);
+    };
+    let options = Options {
+        mode,
+        secret,
+        drop_cache,
+    };
+    Ok((options, digest))
 }
 
 fn encode_error_term<'a>(env: Env<'a>, error: EncodeError) -> Term<'a> {
@@ -180,10 +310,16 @@ fn abort(tmp: &Tmp) -> Atom {
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn load<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term<'a>> {
+fn load<'a>(
+    env: Env<'a>,
+    path: Binary<'a>,
+    key: Binary<'a>,
+    secret: Term<'a>,
+) -> NifResult<Term<'a>> {
     let slice = Slice::of(SLICE);
     let key = kvc::key(key)?;
-    let loader = match root(path)?.and_then(|root| Loader::open(&root, &key)) {
+    let secret = secret::optional(secret)?;
+    let loader = match root(path)?.and_then(|root| Loader::open(&root, &key, secret)) {
         Ok(Some(loader)) => loader,
         Ok(None) => return Ok(atoms::miss().encode(env)),
         Err(error) => return Ok(error_term(env, &error)),
@@ -249,10 +385,16 @@ fn unix_seconds() -> u64 {
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn check<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term<'a>> {
+fn check<'a>(
+    env: Env<'a>,
+    path: Binary<'a>,
+    key: Binary<'a>,
+    secret: Term<'a>,
+) -> NifResult<Term<'a>> {
     let slice = Slice::of(SLICE);
     let key = kvc::key(key)?;
-    let check = match root(path)?.and_then(|root| Check::open(&root, &key, true)) {
+    let secret = secret::optional(secret)?;
+    let check = match root(path)?.and_then(|root| Check::open(&root, &key, true, secret)) {
         Ok(Some(check)) => check,
         Ok(None) => return Ok(atoms::miss().encode(env)),
         Err(error) => return Ok(error_term(env, &error)),
@@ -307,11 +449,13 @@ fn delete<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn scan<'a>(env: Env<'a>, path: Binary<'a>) -> NifResult<Term<'a>> {
-    Ok(match root(path)?.and_then(Scan::open) {
-        Ok(scan) => (atoms::ok(), ResourceArc::new(Scanning(InSlices::new(scan)))).encode(env),
-        Err(error) => error_term(env, &error),
-    })
+fn scan<'a>(env: Env<'a>, path: Binary<'a>, keyed_only: bool) -> NifResult<Term<'a>> {
+    Ok(
+        match root(path)?.and_then(|root| Scan::open(root, keyed_only)) {
+            Ok(scan) => (atoms::ok(), ResourceArc::new(Scanning(InSlices::new(scan)))).encode(env),
+            Err(error) => error_term(env, &error),
+        },
+    )
 }
 
 #[rustler::nif(schedule = "DirtyIo")]

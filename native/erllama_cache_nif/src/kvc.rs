@@ -47,6 +47,7 @@ pub(crate) fn prefix<'a>(
     quant_byte: u8,
     tokens: Binary<'a>,
     payload_len: u64,
+    digest: Digest,
 ) -> NifResult<Result<Prefix, EncodeError>> {
     let fingerprint: Binary<'a> = get(meta, atoms::fingerprint())?;
     let ctx_params_hash: Binary<'a> = get(meta, atoms::ctx_params_hash())?;
@@ -67,7 +68,7 @@ pub(crate) fn prefix<'a>(
         erllama_version: bytes(meta, atoms::erllama_version())?,
         save_reason_detail: bytes(meta, atoms::save_reason_detail())?,
     };
-    Ok(Prefix::encode(&meta, payload_len, Digest::None))
+    Ok(Prefix::encode(&meta, payload_len, digest))
 }
 
 /// A stored file's metadata, under the same keys as it was saved with.
@@ -134,18 +135,26 @@ fn quant_byte(env: Env<'_>, name: Atom) -> u8 {
         .map_or(kvc::QUANT_OTHER, |name| kvc::quant_byte(&name))
 }
 
+/// More would hold a scheduler for longer than a call should.
+const MANY_TOKENS: usize = 32768;
+
 #[rustler::nif]
-fn encode_tokens<'a>(env: Env<'a>, tokens: ListIterator<'a>) -> Term<'a> {
-    let mut encoded = Vec::new();
-    for token in tokens {
+fn encode_tokens<'a>(env: Env<'a>, tokens: Term<'a>) -> NifResult<Term<'a>> {
+    let len = tokens.list_length()?;
+    if len > MANY_TOKENS {
+        return Ok(atoms::error().encode(env));
+    }
+    let mut encoded = NewBinary::new(env, 4 * len);
+    let list: ListIterator<'a> = tokens.decode()?;
+    for (room, token) in encoded.chunks_exact_mut(4).zip(list) {
         // Beyond 64 bits, or not a number: the caller knows what to do with either.
         let Ok(token) = token.decode::<i64>() else {
-            return atoms::error().encode(env);
+            return Ok(atoms::error().encode(env));
         };
         // Each is stored modulo 2^32, as the format says.
-        encoded.extend_from_slice(&(token as u32).to_le_bytes());
+        room.copy_from_slice(&(token as u32).to_le_bytes());
     }
-    binary(env, &encoded)
+    Ok(encoded.into())
 }
 
 #[rustler::nif(name = "key")]

@@ -5,6 +5,7 @@ mod atoms;
 mod error;
 mod files;
 mod kvc;
+mod secret;
 mod semaphore;
 mod waker;
 

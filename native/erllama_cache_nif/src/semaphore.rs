@@ -108,12 +108,24 @@ fn refusal(refusal: Refusal) -> Atom {
     }
 }
 
-#[rustler::nif]
-fn semaphore_new() -> ResourceArc<Semaphore> {
+fn closed_semaphore() -> ResourceArc<Semaphore> {
     ResourceArc::new(Semaphore {
         core: Arc::new(core::Semaphore::new()),
         server: Mutex::new(None),
     })
+}
+
+#[rustler::nif]
+fn semaphore_new() -> ResourceArc<Semaphore> {
+    closed_semaphore()
+}
+
+/// Without a server: open from the start, and for as long as it is there.
+#[rustler::nif(name = "semaphore_new")]
+fn semaphore_new_open(env: Env<'_>, limit: u32) -> NifResult<ResourceArc<Semaphore>> {
+    let semaphore = closed_semaphore();
+    deliver(env, semaphore.core.open(limit_in_bounds(limit)?, None));
+    Ok(semaphore)
 }
 
 #[rustler::nif]

@@ -1,6 +1,7 @@
 //! Files in a root: writing them where nobody sees them, publishing, checking, loading, finding
 //! and deleting them.
 
+mod group;
 mod root;
 mod scan;
 mod slice;
@@ -12,4 +13,4 @@ pub use root::Root;
 pub use scan::{Found, Scan};
 pub use slice::{Progress, Slice};
 pub use stored::{Check, Loader};
-pub use tmp::{DEFAULT_MODE, Outcome, Published, TmpFile};
+pub use tmp::{DEFAULT_MODE, Options, Outcome, Published, TmpFile};

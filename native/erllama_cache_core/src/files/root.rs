@@ -6,8 +6,9 @@ use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use once_cell::sync::Lazy;
+use once_cell::sync::{Lazy, OnceCell};
 
+use super::group::Group;
 use super::sys;
 use crate::error::{Context, Error};
 use crate::kvc::Key;
@@ -25,6 +26,9 @@ pub struct Root {
 #[derive(Debug, Default)]
 struct Traits {
     needs_names: AtomicBool,
+    in_memory: OnceCell<bool>,
+    /// Shares directory syncs between all who save here at the same time.
+    syncs: Group,
 }
 
 /// More roots than any node has; the bound only keeps a node that goes through thousands of
@@ -65,9 +69,20 @@ impl Root {
         self.traits.needs_names.store(true, Ordering::Relaxed);
     }
 
-    /// Makes the directory's names durable.
+    /// Whether this directory is on a file system in memory: then nothing here waits for a device.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn is_in_memory(&self) -> Result<bool, Error> {
+        self.traits
+            .in_memory
+            .get_or_try_init(|| sys::is_in_memory(&self.dir).call("fstatfs"))
+            .copied()
+    }
+
+    /// Makes the directory's names durable, together with whoever else wants that now.
     pub(crate) fn sync(&self) -> Result<(), Error> {
-        self.dir.sync_all().call("fsync")
+        self.traits.syncs.run(|| self.dir.sync_all()).call("fsync")
     }
 
     /// Whether anything stands under the name of `key`.

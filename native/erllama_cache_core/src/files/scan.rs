@@ -8,7 +8,9 @@ use super::stored::open_regular;
 use super::sys;
 use super::tmp::is_temporary_name;
 use crate::error::{Context, Error};
-use crate::kvc::{Corrupt, FIXED_LEN, Header, Key, ReadAt, ReadError, read_exact_at};
+use crate::kvc::{
+    Corrupt, DigestMode, FIXED_LEN, Header, Key, ReadAt, ReadError, read_exact_at, read_prefix,
+};
 
 /// What a scan found under one name. Other names are nobody's business here and are not told.
 #[derive(Debug)]
@@ -45,16 +47,22 @@ pub enum Found {
 pub struct Scan {
     root: Root,
     names: sys::Names,
+    keyed_only: bool,
 }
 
 impl Scan {
-    /// Begins at the root's first name.
+    /// Begins at the root's first name. If `keyed_only`, a file without a keyed digest is skipped:
+    /// no load would take it. Whether the digest is right is left to that load.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn open(root: Root) -> Result<Scan, Error> {
+    pub fn open(root: Root, keyed_only: bool) -> Result<Scan, Error> {
         let names = sys::Names::of(root.dir()).call("opendir")?;
-        Ok(Scan { root, names })
+        Ok(Scan {
+            root,
+            names,
+            keyed_only,
+        })
     }
 
     /// Goes on for one slice, adding what it finds.
@@ -89,6 +97,9 @@ impl Scan {
             Err(error) => return skipped(error),
         };
         match read_header(&file, stat.len) {
+            Ok(_) if self.keyed_only && !has_keyed_digest(&file, stat.len) => {
+                skipped(Error::Unauthenticated)
+            }
             Ok(header) => Some(Found::File {
                 key,
                 header,
@@ -132,6 +143,11 @@ impl Scan {
             }),
         }
     }
+}
+
+fn has_keyed_digest<R: ReadAt>(file: &R, len: u64) -> bool {
+    read_prefix(file, len)
+        .is_ok_and(|prefix| matches!(prefix.digest(), Some((DigestMode::Keyed, _))))
 }
 
 fn read_header<R: ReadAt>(file: &R, len: u64) -> Result<Header, ReadError> {

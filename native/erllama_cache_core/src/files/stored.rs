@@ -2,13 +2,18 @@
 
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::os::unix::fs::FileExt;
 
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
 use super::sys;
+use crate::digest::{Digester, PART, Parts, Secret};
 use crate::error::{Context, Error};
-use crate::kvc::{Corrupt, Crc32c, Key, ParsedPrefix, ReadAt, Verifier, read_prefix};
+use crate::kvc::{
+    Corrupt, Crc32c, DigestMode, Key, ParsedPrefix, ReadAt, read_exact_at, read_prefix,
+};
+use crate::pool;
 
 /// How much is read at a time: enough for the call not to matter, little enough for the checksum to
 /// find it in the processor's cache.
@@ -56,29 +61,146 @@ pub(crate) fn open_regular(
     }
 }
 
+/// How much is read between two looks at the clock.
+const BLOCK: usize = 16 * 1024 * 1024;
+
+/// A file's payload on its way in: where it is, and what it has to come to.
+#[derive(Debug)]
+struct Payload {
+    file: File,
+    prefix: ParsedPrefix,
+    proof: Proof,
+    /// Bytes that were read.
+    done: u64,
+}
+
+/// What a payload has come to so far. A digest covers everything that the checksum does, and the
+/// checksum itself: where there is one that can be checked, the other would be twice the work.
+#[derive(Debug)]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there is one for each load, and a box would not pay"
+)]
+enum Proof {
+    Crc(Crc32c),
+    Digest(Box<Digester>, DigestMode),
+}
+
+impl Proof {
+    fn update(&mut self, bytes: &[u8]) {
+        match self {
+            Proof::Crc(crc) => crc.update(bytes),
+            Proof::Digest(digester, _) => digester.update(bytes),
+        }
+    }
+}
+
+impl Payload {
+    /// Reads all that comes before the payload. With a secret, only a file with a digest that is
+    /// keyed with it will do; without one, a keyed digest tells nothing.
+    fn begin(file: File, len: u64, secret: Option<&Secret>) -> Result<Payload, Error> {
+        let prefix = read_prefix(&file, len)?;
+        let proof = match (prefix.digest(), secret) {
+            (Some((mode @ DigestMode::Keyed, _)), Some(secret)) => {
+                Proof::Digest(Box::new(Digester::new(Some(secret))), mode)
+            }
+            (_, Some(_)) => return Err(Error::Unauthenticated),
+            (Some((mode @ DigestMode::Plain, _)), None) => {
+                Proof::Digest(Box::new(Digester::new(None)), mode)
+            }
+            (Some((DigestMode::Keyed, _)) | None, None) => Proof::Crc(Crc32c::new()),
+        };
+        Ok(Payload {
+            file,
+            prefix,
+            proof,
+            done: 0,
+        })
+    }
+
+    fn len(&self) -> u64 {
+        self.prefix.header().payload_len
+    }
+
+    /// Reads what stands at `offset`, and goes over it, with the help of another thread if there is
+    /// a digest: that takes longer than the reading.
+    fn read_block(&mut self, block: &mut [u8], offset: u64) -> Result<(), Error> {
+        let file = &self.file;
+        let rest = match &mut self.proof {
+            Proof::Digest(digester, _) => {
+                let (whole, rest) = block.split_at_mut(block.len() / PART * PART);
+                let rest_at = offset + whole.len() as u64;
+                let parts = Parts::new(digester, whole);
+                let work =
+                    || parts.work(|at, part: &mut [u8]| fill(file, part, offset + at as u64));
+                let (theirs, ours) = pool::join(work, work);
+                theirs?;
+                ours?;
+                parts.finish(digester);
+                (rest, rest_at)
+            }
+            Proof::Crc(_) => (block, offset),
+        };
+        let (rest, mut at) = rest;
+        for piece in rest.chunks_mut(READ_PIECE) {
+            fill(file, piece, at)?;
+            self.proof.update(piece);
+            at += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Whether all that was read has come to what the prefix says.
+    fn verdict(&mut self) -> Result<(), Error> {
+        let proof = mem::replace(&mut self.proof, Proof::Crc(Crc32c::new()));
+        match (proof, self.prefix.digest()) {
+            (Proof::Crc(crc), _) if crc.finish() == self.prefix.header().crc32c => Ok(()),
+            (Proof::Digest(digester, mode), Some((_, digest))) => match mode {
+                _ if digester.matches(&self.prefix.digest_view(), digest) => Ok(()),
+                DigestMode::Plain => Err(Corrupt::DigestMismatch.into()),
+                DigestMode::Keyed => Err(Error::Unauthenticated),
+            },
+            _ => Err(Corrupt::CrcMismatch.into()),
+        }
+    }
+}
+
+/// Fills `buf` with what stands in `file` at `offset`.
+pub(crate) fn fill(file: &File, buf: &mut [u8], offset: u64) -> Result<(), Error> {
+    read_exact_at(file, buf, offset).map_err(Error::from)
+}
+
 /// A check of a stored file in slices, through a small buffer.
 #[derive(Debug)]
 pub struct Check {
-    file: File,
+    payload: Payload,
     file_len: u64,
-    verifier: Verifier,
 }
 
 impl Check {
     /// Begins with all that comes before the payload. `None` when there is no such file. The file's
-    /// key is checked against `key` if `expect_key`.
+    /// key is checked against `key` if `expect_key`; with a `secret`, the file has to prove that
+    /// its maker knew it.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] and [`Error::NotRegular`] on proof, [`Error::Io`] when nothing is known.
-    pub fn open(root: &Root, key: &Key, expect_key: bool) -> Result<Option<Check>, Error> {
+    /// [`Error::Corrupt`], [`Error::NotRegular`] and [`Error::Unauthenticated`] on proof,
+    /// [`Error::Io`] when nothing is known.
+    pub fn open(
+        root: &Root,
+        key: &Key,
+        expect_key: bool,
+        secret: Option<&Secret>,
+    ) -> Result<Option<Check>, Error> {
         let Some((file, stat)) = open_regular(root, &final_name(key), libc::O_RDONLY)? else {
             return Ok(None);
         };
-        let verifier = Verifier::begin(&file, stat.len, expect_key.then_some(key))?;
+        let payload = Payload::begin(file, stat.len, secret)?;
+        if expect_key && payload.prefix.key() != *key {
+            return Err(Corrupt::KeyMismatch.into());
+        }
         Ok(Some(Check {
-            file,
+            payload,
             file_len: stat.len,
-            verifier,
         }))
     }
 
@@ -87,12 +209,26 @@ impl Check {
     /// # Errors
     /// As [`Check::open`].
     pub fn step(&mut self, slice: &Slice) -> Result<Progress<()>, Error> {
-        step(&mut self.verifier, &self.file, slice)
+        let payload = &mut self.payload;
+        let start = payload.prefix.header().payload_offset;
+        let mut buf = vec![0; payload.len().min(READ_PIECE as u64) as usize];
+        while payload.done < payload.len() {
+            // Cannot exceed the buffer, so it fits a usize.
+            let next = (payload.len() - payload.done).min(buf.len() as u64) as usize;
+            let block = &mut buf[..next];
+            fill(&payload.file, block, start + payload.done)?;
+            payload.proof.update(block);
+            payload.done += next as u64;
+            if payload.done < payload.len() && slice.is_over() {
+                return Ok(Progress::More);
+            }
+        }
+        payload.verdict().map(Progress::Done)
     }
 
     /// All that comes before the payload.
     pub fn prefix(&self) -> &ParsedPrefix {
-        self.verifier.prefix()
+        &self.payload.prefix
     }
 
     /// The file's length in bytes.
@@ -101,50 +237,25 @@ impl Check {
     }
 
     pub(crate) fn file(&self) -> &File {
-        &self.file
-    }
-}
-
-/// Verifies a file for one slice.
-pub(crate) fn step(
-    verifier: &mut Verifier,
-    file: &File,
-    slice: &Slice,
-) -> Result<Progress<()>, Error> {
-    let piece = verifier
-        .prefix()
-        .header()
-        .payload_len
-        .clamp(1, READ_PIECE as u64);
-    let mut buf = vec![0; piece as usize];
-    loop {
-        if verifier.step(file, &mut buf, piece)? {
-            return Ok(Progress::Done(()));
-        }
-        if slice.is_over() {
-            return Ok(Progress::More);
-        }
+        &self.payload.file
     }
 }
 
 /// A load in slices, straight into the caller's memory.
 #[derive(Debug)]
 pub struct Loader {
-    file: File,
+    payload: Payload,
     links: u64,
     owner: u32,
-    prefix: ParsedPrefix,
-    crc: Crc32c,
-    done: usize,
 }
 
 impl Loader {
     /// Opens the file of `key` and checks all that comes before the payload, the key included.
-    /// `None` when there is no such file.
+    /// `None` when there is no such file. With a `secret`, as for [`Check::open`].
     ///
     /// # Errors
     /// As [`Check::open`].
-    pub fn open(root: &Root, key: &Key) -> Result<Option<Loader>, Error> {
+    pub fn open(root: &Root, key: &Key, secret: Option<&Secret>) -> Result<Option<Loader>, Error> {
         let name = final_name(key);
         // To write, so that the use can be noted; where that is not allowed, reading will do.
         let opened = match open_regular(root, &name, libc::O_RDWR) {
@@ -161,61 +272,50 @@ impl Loader {
         let Some((file, stat)) = opened else {
             return Ok(None);
         };
-        let prefix = read_prefix(&file, stat.len)?;
-        if prefix.key() != *key {
+        let payload = Payload::begin(file, stat.len, secret)?;
+        if payload.prefix.key() != *key {
             return Err(Corrupt::KeyMismatch.into());
         }
         Ok(Some(Loader {
-            file,
+            payload,
             links: stat.links,
             owner: stat.owner,
-            prefix,
-            crc: Crc32c::new(),
-            done: 0,
         }))
     }
 
     /// All that comes before the payload.
     pub fn prefix(&self) -> &ParsedPrefix {
-        &self.prefix
+        &self.payload.prefix
     }
 
     /// The payload's length in bytes. It is no more than the file really has, so it is safe to
     /// allocate.
     pub fn payload_len(&self) -> u64 {
-        self.prefix.header().payload_len
+        self.payload.len()
     }
 
-    /// Reads on into `payload`, whose length is [`Loader::payload_len`] and which is the same at
-    /// each call. Its bytes are to be trusted when this returns `Done`, not before.
+    /// Reads on into `buf`, whose length is [`Loader::payload_len`] and which is the same at each
+    /// call. Its bytes are to be trusted when this returns `Done`, not before.
     ///
     /// # Errors
-    /// As [`Check::open`]; [`Error::OutOfTurn`] when `payload` has another length.
-    pub fn read(&mut self, payload: &mut [u8], slice: &Slice) -> Result<Progress<()>, Error> {
-        let header = self.prefix.header();
-        if payload.len() as u64 != header.payload_len || self.done > payload.len() {
+    /// As [`Check::open`]; [`Error::OutOfTurn`] when `buf` has another length.
+    pub fn read(&mut self, buf: &mut [u8], slice: &Slice) -> Result<Progress<()>, Error> {
+        let payload = &mut self.payload;
+        if buf.len() as u64 != payload.len() || payload.done > payload.len() {
             return Err(Error::OutOfTurn);
         }
-        while self.done < payload.len() {
-            let end = payload.len().min(self.done + READ_PIECE);
-            let piece = &mut payload[self.done..end];
-            match ReadAt::read_at(&self.file, piece, header.payload_offset + self.done as u64) {
-                Ok(0) => return Err(Corrupt::Truncated.into()),
-                Ok(read) => {
-                    self.crc.update(&piece[..read]);
-                    self.done += read;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error).call("pread"),
-            }
-            if self.done < payload.len() && slice.is_over() {
+        let start = payload.prefix.header().payload_offset;
+        while payload.done < payload.len() {
+            // Below the buffer's length, so it fits a usize.
+            let done = payload.done as usize;
+            let end = buf.len().min(done + BLOCK);
+            payload.read_block(&mut buf[done..end], start + payload.done)?;
+            payload.done = end as u64;
+            if payload.done < payload.len() && slice.is_over() {
                 return Ok(Progress::More);
             }
         }
-        if self.crc.clone().finish() != header.crc32c {
-            return Err(Corrupt::CrcMismatch.into());
-        }
-        Ok(Progress::Done(()))
+        payload.verdict().map(Progress::Done)
     }
 
     /// Notes in the file that it was used at `now` (unix seconds), once more than before, for those
@@ -227,8 +327,8 @@ impl Loader {
         if self.links != 1 || self.owner != sys::effective_user() {
             return;
         }
-        let hits = self.prefix.header().hit_count.saturating_add(1);
-        let _ = self.file.write_at(&hits.to_le_bytes(), 12);
-        let _ = self.file.write_at(&now.to_le_bytes(), 32);
+        let hits = self.prefix().header().hit_count.saturating_add(1);
+        let _ = self.payload.file.write_at(&hits.to_le_bytes(), 12);
+        let _ = self.payload.file.write_at(&now.to_le_bytes(), 32);
     }
 }

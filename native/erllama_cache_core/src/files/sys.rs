@@ -91,12 +91,13 @@ pub(crate) fn link_unnamed(file: &File, dir: &File, to: &CStr) -> io::Result<()>
         })
         .map(drop)
     };
-    // A number's digits hold no NUL.
-    let magic = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    match link(libc::AT_FDCWD, magic.as_ptr(), libc::AT_SYMLINK_FOLLOW) {
-        // Without /proc only a privileged process can link a descriptor.
+    match link(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH) {
+        // Older kernels let only a privileged process link a descriptor; the others take the long
+        // way.
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
-            link(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH)
+            // A number's digits hold no NUL.
+            let magic = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+            link(libc::AT_FDCWD, magic.as_ptr(), libc::AT_SYMLINK_FOLLOW)
         }
         result => result,
     }
@@ -169,6 +170,22 @@ pub(crate) fn effective_user() -> u32 {
     unsafe { libc::geteuid() }
 }
 
+/// Whether a directory's files live in memory, so that nothing done to them waits for a device.
+#[cfg(target_os = "linux")]
+pub(crate) fn is_in_memory(dir: &File) -> io::Result<bool> {
+    let mut stat = MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: `dir` is open, `stat` has room for what the call writes.
+    uninterrupted(|| unsafe { libc::fstatfs(dir.as_raw_fd(), stat.as_mut_ptr()) })?;
+    // SAFETY: the call succeeded, so it has filled `stat`.
+    Ok(unsafe { stat.assume_init() }.f_type == libc::TMPFS_MAGIC)
+}
+
+/// Elsewhere nobody knows.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn is_in_memory(_dir: &File) -> io::Result<bool> {
+    Ok(false)
+}
+
 /// Sets a file's permissions to exactly `mode`, whatever the process's umask.
 pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     // SAFETY: `file` is open. The cast is to the system's own width of a mode.
@@ -216,6 +233,49 @@ pub(crate) fn start_writeback(file: &File, offset: u64, len: u64) {
 /// Elsewhere the sync does all.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn start_writeback(_file: &File, _offset: u64, _len: u64) {}
+
+/// Waits until a range is on the disk, so that the sync that follows is short: that one cannot be
+/// cut into slices. An error is as final as a sync's, for the kernel tells it once.
+#[cfg(target_os = "linux")]
+pub(crate) fn await_writeback(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let big = |_| io::Error::from_raw_os_error(libc::EFBIG);
+    let offset = libc::off64_t::try_from(offset).map_err(big)?;
+    let len = libc::off64_t::try_from(len).map_err(big)?;
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE
+        | libc::SYNC_FILE_RANGE_WRITE
+        | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: `file` is open; the call takes numbers only.
+    match uninterrupted(|| unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, flags) }) {
+        Ok(_) => Ok(()),
+        // Where there is no such call, or not for this file, the sync does all.
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOSYS | libc::EINVAL | libc::ESPIPE | libc::EOPNOTSUPP)
+            ) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Elsewhere the sync does all.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn await_writeback(_file: &File, _offset: u64, _len: u64) -> io::Result<()> {
+    Ok(())
+}
+
+/// Lets the kernel forget a file's pages that are on the disk. A hint, as [`start_writeback`] is.
+#[cfg(target_os = "linux")]
+pub(crate) fn drop_cache(file: &File) {
+    // SAFETY: `file` is open; the call takes numbers only.
+    let _ = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+}
+
+/// Elsewhere it stays for as long as the kernel likes.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn drop_cache(_file: &File) {}
 
 /// Writes two slices as one, the first at the start of the file. Returns how many bytes went.
 pub(crate) fn write_two(file: &File, first: &[u8], second: &[u8]) -> io::Result<usize> {

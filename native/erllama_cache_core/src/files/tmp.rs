@@ -2,39 +2,50 @@
 //! its final name in one step.
 //!
 //! ```text
-//!  create ──► payload ──► check ──► sync ──► ready ──► link ──────────────► dir sync ──► published
+//!  create ──► payload ──► drain ──► sync ──► ready ──► link ──────────────► dir sync ──► published
 //!                                              │ name taken
 //!                                              ├─► check that file: valid ─► its sync ─► adopted
 //!                                              └─► invalid: rename over it ► dir sync ─► replaced
 //! ```
 //!
-//! The file is read back *before* its sync, while the disk is still busy with what it was told
-//! to begin: what comes back is the page cache's content either way, the time is hidden behind
-//! the disk's, and no file is ever linked that did not read back.
+//! All that is written is read back, and no file is ever linked that did not read back. That is done
+//! right after the write, while the processor's cache still has it, and *before* the sync: what comes
+//! back is the page cache's content either way. Another thread takes its share of checksum, digest
+//! and reading.
 
 use std::ffi::CString;
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
-use std::mem;
+use std::mem::{self, ManuallyDrop};
 use std::os::unix::fs::FileExt;
 
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
-use super::stored::{self, Check};
+use super::stored::{self, Check, READ_PIECE};
 use super::sys;
+use crate::digest::{Digester, Secret};
 use crate::error::{Context, Error};
-use crate::kvc::{Crc32c, Key, ParsedPrefix, Prefix, Verifier, crc32c};
+use crate::kvc::{Corrupt, Crc32c, Digest, Key, ParsedPrefix, Prefix};
+use crate::pool;
 
 /// Up to this size a payload is checksummed at one go and written together with its prefix in one
 /// call; above it, it is worth reserving its space and keeping the disk busy while the rest comes.
-const SMALL: usize = 1024 * 1024;
+const SMALL: usize = 256 * 1024;
 
-/// How much is checksummed and then written at a time: the write finds it in the processor's cache.
+/// How much is written while another thread checks: enough for the hand-over not to matter, little
+/// enough for a slice not to overrun by much.
+const BLOCK: usize = 4 * 1024 * 1024;
+
+/// How much is written by one call. For more at once, the kernel takes its pages in larger pieces
+/// of memory, and those are often ones that a virtual machine has given back to its host: every
+/// page is then faulted in anew, and the save takes four times as long.
 const PIECE: usize = 512 * 1024;
 
-/// How much is written before the kernel is told to begin putting it on the disk.
+/// How much is written before the kernel is told to begin putting it on the disk, and how much is
+/// waited for at a time before the sync.
 const WRITEBACK: u64 = 8 * 1024 * 1024;
+const AWAITED: u64 = 1024 * 1024;
 
 /// How often a name for a temporary file is tried. Names are random: the second try is already
 /// a wonder, or somebody's work.
@@ -45,30 +56,124 @@ const NAME_TRIES: usize = 16;
 #[derive(Debug)]
 pub struct TmpFile {
     root: Root,
-    file: File,
+    file: ManuallyDrop<File>,
     /// The temporary name, where there is one. A lock on the file says that somebody works on it.
     name: Option<CString>,
     key: Key,
     prefix: Prefix,
+    options: Options,
     phase: Phase,
+}
+
+/// What a save may choose.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The file's permissions.
+    pub mode: u32,
+    /// What keyed digests are keyed with. With one, nothing but a file that it proves is adopted.
+    pub secret: Option<Secret>,
+    /// Whether the file is to leave the page cache once it is on the disk.
+    pub drop_cache: bool,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            mode: DEFAULT_MODE,
+            secret: None,
+            drop_cache: false,
+        }
+    }
 }
 
 #[derive(Debug)]
 enum Phase {
-    Payload {
-        pos: usize,
-        crc: Crc32c,
-        started: u64,
-    },
-    Check(Verifier),
+    Payload(Box<Writing>),
+    /// All is written and reads back. Up to here the disk has it.
+    Drain(u64),
     Sync,
     Ready,
     /// The final name is taken: by what, is being found out.
-    Taken(Check),
+    Taken(Box<Check>),
     Published,
     /// A call failed. A failed sync in particular is never repeated: the kernel has marked the
     /// pages clean, and a second sync would say that all is well.
     Failed,
+}
+
+/// How far the payload is.
+#[derive(Debug)]
+struct Writing {
+    pos: usize,
+    sums: Sums,
+    back: ReadBack,
+    /// Up to where the kernel was told to begin with the disk.
+    started: u64,
+}
+
+/// What the payload has come to so far.
+#[derive(Debug)]
+struct Sums {
+    crc: Crc32c,
+    digester: Option<Digester>,
+}
+
+impl Sums {
+    fn update(&mut self, bytes: &[u8]) {
+        self.crc.update(bytes);
+        if let Some(digester) = &mut self.digester {
+            digester.update(bytes);
+        }
+    }
+}
+
+/// What comes back of what was written. It is either compared with the payload at once, or followed
+/// by a checksum of its own.
+#[derive(Debug, Default)]
+struct ReadBack {
+    buf: Vec<u8>,
+    /// Up to where it was followed, from the start of the payload.
+    pos: usize,
+    crc: Crc32c,
+}
+
+impl ReadBack {
+    /// Compares what the file has at `offset` with `written`.
+    fn compare(&mut self, file: &File, offset: u64, written: &[u8]) -> Result<(), Error> {
+        let mut offset = offset;
+        for piece in written.chunks(READ_PIECE) {
+            let there = self.fill(file, offset, piece.len())?;
+            if there != piece {
+                return Err(Error::ReadBack(Corrupt::ContentMismatch));
+            }
+            offset += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Follows the payload, which begins at `start`, up to `end`.
+    fn follow(&mut self, file: &File, start: u64, end: usize) -> Result<(), Error> {
+        while self.pos < end {
+            let len = READ_PIECE.min(end - self.pos);
+            let mut crc = mem::take(&mut self.crc);
+            crc.update(self.fill(file, start + self.pos as u64, len)?);
+            self.crc = crc;
+            self.pos += len;
+        }
+        Ok(())
+    }
+
+    fn fill(&mut self, file: &File, offset: u64, len: usize) -> Result<&[u8], Error> {
+        if self.buf.len() < len {
+            self.buf.resize(len, 0);
+        }
+        let there = &mut self.buf[..len];
+        stored::fill(file, there, offset).map_err(|error| match error {
+            Error::Corrupt(corrupt) => Error::ReadBack(corrupt),
+            other => other,
+        })?;
+        Ok(there)
+    }
 }
 
 /// How a file came to stand under its final name.
@@ -94,24 +199,38 @@ pub struct Published {
 }
 
 impl TmpFile {
-    /// Creates the file, for a payload of the length that `prefix` says. `mode` is the permissions
-    /// it gets.
+    /// Creates the file, for a payload of the length that `prefix` says.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn create(root: Root, key: Key, prefix: Prefix, mode: u32) -> Result<TmpFile, Error> {
+    pub fn create(
+        root: Root,
+        key: Key,
+        prefix: Prefix,
+        options: Options,
+    ) -> Result<TmpFile, Error> {
+        let mode = options.mode;
         let (file, name) = create_file(&root, &key, mode)?;
-        let phase = Phase::Payload {
+        let phase = Phase::Payload(Box::new(Writing {
             pos: 0,
-            crc: Crc32c::new(),
+            sums: Sums {
+                crc: Crc32c::new(),
+                digester: match prefix.digest() {
+                    Digest::None => None,
+                    Digest::Blake3 => Some(Digester::new(None)),
+                    Digest::Blake3Keyed => Some(Digester::new(options.secret.as_ref())),
+                },
+            },
+            back: ReadBack::default(),
             started: 0,
-        };
+        }));
         let tmp = TmpFile {
             root,
-            file,
+            file: ManuallyDrop::new(file),
             name,
             key,
             prefix,
+            options,
             phase,
         };
         // Whatever fails from here on drops `tmp`, and with it the file.
@@ -124,7 +243,8 @@ impl TmpFile {
         Ok(tmp)
     }
 
-    /// Writes, checks and syncs, a slice at a time. `payload` is the same at each call.
+    /// Writes and reads back, a slice at a time; a large file is on the disk too when this is done.
+    /// `payload` is the same at each call.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::ReadBack`]; [`Error::OutOfTurn`] when `payload` has another length
@@ -137,28 +257,37 @@ impl TmpFile {
             // Taken out, so that an error on the way leaves `Failed` behind.
             let phase = mem::replace(&mut self.phase, Phase::Failed);
             self.phase = match phase {
-                Phase::Payload { pos: 0, .. } if payload.len() <= SMALL => {
-                    self.write_small(payload)?;
-                    self.begin_check()?
-                }
-                Phase::Payload { pos, crc, started } => {
-                    self.write_pieces(payload, pos, crc, started, slice)?
-                }
-                Phase::Check(mut verifier) => {
-                    match stored::step(&mut verifier, &self.file, slice).map_err(read_back)? {
-                        Progress::More => Phase::Check(verifier),
-                        Progress::Done(()) => Phase::Sync,
-                    }
-                }
-                Phase::Sync => {
-                    self.file.sync_data().call("fdatasync")?;
-                    Phase::Ready
-                }
-                Phase::Ready => {
-                    self.phase = Phase::Ready;
+                Phase::Payload(writing) if payload.len() <= SMALL => {
+                    self.write_small(payload, writing)?;
+                    // Its sync is left to `publish`: the disk's time is the same, and a small save
+                    // changes threads once less while the disk works.
+                    self.phase = Phase::Sync;
                     return Ok(Progress::Done(()));
                 }
-                Phase::Taken(_) | Phase::Published | Phase::Failed => return Err(Error::OutOfTurn),
+                Phase::Payload(mut writing) => {
+                    self.write_block(payload, &mut writing)?;
+                    if writing.pos < payload.len() {
+                        Phase::Payload(writing)
+                    } else {
+                        self.write_prefix(writing)?;
+                        Phase::Drain(0)
+                    }
+                }
+                Phase::Drain(pos) if pos < self.prefix.file_len() => {
+                    sys::await_writeback(&self.file, pos, AWAITED).call("sync_file_range")?;
+                    Phase::Drain(pos + AWAITED)
+                }
+                Phase::Drain(_) => {
+                    self.sync()?;
+                    Phase::Ready
+                }
+                done @ (Phase::Sync | Phase::Ready) => {
+                    self.phase = done;
+                    return Ok(Progress::Done(()));
+                }
+                Phase::Taken(_) | Phase::Published | Phase::Failed => {
+                    return Err(Error::OutOfTurn);
+                }
             };
             if !matches!(self.phase, Phase::Ready) && slice.is_over() {
                 return Ok(Progress::More);
@@ -166,8 +295,13 @@ impl TmpFile {
         }
     }
 
-    fn write_small(&mut self, payload: &[u8]) -> Result<(), Error> {
-        self.prefix.set_crc(crc32c(payload));
+    fn sync(&self) -> Result<(), Error> {
+        self.file.sync_data().call("fdatasync")
+    }
+
+    fn write_small(&mut self, payload: &[u8], mut writing: Box<Writing>) -> Result<(), Error> {
+        writing.sums.update(payload);
+        self.seal(writing.sums);
         let prefix = self.prefix.as_bytes();
         let written = sys::write_two(&self.file, prefix, payload).call("pwritev")?;
         // A short write is rare: what is missing goes the plain way.
@@ -179,53 +313,106 @@ impl TmpFile {
         let offset = (prefix.len() + of_payload) as u64;
         self.file
             .write_all_at(&payload[of_payload..], offset)
-            .call("pwrite")
+            .call("pwrite")?;
+        let there = writing
+            .back
+            .fill(&self.file, 0, prefix.len() + payload.len())?;
+        let (of_prefix, of_payload) = there.split_at(prefix.len());
+        if of_prefix != prefix || of_payload != payload {
+            return Err(Error::ReadBack(Corrupt::ContentMismatch));
+        }
+        Ok(())
     }
 
-    fn write_pieces(
-        &mut self,
-        payload: &[u8],
-        mut pos: usize,
-        mut crc: Crc32c,
-        mut started: u64,
-        slice: &Slice,
-    ) -> Result<Phase, Error> {
+    /// Writes the next block. With a digest, another thread goes over it meanwhile, and this one
+    /// reads back; without, it is the other that reads back, a block later, and this one that sums
+    /// up.
+    fn write_block(&self, payload: &[u8], writing: &mut Writing) -> Result<(), Error> {
+        let Writing {
+            pos,
+            sums,
+            back,
+            started,
+        } = writing;
+        let end = payload.len().min(*pos + BLOCK);
+        let block = &payload[*pos..end];
         let start = self.prefix.len() as u64;
-        while pos < payload.len() {
-            let end = payload.len().min(pos + PIECE);
-            crc.update(&payload[pos..end]);
-            self.file
-                .write_all_at(&payload[pos..end], start + pos as u64)
-                .call("pwrite")?;
-            pos = end;
-            let reached = start + pos as u64;
-            if reached - started >= WRITEBACK {
-                sys::start_writeback(&self.file, started, reached - started);
-                started = reached;
-            }
-            if slice.is_over() {
-                break;
+        let offset = start + *pos as u64;
+        if sums.digester.is_some() {
+            let ((), written) = pool::join(
+                || sums.update(block),
+                // While the processor's cache still has it.
+                || {
+                    self.write_pieces(block, offset, |at, piece| {
+                        back.compare(&self.file, at, piece)
+                    })
+                },
+            );
+            written?;
+        } else {
+            let (followed, written) = pool::join(
+                || back.follow(&self.file, start, *pos),
+                || {
+                    self.write_pieces(block, offset, |_, piece| {
+                        sums.update(piece);
+                        Ok(())
+                    })
+                },
+            );
+            written?;
+            followed?;
+        }
+        *pos = end;
+        let reached = start + end as u64;
+        if reached - *started >= WRITEBACK {
+            sys::start_writeback(&self.file, *started, reached - *started);
+            *started = reached;
+        }
+        Ok(())
+    }
+
+    /// Writes in pieces, and does something with each as soon as it is written.
+    fn write_pieces(
+        &self,
+        block: &[u8],
+        start: u64,
+        mut then: impl FnMut(u64, &[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut offset = start;
+        for piece in block.chunks(PIECE) {
+            self.file.write_all_at(piece, offset).call("pwrite")?;
+            then(offset, piece)?;
+            offset += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Checks what is left, and writes what comes before the payload, now that its checksums are
+    /// known.
+    fn write_prefix(&mut self, mut writing: Box<Writing>) -> Result<(), Error> {
+        let start = self.prefix.len() as u64;
+        let back = &mut writing.back;
+        if writing.sums.digester.is_none() {
+            back.follow(&self.file, start, writing.pos)?;
+            if back.crc.finish() != writing.sums.crc.finish() {
+                return Err(Error::ReadBack(Corrupt::ContentMismatch));
             }
         }
-        if pos < payload.len() {
-            return Ok(Phase::Payload { pos, crc, started });
-        }
-        self.prefix.set_crc(crc.finish());
-        self.file
-            .write_all_at(self.prefix.as_bytes(), 0)
-            .call("pwrite")?;
+        self.seal(writing.sums);
+        let prefix = self.prefix.as_bytes();
+        self.file.write_all_at(prefix, 0).call("pwrite")?;
+        back.compare(&self.file, 0, prefix)?;
         // All that is left, and the first pages once more for the prefix.
         sys::start_writeback(&self.file, 0, 0);
-        self.begin_check()
+        Ok(())
     }
 
-    fn begin_check(&self) -> Result<Phase, Error> {
-        // The key is not computed anew: it is the host's, and its formula may outgrow ours.
-        let len = sys::stat(&self.file).call("fstat")?.len;
-        Verifier::begin(&self.file, len, None)
-            .map(Phase::Check)
-            .map_err(Error::from)
-            .map_err(read_back)
+    fn seal(&mut self, sums: Sums) {
+        self.prefix.set_crc(sums.crc.finish());
+        if let Some(digester) = sums.digester {
+            let digest = digester.finish(&self.prefix.digest_view());
+            self.prefix.set_digest(&digest);
+        }
     }
 
     /// Publishes a file that is [written](TmpFile::write), a slice at a time.
@@ -238,15 +425,19 @@ impl TmpFile {
     /// is not written yet, or published already.
     pub fn publish(&mut self, slice: &Slice) -> Result<Progress<Published>, Error> {
         loop {
-            let phase = mem::replace(&mut self.phase, Phase::Failed);
+            let mut phase = mem::replace(&mut self.phase, Phase::Failed);
+            if matches!(phase, Phase::Sync) {
+                self.sync()?;
+                phase = Phase::Ready;
+            }
             self.phase = match phase {
                 Phase::Ready => match self.link()? {
                     true => return self.finish(Outcome::Linked).map(Progress::Done),
-                    false => match Check::open(&self.root, &self.key, false) {
-                        Ok(Some(check)) => Phase::Taken(check),
+                    false => match self.open_taken() {
+                        Ok(Some(check)) => Phase::Taken(Box::new(check)),
                         // It was taken a moment ago and is free now.
                         Ok(None) => Phase::Ready,
-                        Err(Error::Corrupt(_) | Error::NotRegular) => {
+                        Err(error) if error.condemns() => {
                             return self.replace().map(Progress::Done);
                         }
                         Err(error) => return Err(error),
@@ -257,7 +448,8 @@ impl TmpFile {
                     Ok(Progress::Done(())) if self.is_of_same_key(&check) => {
                         return self.adopt(&check).map(Progress::Done);
                     }
-                    Ok(Progress::Done(())) | Err(Error::Corrupt(_)) => {
+                    Ok(Progress::Done(())) => return self.replace().map(Progress::Done),
+                    Err(error) if error.condemns() => {
                         return self.replace().map(Progress::Done);
                     }
                     Err(error) => return Err(error),
@@ -271,6 +463,10 @@ impl TmpFile {
                 return Ok(Progress::More);
             }
         }
+    }
+
+    fn open_taken(&self) -> Result<Option<Check>, Error> {
+        Check::open(&self.root, &self.key, false, self.options.secret.as_ref())
     }
 
     /// Links the file under its final name; `false` when that is taken.
@@ -349,6 +545,9 @@ impl TmpFile {
             self.withdraw();
             return Err(error);
         }
+        if self.options.drop_cache {
+            sys::drop_cache(&self.file);
+        }
         self.phase = Phase::Published;
         Ok(Published {
             outcome,
@@ -383,19 +582,18 @@ impl Drop for TmpFile {
     fn drop(&mut self) {
         // What cannot be unlinked now is swept at the next start: its lock goes with the descriptor.
         let _ = self.remove_name();
+        // SAFETY: nothing uses `file` after this: this is the end of the value.
+        let file = unsafe { ManuallyDrop::take(&mut self.file) };
+        // Closing a large file that has no name frees its pages and blocks. That takes long, and
+        // this may be a thread that runs processes.
+        if !matches!(self.phase, Phase::Published) && self.prefix.payload_len() > SMALL as u64 {
+            pool::detach(move || drop(file));
+        }
     }
 }
 
 /// Files hold people's prompts: nobody else's business.
 pub const DEFAULT_MODE: u32 = 0o600;
-
-/// Says of an error found in our own file that it was found on reading back.
-fn read_back(error: Error) -> Error {
-    match error {
-        Error::Corrupt(corrupt) => Error::ReadBack(corrupt),
-        other => other,
-    }
-}
 
 /// Creates a file without a name, or, where the file system cannot, with a temporary one and a lock
 /// on it.

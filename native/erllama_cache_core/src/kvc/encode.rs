@@ -125,6 +125,8 @@ pub struct Prefix {
     bytes: Vec<u8>,
     payload_len: u64,
     file_len: u64,
+    crc: u32,
+    digest: Digest,
     digest_at: Option<usize>,
 }
 
@@ -193,13 +195,22 @@ impl Prefix {
             bytes,
             payload_len,
             file_len: sizes.file,
+            crc: 0,
+            digest,
             digest_at,
         })
     }
 
     /// Puts in the payload's CRC-32C.
     pub fn set_crc(&mut self, crc32c: u32) {
+        self.crc = crc32c;
         self.bytes[AT_CRC..AT_CRC + 4].copy_from_slice(&crc32c.to_le_bytes());
+    }
+
+    /// The CRC-32C that was put in.
+    #[must_use]
+    pub fn crc(&self) -> u32 {
+        self.crc
     }
 
     /// Puts in the digest. Without effect when no room was asked for.
@@ -214,6 +225,12 @@ impl Prefix {
     #[must_use]
     pub fn digest_view(&self) -> Vec<u8> {
         digest_view(&self.bytes, self.digest_at)
+    }
+
+    /// Which digest there is room for.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.digest
     }
 
     /// All bytes.

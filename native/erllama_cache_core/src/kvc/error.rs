@@ -47,6 +47,9 @@ pub enum Corrupt {
     /// The payload does not have the CRC that the header holds.
     #[error("the payload's CRC differs")]
     CrcMismatch,
+    /// What stands in the file is not what was written there.
+    #[error("the content differs from what was written")]
+    ContentMismatch,
     /// The file holds another key's state.
     #[error("the file belongs to another key")]
     KeyMismatch,
@@ -80,6 +83,7 @@ impl Corrupt {
             Corrupt::KeyMismatch => "key_mismatch",
             Corrupt::PrefixTooLong => "prefix_too_long",
             Corrupt::DigestMismatch => "digest_mismatch",
+            Corrupt::ContentMismatch => "content_mismatch",
         }
     }
 }

@@ -1,0 +1,220 @@
+//! One run of something slow for all who ask for it while the one before is still running.
+//!
+//! A directory sync makes every name in the directory durable, not only the caller's. So whoever
+//! comes while one runs waits for the next one, together with all others who come until it begins,
+//! and only one of them runs it. The one that is running may have begun before the caller's name was
+//! there: it proves nothing and is never joined.
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+#[derive(Debug, Default)]
+pub(crate) struct Group {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    running: bool,
+    /// How many wait, be it for the run that is running.
+    waiting: usize,
+    /// Those who wait for the run after the one that is running.
+    next: Option<Arc<Batch>>,
+}
+
+/// What came of one run. Each batch keeps its own: a later success says nothing of an earlier
+/// failure, for the system tells an error once.
+#[derive(Debug, Default)]
+struct Batch {
+    result: Mutex<Option<Result<(), i32>>>,
+}
+
+impl Group {
+    /// Returns what came of a run that began after this call did. The run is `work`'s, or that of
+    /// somebody who asked at the same time.
+    pub(crate) fn run(&self, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let mut state = self.lock();
+        if !state.running {
+            state.running = true;
+            drop(state);
+            return self.lead(work);
+        }
+        let batch = Arc::clone(state.next.get_or_insert_default());
+        loop {
+            state.waiting += 1;
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
+            if let Some(result) = *lock(&batch.result) {
+                return result.map_err(io::Error::from_raw_os_error);
+            }
+            if !state.running {
+                // The first to wake runs it for all.
+                state.running = true;
+                state.next = None;
+                drop(state);
+                return self.lead_for(&batch, work);
+            }
+        }
+    }
+
+    fn lead_for(&self, batch: &Batch, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let ended = Ended(self);
+        let result = work();
+        let errno = |error: &io::Error| error.raw_os_error().unwrap_or(libc::EIO);
+        *lock(&batch.result) = Some(result.as_ref().copied().map_err(errno));
+        drop(ended);
+        result
+    }
+
+    fn lead(&self, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        self.lead_for(&Batch::default(), work)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+/// The end of a run, by a panic too: wakes those it was for, and those who wait for the next.
+struct Ended<'a>(&'a Group);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.running = false;
+        // It is a system call even when nobody waits.
+        if state.waiting > 0 {
+            self.0.changed.notify_all();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    fn waiting(group: &Group) -> usize {
+        group
+            .lock()
+            .next
+            .as_ref()
+            .map_or(0, |batch| Arc::strong_count(batch) - 1)
+    }
+
+    fn until(done: impl Fn() -> bool) {
+        while !done() {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn who_comes_while_one_runs_shares_the_next() {
+        let group = Group::default();
+        let runs = AtomicUsize::new(0);
+        let (go, gate) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            let (group, runs) = (&group, &runs);
+            scope.spawn(move || {
+                group.run(|| {
+                    gate.recv().expect("the test says go");
+                    runs.fetch_add(1, Ordering::Relaxed);
+                    Ok(())
+                })
+            });
+            until(|| group.lock().running);
+            for _ in 0..20 {
+                scope.spawn(move || {
+                    group
+                        .run(|| {
+                            runs.fetch_add(1, Ordering::Relaxed);
+                            Ok(())
+                        })
+                        .expect("no run fails");
+                });
+            }
+            until(|| waiting(group) == 20);
+            go.send(()).expect("the first run waits");
+        });
+        assert_eq!(runs.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn a_failure_is_everybodys_whom_the_run_was_for_and_nobody_elses() {
+        let group = Group::default();
+        let (go, gate) = mpsc::channel::<()>();
+        let failed = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            let (group, failed) = (&group, &failed);
+            let first = scope.spawn(move || {
+                group.run(|| {
+                    gate.recv().expect("the test says go");
+                    Ok(())
+                })
+            });
+            until(|| group.lock().running);
+            for _ in 0..5 {
+                scope.spawn(move || {
+                    let result = group.run(|| Err(io::Error::from_raw_os_error(libc::EIO)));
+                    if result.is_err_and(|error| error.raw_os_error() == Some(libc::EIO)) {
+                        failed.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+            until(|| waiting(group) == 5);
+            go.send(()).expect("the first run waits");
+            assert!(first.join().expect("it ends").is_ok());
+        });
+        assert_eq!(failed.load(Ordering::Relaxed), 5);
+        assert!(group.run(|| Ok(())).is_ok());
+    }
+
+    #[test]
+    fn every_call_is_covered_by_a_run_that_began_after_it() {
+        let group = Group::default();
+        let written = AtomicUsize::new(0);
+        let synced = AtomicUsize::new(0);
+        let barrier = Barrier::new(8);
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    barrier.wait();
+                    for _ in 0..500 {
+                        let mine = written.fetch_add(1, Ordering::SeqCst) + 1;
+                        group
+                            .run(|| {
+                                let seen = written.load(Ordering::SeqCst);
+                                thread::yield_now();
+                                synced.fetch_max(seen, Ordering::SeqCst);
+                                Ok(())
+                            })
+                            .expect("no run fails");
+                        assert!(synced.load(Ordering::SeqCst) >= mine);
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_in_a_run_hangs_nobody() {
+        let group = Group::default();
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            group.run(|| panic!("on purpose"))
+        }));
+        assert!(panicked.is_err());
+        assert!(group.run(|| Ok(())).is_ok());
+    }
+}

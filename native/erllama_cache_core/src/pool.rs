@@ -1,0 +1,170 @@
+//! A few threads that live for as long as the library, to work beside a save or a load: it would
+//! be slower to start one for each.
+//!
+//! [`join`] runs two things at once and returns when both have ended. What the pool has no idle
+//! thread for runs on the caller's: many saves at once keep all processors busy as it is, and
+//! nobody ever waits for a thread.
+
+use std::mem;
+use std::panic::{self, AssertUnwindSafe};
+use std::thread;
+
+use crossbeam::channel::{self, Receiver, Sender, TrySendError};
+use once_cell::sync::OnceCell;
+
+/// At most this many threads, whatever the machine has: a save needs one.
+const MOST_THREADS: usize = 4;
+
+type Task = Box<dyn FnOnce() + Send>;
+
+/// Runs `theirs` on another thread, if one is idle, while `ours` runs on this one. A panic of either
+/// goes on here, after both have ended.
+pub(crate) fn join<A: Send, B>(
+    theirs: impl FnOnce() -> A + Send,
+    ours: impl FnOnce() -> B,
+) -> (A, B) {
+    let (tell, told) = channel::bounded::<thread::Result<A>>(1);
+    let task: Box<dyn FnOnce() + Send + '_> = Box::new(move || {
+        let result = panic::catch_unwind(AssertUnwindSafe(theirs));
+        // The caller is there: it waits for this.
+        let _ = tell.send(result);
+    });
+    // SAFETY: the task borrows from this function's caller. It is run or dropped before this returns
+    // or unwinds: on this thread, or on another, which `Ended` waits for. Once `tell` has been used
+    // or dropped, `theirs` is gone with all that it borrowed.
+    let task: Task = unsafe { mem::transmute(task) };
+    let mut result = None;
+    let ours = match hand_over(task) {
+        Ok(()) => {
+            let _ended = Ended {
+                told: &told,
+                result: &mut result,
+            };
+            ours()
+        }
+        Err(task) => {
+            let ours = ours();
+            task();
+            result = told.recv().ok();
+            ours
+        }
+    };
+    match result.expect("a task tells how it ended") {
+        Ok(theirs) => (theirs, ours),
+        Err(panicked) => panic::resume_unwind(panicked),
+    }
+}
+
+/// Waits for a task's end when it is dropped.
+struct Ended<'a, A> {
+    told: &'a Receiver<thread::Result<A>>,
+    result: &'a mut Option<thread::Result<A>>,
+}
+
+impl<A> Drop for Ended<'_, A> {
+    fn drop(&mut self) {
+        *self.result = self.told.recv().ok();
+    }
+}
+
+/// Runs something when a thread has time, or here and now when none has.
+pub(crate) fn detach(work: impl FnOnce() + Send + 'static) {
+    if let Err(work) = hand_over(Box::new(work)) {
+        work();
+    }
+}
+
+fn hand_over(task: Task) -> Result<(), Task> {
+    match pool() {
+        Some(pool) => pool.try_send(task).map_err(TrySendError::into_inner),
+        None => Err(task),
+    }
+}
+
+/// A channel without room: a task goes to a thread that waits for one, or to none. `None` when no
+/// thread could be started; the next caller tries again.
+fn pool() -> Option<&'static Sender<Task>> {
+    static POOL: OnceCell<Sender<Task>> = OnceCell::new();
+    POOL.get_or_try_init(start_pool).ok()
+}
+
+fn start_pool() -> std::io::Result<Sender<Task>> {
+    let (tasks, queue) = channel::bounded::<Task>(0);
+    let threads = thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS));
+    for _ in 0..threads {
+        let queue = queue.clone();
+        thread::Builder::new()
+            .name("erllama_pool".into())
+            .spawn(move || {
+                for task in queue {
+                    // A detached task's panic has been printed, and is nobody's concern here.
+                    let _ = panic::catch_unwind(AssertUnwindSafe(task));
+                }
+            })?;
+    }
+    Ok(tasks)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn both_run_and_both_results_come_back() {
+        let mut words = vec!["a"];
+        let (theirs, ours) = join(|| words.push("b"), || 7);
+        assert_eq!((theirs, ours, words), ((), 7, vec!["a", "b"]));
+    }
+
+    #[test]
+    fn more_at_once_than_there_are_threads() {
+        let sum = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..4 * MOST_THREADS {
+                scope.spawn(|| {
+                    for n in 0..100 {
+                        let (theirs, ours) = join(|| n, || 2 * n);
+                        sum.fetch_add(theirs + ours, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(sum.into_inner(), 4 * MOST_THREADS * 3 * 4950);
+    }
+
+    #[test]
+    fn a_panic_of_either_comes_out_and_only_after_both_have_ended() {
+        for _ in 0..100 {
+            let ended = AtomicUsize::new(0);
+            let count = || ended.fetch_add(1, Ordering::SeqCst);
+            let ours = panic::catch_unwind(AssertUnwindSafe(|| {
+                join(count, || panic!("ours, on purpose"))
+            }));
+            assert!(ours.is_err());
+            // Run, or never begun because no thread was idle: but not running any more.
+            let after = ended.load(Ordering::SeqCst);
+            thread::yield_now();
+            assert_eq!(ended.load(Ordering::SeqCst), after);
+            let theirs = panic::catch_unwind(AssertUnwindSafe(|| {
+                join(|| panic!("theirs, on purpose"), || ())
+            }));
+            assert!(theirs.is_err());
+        }
+        assert_eq!(join(|| 1, || 2), (1, 2));
+    }
+
+    #[test]
+    fn what_is_detached_runs() {
+        let (tell, told) = channel::bounded(8);
+        for n in 0..8 {
+            let tell = tell.clone();
+            detach(move || tell.send(n).expect("the test waits"));
+        }
+        drop(tell);
+        let mut numbers: Vec<_> = told.into_iter().collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, (0..8).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,32 @@
+//! A node's secret as a resource object: whatever prints a term, its bytes are not in it.
+
+use erllama_cache_core::digest;
+use rustler::{Binary, Error, NifResult, Resource, ResourceArc, Term};
+
+use crate::atoms;
+
+pub(crate) struct Secret(digest::Secret);
+
+#[rustler::resource_impl]
+impl Resource for Secret {}
+
+impl Secret {
+    pub(crate) fn core(&self) -> &digest::Secret {
+        &self.0
+    }
+}
+
+/// `none`, or a secret.
+pub(crate) fn optional<'a>(term: Term<'a>) -> NifResult<Option<&'a digest::Secret>> {
+    if atoms::none() == term {
+        Ok(None)
+    } else {
+        term.decode::<&Secret>().map(|secret| Some(secret.core()))
+    }
+}
+
+#[rustler::nif]
+fn secret_new(bytes: Binary<'_>) -> NifResult<ResourceArc<Secret>> {
+    let bytes = bytes.as_slice().try_into().map_err(|_| Error::BadArg)?;
+    Ok(ResourceArc::new(Secret(digest::Secret::new(bytes))))
+}

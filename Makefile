@@ -17,7 +17,7 @@ BENCH := BENCH_NIF="$(CARGO_TARGET_DIR)/release/liberllama_cache_bench" \
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all help setup demo test check loom soak sanitize bench-semaphore bench-build cover edoc clean distclean
+.PHONY: all help setup demo test check loom soak sanitize bench-semaphore bench-save bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -61,6 +61,9 @@ sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under Add
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main
+
+bench-save: setup bench-build ## Saves and loads beside the bare floor and the plain Erlang way
+	$(BENCH) -s bench_save main
 
 bench-build:
 	cd $(NATIVE) && cargo build --locked --release -p erllama_cache_bench

@@ -2,7 +2,7 @@
 %% of the application.
 -module(bench_nif).
 
--export([nothing/3]).
+-export([nothing/3, floor_save/4, floor_load/2, table_crc32c/1]).
 
 -on_load(load_library/0).
 
@@ -11,3 +11,15 @@ load_library() ->
 
 -spec nothing(term(), term(), term()) -> ok.
 nothing(_One, _Two, _Three) -> erlang:nif_error(nif_not_loaded).
+
+%% Writes, syncs, links, syncs the directory.
+-spec floor_save(Root :: binary(), Name :: binary(), Prefix :: binary(), Payload :: binary()) ->
+    boolean().
+floor_save(_Root, _Name, _Prefix, _Payload) -> erlang:nif_error(nif_not_loaded).
+
+%% Everything from an offset on, in a new binary.
+-spec floor_load(Path :: binary(), Offset :: non_neg_integer()) -> binary() | nil.
+floor_load(_Path, _Offset) -> erlang:nif_error(nif_not_loaded).
+
+-spec table_crc32c(binary()) -> 0..16#ffffffff.
+table_crc32c(_Bytes) -> erlang:nif_error(nif_not_loaded).

@@ -84,6 +84,7 @@ json(Binary) when is_binary(Binary) -> json(unicode:characters_to_list(Binary)).
 
 name(Key) when is_atom(Key) -> atom_to_list(Key);
 name(Key) when is_integer(Key) -> integer_to_list(Key);
+name({Key, Of}) -> name(Key) ++ "_" ++ name(Of);
 name(Key) -> Key.
 
 escape($") -> "\\\"";

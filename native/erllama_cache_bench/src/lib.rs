@@ -1,6 +1,14 @@
 //! What the benchmarks are measured against, as NIFs.
 
-use rustler::{Atom, Term};
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustler::{Atom, Binary, Env, OwnedBinary, Term};
 
 rustler::atoms! { ok }
 
@@ -8,6 +16,123 @@ rustler::atoms! { ok }
 #[rustler::nif]
 fn nothing<'a>(_one: Term<'a>, _two: Term<'a>, _three: Term<'a>) -> Atom {
     ok()
+}
+
+/// The bare floor of a save: the same bytes in the same pieces, synced, linked, and the directory
+/// synced. No checksum, nothing read back, no slices.
+#[rustler::nif(schedule = "DirtyIo")]
+fn floor_save(root: Binary<'_>, name: Binary<'_>, prefix: Binary<'_>, payload: Binary<'_>) -> bool {
+    save(&path(&root), &path(&name), &prefix, &payload).is_ok()
+}
+
+fn path(bytes: &[u8]) -> std::path::PathBuf {
+    Path::new(std::ffi::OsStr::from_bytes(bytes)).to_owned()
+}
+
+const SMALL: usize = 256 * 1024;
+const PIECE: usize = 512 * 1024;
+const WRITEBACK: usize = 8 * 1024 * 1024;
+
+fn save(root: &Path, name: &Path, prefix: &[u8], payload: &[u8]) -> io::Result<()> {
+    let dir = File::open(root)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(libc::O_TMPFILE)
+        .open(root)?;
+    let fd = file.as_raw_fd();
+    if payload.len() <= SMALL {
+        let parts = [io::IoSlice::new(prefix), io::IoSlice::new(payload)];
+        // SAFETY: `IoSlice` is laid out as `iovec`, and both slices live through the call.
+        let written = unsafe { libc::pwritev(fd, parts.as_ptr().cast(), 2, 0) };
+        if usize::try_from(written) != Ok(prefix.len() + payload.len()) {
+            return Err(io::Error::last_os_error());
+        }
+    } else {
+        let len = (prefix.len() + payload.len()) as i64;
+        // SAFETY: the file is open; the calls take numbers only.
+        unsafe { libc::fallocate(fd, 0, 0, len) };
+        let mut begun = 0;
+        let mut offset = prefix.len();
+        for piece in payload.chunks(PIECE) {
+            file.write_all_at(piece, offset as u64)?;
+            offset += piece.len();
+            if offset - begun >= WRITEBACK {
+                start_writeback(fd, begun, offset - begun);
+                begun = offset;
+            }
+        }
+        file.write_all_at(prefix, 0)?;
+        start_writeback(fd, 0, 0);
+    }
+    file.sync_data()?;
+    let from = CString::new(format!("/proc/self/fd/{fd}"))?;
+    let to = CString::new(name.as_os_str().as_bytes())?;
+    // SAFETY: both are NUL-terminated and live through the call; the directory is open.
+    let linked = unsafe {
+        libc::linkat(
+            libc::AT_FDCWD,
+            from.as_ptr(),
+            dir.as_raw_fd(),
+            to.as_ptr(),
+            libc::AT_SYMLINK_FOLLOW,
+        )
+    };
+    if linked != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    dir.sync_all()
+}
+
+fn start_writeback(fd: i32, offset: usize, len: usize) {
+    let flags = libc::SYNC_FILE_RANGE_WRITE;
+    // SAFETY: the file is open; the call takes numbers only.
+    unsafe { libc::sync_file_range(fd, offset as i64, len as i64, flags) };
+}
+
+/// The bare floor of a load: all bytes from an offset on into a new binary.
+#[rustler::nif(schedule = "DirtyIo")]
+fn floor_load<'a>(env: Env<'a>, file: Binary<'a>, offset: u64) -> Option<Binary<'a>> {
+    let file = File::open(path(&file)).ok()?;
+    let len = file.metadata().ok()?.len().checked_sub(offset)?;
+    let mut payload = OwnedBinary::new(usize::try_from(len).ok()?);
+    let mut at = offset;
+    for piece in payload.as_mut_slice().chunks_mut(SMALL) {
+        file.read_exact_at(piece, at).ok()?;
+        at += piece.len() as u64;
+    }
+    Some(payload.release(env))
+}
+
+/// CRC-32C one byte at a time by a table of 256, as it is written where nobody has thought of it.
+#[rustler::nif(schedule = "DirtyCpu")]
+fn table_crc32c(bytes: Binary<'_>) -> u32 {
+    !bytes.iter().fold(!0, |crc: u32, byte| {
+        TABLE[((crc ^ u32::from(*byte)) & 0xff) as usize] ^ (crc >> 8)
+    })
+}
+
+static TABLE: [u32; 256] = table();
+
+const fn table() -> [u32; 256] {
+    let mut table = [0; 256];
+    let mut n = 0;
+    while n < 256 {
+        let mut crc = n as u32;
+        let mut bit = 0;
+        while bit < 8 {
+            crc = if crc & 1 == 1 {
+                0x82f6_3b78 ^ (crc >> 1)
+            } else {
+                crc >> 1
+            };
+            bit += 1;
+        }
+        table[n] = crc;
+        n += 1;
+    }
+    table
 }
 
 rustler::init!("bench_nif");

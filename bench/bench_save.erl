@@ -1,0 +1,499 @@
+%% Saves and loads beside the bare floor and the plain Erlang way, in one VM, on one root and in
+%% turns: `make bench-save'. Roots are made in $BENCH_DISK (a disk, default /tmp) and $BENCH_RAM (a
+%% tmpfs, default /dev/shm), and removed again. $BENCH_PARTS chooses parts by number, $BENCH_SIZES
+%% sizes in KiB, both with commas.
+-module(bench_save).
+
+-export([main/0]).
+
+-define(KIB, 1024).
+-define(MIB, 1048576).
+-define(TOKENS, 2048).
+-define(STORE, bench_store).
+
+main() ->
+    {_, Monitor} = spawn_monitor(fun run/0),
+    receive
+        {'DOWN', Monitor, process, _, Code} when is_integer(Code) -> halt(Code);
+        {'DOWN', Monitor, process, _, Reason} -> io:format("~p~n", [Reason]), halt(2)
+    end.
+
+run() ->
+    {ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store, max_concurrent => 16}),
+    {ok, _} = plain_semaphore:start_link(16),
+    Disk = new_root("BENCH_DISK", "/tmp"),
+    Ram = new_root("BENCH_RAM", "/dev/shm"),
+    Parts = [
+        fun() -> saves(disk, Disk) end, fun() -> saves(ram_file, Ram) end,
+        fun() -> loads(disk, Disk) end, fun() -> writers(Disk) end, fun() -> processor(Disk) end,
+        fun() -> memory(Disk) end, fun() -> long_calls(Disk) end, fun() -> neighbours(Disk) end,
+        fun() -> start(Ram) end
+    ],
+    Wanted = case os:getenv("BENCH_PARTS") of
+        false -> lists:seq(1, length(Parts));
+        Some -> [list_to_integer(N) || N <- string:lexemes(Some, ",")]
+    end,
+    try
+        {Targets, Figures} = lists:unzip([(lists:nth(N, Parts))() || N <- Wanted]),
+        AllTargets = lists:append(Targets),
+        bench_report:print("Saves and loads", AllTargets),
+        bench_report:write_json("save", AllTargets, lists:foldl(fun maps:merge/2, #{}, Figures)),
+        exit(case [Name || #{name := Name, met := false} <- AllTargets] of [] -> 0; _ -> 1 end)
+    after
+        [file:del_dir_r(Root) || Root <- [Disk, Ram]]
+    end.
+
+new_root(Variable, Default) ->
+    Name = "erllama_cache_bench." ++ os:getpid(),
+    Root = filename:join(os:getenv(Variable, Default), Name),
+    ok = filelib:ensure_dir(filename:join(Root, "x")),
+    unicode:characters_to_binary(Root).
+
+%%% Sides: each makes one file and says what it is called. What a caller has at hand, the metadata,
+%%% is made before the clock runs.
+
+meta(N) ->
+    #{
+        save_reason => cold, quant_bits => 16, quant_type => f16, fingerprint => <<N:256>>,
+        fingerprint_mode => safe, ctx_params_hash => <<2:256>>, context_size => 4096,
+        tokens => lists:seq(1, ?TOKENS)
+    }.
+
+%% Never the same twice.
+fresh() ->
+    erlang:unique_integer([positive]).
+
+file_name(Key) ->
+    <<(string:lowercase(binary:encode_hex(Key)))/binary, ".kvc">>.
+
+%% As many bytes as the real one: nobody looks at what they are.
+prefix() ->
+    binary:copy(<<0>>, 72 + 8 + 5 * 5 + 70 + 5 + 4 * ?TOKENS + 38 + 24).
+
+side(floor, _Tier, Root, Payload) ->
+    Prefix = prefix(),
+    {
+        fun() -> <<(fresh()):256>> end,
+        fun(Key) -> true = bench_nif:floor_save(Root, file_name(Key), Prefix, Payload), Key end
+    };
+side(plain, _Tier, _Root, Payload) ->
+    {fun() -> meta(fresh()) end, fun(Meta) -> {ok, Key} = plain_writer:save(Meta, Payload), Key end};
+side(this, Tier, _Root, Payload) ->
+    {
+        fun() -> meta(fresh()) end,
+        fun(Meta) -> {ok, Key} = erllama_cache_writer:save(?STORE, Tier, Meta, Payload), Key end
+    }.
+
+once({Prepare, Save}) ->
+    Save(Prepare()).
+
+remove(Root, Key) ->
+    _ = file:delete(filename:join(Root, file_name(Key))),
+    ok = erllama_cache_store:delete(?STORE, Key).
+
+with_store(Root, Tier, Fun) ->
+    {ok, Store} = erllama_cache_store:start_link(?STORE, #{root => Root, tier => Tier}),
+    {ok, Plain} = plain_writer:start_link(Root),
+    try Fun() after [gen_server:stop(Server) || Server <- [Store, Plain]] end.
+
+%%% Saves
+
+%% Bytes, rounds, rounds of the plain side: it is slow and does not vary.
+sizes() ->
+    All = [{4 * ?KIB, 200, 200}, {64 * ?KIB, 200, 100}, {?MIB, 60, 30}, {16 * ?MIB, 15, 7},
+           {256 * ?MIB, 7, 3}, {1024 * ?MIB, 3, 1}],
+    case os:getenv("BENCH_SIZES") of
+        false ->
+            All;
+        Some ->
+            Wanted = [list_to_integer(Size) * ?KIB || Size <- string:lexemes(Some, ",")],
+            [Size || {Bytes, _, _} = Size <- All, lists:member(Bytes, Wanted)]
+    end.
+
+saves(Tier, Root) ->
+    with_store(Root, Tier, fun() ->
+        Rows = [{Bytes, save_rounds(Tier, Root, Bytes, Rounds, Plain)}
+                || {Bytes, Rounds, Plain} <- sizes()],
+        Title = case Tier of disk -> "save, disk, BLAKE3 on"; ram_file -> "save, tmpfs" end,
+        io:format("~n~ts (milliseconds: p50, p99, max; times the floor)~n", [Title]),
+        [say_row(Bytes, Row) || {Bytes, Row} <- Rows],
+        {save_targets(Tier, maps:from_list(Rows)), #{{save, Tier} => maps:from_list(Rows)}}
+    end).
+
+save_rounds(Tier, Root, Bytes, Rounds, PlainRounds) ->
+    Payload = crypto_like(Bytes),
+    Sides = [{Name, side(Name, Tier, Root, Payload)} || Name <- [floor, this, plain]],
+    %% Warm up: everything once.
+    [remove(Root, once(Side)) || {_, Side} <- Sides],
+    Samples = [
+        [{Name, timed(Root, Side)} || {Name, Side} <- order(Round, Sides),
+                                     Name =/= plain orelse Round =< PlainRounds]
+     || Round <- lists:seq(1, Rounds)
+    ],
+    Flat = lists:append(Samples),
+    Of = fun(Side) -> [Time || {Name, Time} <- Flat, Name =:= Side] end,
+    Ratio = bench_report:median([
+        proplists:get_value(this, Round) / proplists:get_value(floor, Round) || Round <- Samples
+    ]),
+    #{floor => bench_report:summary(Of(floor)), this => bench_report:summary(Of(this)),
+      plain => bench_report:summary(Of(plain)), ratio => Ratio}.
+
+%% Who comes first changes from round to round.
+order(Round, Sides) ->
+    {Front, Back} = lists:split(Round rem length(Sides), Sides),
+    Back ++ Front.
+
+timed(Root, {Prepare, Save}) ->
+    Prepared = Prepare(),
+    Begun = erlang:monotonic_time(nanosecond),
+    Key = Save(Prepared),
+    Time = erlang:monotonic_time(nanosecond) - Begun,
+    remove(Root, Key),
+    Time.
+
+%% Random enough that nothing below can compress it.
+crypto_like(Bytes) ->
+    Chunk = rand:bytes(min(Bytes, ?MIB)),
+    binary:copy(Chunk, Bytes div byte_size(Chunk)).
+
+say_row(Bytes, #{ratio := Ratio} = Row) ->
+    io:format("  ~9ts", [size_name(Bytes)]),
+    [
+        begin
+            #{Side := #{p50 := P50, p99 := P99, max := Max}} = Row,
+            io:format("   ~ts ~9.3f ~9.3f ~9.3f", [Side, P50 / 1.0e6, P99 / 1.0e6, Max / 1.0e6])
+        end
+     || Side <- [floor, this, plain]
+    ],
+    io:format("   ~.2f~n", [Ratio]).
+
+size_name(Bytes) when Bytes >= ?MIB -> integer_to_list(Bytes div ?MIB) ++ " MiB";
+size_name(Bytes) -> integer_to_list(Bytes div ?KIB) ++ " KiB".
+
+save_targets(disk, Rows) ->
+    targets(Rows, [
+        {256 * ?MIB, fun floor_target/3, "save 256 MiB, disk: times the floor", 1.25},
+        {1024 * ?MIB, fun floor_target/3, "save 1 GiB, disk: times the floor", 1.25},
+        {256 * ?MIB, fun plain_target/3, "save 256 MiB, disk: as fast as plain", 10},
+        {1024 * ?MIB, fun plain_target/3, "save 1 GiB, disk: as fast as plain", 10},
+        {4 * ?KIB, fun floor_target/3, "save 4 KiB, disk: times the floor", 1.15},
+        {64 * ?KIB, fun floor_target/3, "save 64 KiB, disk: times the floor", 1.15}
+    ]);
+save_targets(ram_file, Rows) ->
+    targets(Rows, [
+        {256 * ?MIB, fun floor_target/3, "save 256 MiB, tmpfs: times the floor", 1.35},
+        {256 * ?MIB, fun plain_target/3, "save 256 MiB, tmpfs: as fast as plain", 10},
+        {4 * ?KIB, fun plain_target/3, "save 4 KiB, tmpfs: as fast as plain", 4.5}
+    ]).
+
+%% Of the sizes that were measured.
+targets(Rows, Targets) ->
+    [Judge(Name, Row, Bound)
+     || {Bytes, Judge, Name, Bound} <- Targets, {ok, Row} <- [maps:find(Bytes, Rows)]].
+
+floor_target(Name, #{ratio := Ratio}, Bound) ->
+    bench_report:target(Name, Ratio, {at_most, Bound}, "x").
+
+plain_target(Name, #{plain := #{p50 := Plain}, this := #{p50 := This}}, Bound) ->
+    bench_report:target(Name, Plain / This, {at_least, Bound}, "x").
+
+%%% Loads, warm
+
+loads(Tier, Root) ->
+    with_store(Root, Tier, fun() ->
+        Rows = [{Bytes, load_rounds(Tier, Root, Bytes, Rounds)}
+                || {Bytes, Rounds, _} <- sizes()],
+        io:format("~nload, warm (milliseconds: p50, p99, max; times the floor)~n"),
+        [
+            begin
+                io:format("  ~9ts", [size_name(Bytes)]),
+                [
+                    begin
+                        #{Side := #{p50 := P50, p99 := P99, max := Max}} = Row,
+                        io:format("   ~ts ~9.3f ~9.3f ~9.3f",
+                                  [Side, P50 / 1.0e6, P99 / 1.0e6, Max / 1.0e6])
+                    end
+                 || Side <- [floor, this]
+                ],
+                io:format("   ~.2f~n", [maps:get(ratio, Row)])
+            end
+         || {Bytes, Row} <- Rows
+        ],
+        Map = maps:from_list(Rows),
+        Target = {256 * ?MIB, fun floor_target/3, "load 256 MiB, warm: times a bare read", 1.3},
+        {targets(Map, [Target]), #{load => Map}}
+    end).
+
+load_rounds(Tier, Root, Bytes, Rounds) ->
+    Payload = crypto_like(Bytes),
+    {ok, Key} = erllama_cache_writer:save(?STORE, Tier, meta(fresh()), Payload),
+    File = filename:join(Root, file_name(Key)),
+    Offset = filelib:file_size(File) - Bytes,
+    Floor = fun() -> Bytes = byte_size(bench_nif:floor_load(File, Offset)) end,
+    This = fun() ->
+        {ok, _, Loaded} = erllama_cache_store:load(?STORE, Key),
+        Bytes = byte_size(Loaded)
+    end,
+    Sides = [{floor, Floor}, {this, This}],
+    in_turns(Sides),
+    Samples = [in_turns(order(Round, Sides)) || Round <- lists:seq(1, Rounds)],
+    Of = fun(Side) -> [proplists:get_value(Side, Round) || Round <- Samples] end,
+    remove(Root, Key),
+    #{
+        floor => bench_report:summary(Of(floor)),
+        this => bench_report:summary(Of(this)),
+        ratio => bench_report:median([T / F || {F, T} <- lists:zip(Of(floor), Of(this))])
+    }.
+
+%% Each in a process of its own, so that what it loaded is gone before the next begins.
+in_turns(Sides) ->
+    [
+        begin
+            {Pid, Monitor} = spawn_monitor(fun() -> exit({took, nanoseconds(Fun)}) end),
+            receive {'DOWN', Monitor, process, Pid, {took, Time}} -> {Side, Time} end
+        end
+     || {Side, Fun} <- Sides
+    ].
+
+nanoseconds(Fun) ->
+    Begun = erlang:monotonic_time(nanosecond),
+    _ = Fun(),
+    erlang:monotonic_time(nanosecond) - Begun.
+
+%%% Many writers
+
+writers(Root) ->
+    with_store(Root, disk, fun() ->
+        Rows = [
+            {{Writers, Bytes}, writer_rounds(Root, Writers, Bytes, Each)}
+         || {Bytes, Each} <- [{64 * ?KIB, 40}, {16 * ?MIB, 4}], Writers <- [1, 4, 16]
+        ],
+        io:format("~nwriters at once, disk (saves per second)~n"),
+        [
+            io:format("  ~2w of ~6ts   floor ~8.1f   this ~8.1f   plain ~8.1f~n",
+                      [Writers, size_name(Bytes), Floor, This, Plain])
+         || {{Writers, Bytes}, #{floor := Floor, this := This, plain := Plain}} <- Rows
+        ],
+        {_, #{this := This, plain := Plain}} = lists:keyfind({16, 64 * ?KIB}, 1, Rows),
+        {
+            [bench_report:target("16 writers of 64 KiB, disk: as many as plain", This / Plain,
+                                 {at_least, 2}, "x")],
+            #{writers => maps:from_list([
+                {lists:flatten(io_lib:format("~w of ~ts", [W, size_name(B)])), Row}
+             || {{W, B}, Row} <- Rows])}
+        }
+    end).
+
+writer_rounds(Root, Writers, Bytes, Each) ->
+    Payload = crypto_like(Bytes),
+    Rates = [
+        [{Name, rate(Root, side(Name, disk, Root, Payload), Writers, Each)}
+         || Name <- [floor, this, plain]]
+     || _ <- lists:seq(1, 5)
+    ],
+    maps:from_list([
+        {Name, bench_report:median([proplists:get_value(Name, Round) || Round <- Rates])}
+     || Name <- [floor, this, plain]
+    ]).
+
+rate(Root, {Prepare, Save}, Writers, Each) ->
+    Self = self(),
+    Pids = [
+        spawn_link(fun() ->
+            Prepared = [Prepare() || _ <- lists:seq(1, Each)],
+            Self ! ready,
+            receive go -> ok end,
+            Self ! {self(), [Save(P) || P <- Prepared]}
+        end)
+     || _ <- lists:seq(1, Writers)
+    ],
+    [receive ready -> ok end || _ <- Pids],
+    Begun = erlang:monotonic_time(nanosecond),
+    [Pid ! go || Pid <- Pids],
+    Names = [receive {Pid, Own} -> Own end || Pid <- Pids],
+    Time = erlang:monotonic_time(nanosecond) - Begun,
+    [remove(Root, Name) || Name <- lists:append(Names)],
+    Writers * Each / (Time / 1.0e9).
+
+%%% What else a save takes
+
+processor(Root) ->
+    with_store(Root, disk, fun() ->
+        Payload = crypto_like(256 * ?MIB),
+        [This, Plain] = [
+            bench_report:median([cpu_ms(Root, side(Name, disk, Root, Payload))
+                                 || _ <- lists:seq(1, 3)])
+         || Name <- [this, plain]
+        ],
+        io:format("~nprocessor time of a 256 MiB save: this ~w ms, plain ~w ms~n", [This, Plain]),
+        {
+            [bench_report:target("processor time, 256 MiB: of the plain one's", 100 * This / Plain,
+                                 {at_most, 60}, "%")],
+            #{cpu_ms => This, cpu_plain_ms => Plain}
+        }
+    end).
+
+cpu_ms(Root, Side) ->
+    Before = processor_ms(),
+    Name = once(Side),
+    After = processor_ms(),
+    remove(Root, Name),
+    After - Before.
+
+%% User and system time of all threads.
+processor_ms() ->
+    {ok, Stat} = file:read_file("/proc/self/stat"),
+    [_, AfterName] = binary:split(Stat, <<") ">>),
+    Fields = binary:split(AfterName, <<" ">>, [global]),
+    %% Fields 14 and 15, of which two are before the name's end, in ticks of 10 ms.
+    10 * lists:sum([binary_to_integer(lists:nth(N, Fields)) || N <- [12, 13]]).
+
+%% The peak of the VM's resident memory during a save, above what it was before.
+memory(Root) ->
+    with_store(Root, disk, fun() ->
+        Rows = [{Bytes, peak(Root, Bytes)} || Bytes <- [256 * ?MIB, 1024 * ?MIB]],
+        io:format("~nresident memory above the payload: ~ts~n", [
+            lists:join(", ", [io_lib:format("~ts ~w KiB", [size_name(B), K]) || {B, K} <- Rows])
+        ]),
+        {
+            [bench_report:target("resident memory, 1 GiB", lists:max([K || {_, K} <- Rows]) / 1024,
+                                 {at_most, 16}, "MiB")],
+            #{memory_kib => maps:from_list(Rows)}
+        }
+    end).
+
+peak(Root, Bytes) ->
+    Payload = crypto_like(Bytes),
+    Save = side(this, disk, Root, Payload),
+    remove(Root, once(Save)),
+    true = garbage_collect(),
+    %% Makes the peak what it is now.
+    ok = file:write_file("/proc/self/clear_refs", "5"),
+    Before = status("VmHWM"),
+    Name = once(Save),
+    Peak = status("VmHWM"),
+    remove(Root, Name),
+    Peak - Before.
+
+status(Field) ->
+    {ok, Status} = file:read_file("/proc/self/status"),
+    {match, [Kib]} = re:run(Status, Field ++ ":\\s+(\\d+) kB", [{capture, all_but_first, list}]),
+    list_to_integer(Kib).
+
+%% The calls that a save of 4 GiB is made of, one by one.
+long_calls(Root) ->
+    with_store(Root, disk, fun() ->
+        Payload = crypto_like(4096 * ?MIB),
+        Tracer = self(),
+        {Pid, Monitor} = spawn_monitor(fun() ->
+            receive go -> ok end,
+            {ok, Key} = erllama_cache_writer:save(?STORE, disk, meta(fresh()), Payload),
+            exit({saved, Key})
+        end),
+        Functions = [write_tmp, write_more, publish],
+        [1 = erlang:trace_pattern({erllama_cache_nif, F, '_'}, [{'_', [], [{return_trace}]}], [])
+         || F <- Functions],
+        1 = erlang:trace(Pid, true, [call, arity, monotonic_timestamp, {tracer, Tracer}]),
+        Pid ! go,
+        {Calls, Key} = calls(Pid, Monitor, []),
+        [erlang:trace_pattern({erllama_cache_nif, F, '_'}, false, []) || F <- Functions],
+        remove(Root, Key),
+        Longest = lists:max([Time || {Progress, Time} <- Calls, Progress =:= more]),
+        Sync = lists:max([Time || {Progress, Time} <- Calls, Progress =/= more]),
+        io:format("~nlongest NIF call in a 4 GiB save: ~.1f ms of ~w; the one with the final sync "
+                  "~.1f ms~n", [Longest / 1.0e6, length(Calls), Sync / 1.0e6]),
+        {
+            [bench_report:target("longest NIF call, 4 GiB", Longest / 1.0e6, {at_most, 100}, "ms")],
+            #{longest_call_ns => Longest, sync_call_ns => Sync}
+        }
+    end).
+
+calls(Pid, Monitor, Calls) ->
+    receive
+        {trace_ts, Pid, call, _, Begun} ->
+            receive
+                {trace_ts, Pid, return_from, _, Result, Ended} ->
+                    Progress = case Result of {more, _} -> more; more -> more; _ -> done end,
+                    calls(Pid, Monitor, [{Progress, Ended - Begun} | Calls])
+            end;
+        {'DOWN', Monitor, process, Pid, {saved, Key}} ->
+            {Calls, Key}
+    end.
+
+%% An unrelated call that needs a dirty I/O scheduler too, while 16 saves of 256 MiB run.
+neighbours(Root) ->
+    with_store(Root, disk, fun() ->
+        Payload = crypto_like(256 * ?MIB),
+        Self = self(),
+        Savers = [
+            spawn_monitor(fun() ->
+                Keys = [
+                    begin
+                        {ok, Key} = erllama_cache_writer:save(?STORE, disk, meta(fresh()), Payload),
+                        Key
+                    end
+                 || _ <- [1, 2]
+                ],
+                Self ! {saved, Keys}
+            end)
+         || _ <- lists:seq(1, 16)
+        ],
+        Times = look_around(Root, Savers, []),
+        [receive {saved, Keys} -> [remove(Root, Key) || Key <- Keys] end || _ <- Savers],
+        #{p50 := P50, p99 := P99, max := Max, n := N} = Summary = bench_report:summary(Times),
+        io:format("~nread_file_info beside 16 saves of 256 MiB: p50 ~.3f  p99 ~.3f  max ~.3f ms, "
+                  "~w calls~n", [P50 / 1.0e6, P99 / 1.0e6, Max / 1.0e6, N]),
+        {
+            [bench_report:target("read_file_info beside 16 saves, p99", P99 / 1.0e6, {at_most, 50},
+                                 "ms")],
+            #{neighbour_ns => Summary}
+        }
+    end).
+
+look_around(_Root, [], Times) ->
+    Times;
+look_around(Root, Savers, Times) ->
+    Time = nanoseconds(fun() -> {ok, _} = file:read_file_info(Root) end),
+    receive
+        {'DOWN', Monitor, process, Pid, normal} ->
+            look_around(Root, lists:delete({Pid, Monitor}, Savers), [Time | Times])
+    after 1 ->
+        look_around(Root, Savers, [Time | Times])
+    end.
+
+%%% A store's start
+
+start(Root) ->
+    Files = 100000,
+    Directory = filename:join(Root, "many"),
+    ok = file:make_dir(Directory),
+    {ok, Key} = with_store(Root, disk, fun() ->
+        erllama_cache_writer:save(?STORE, disk, meta(fresh()), <<0:(8 * 1024)>>)
+    end),
+    {ok, File} = file:read_file(filename:join(Root, file_name(Key))),
+    [
+        ok = prim_file:write_file(
+            filename:join(Directory, file_name(<<N:256>>)), File)
+     || N <- lists:seq(1, Files)
+    ],
+    Times = [
+        begin
+            true = garbage_collect(),
+            Before = erlang:memory(total),
+            Begun = erlang:monotonic_time(nanosecond),
+            with_store(Directory, disk, fun() ->
+                Time = erlang:monotonic_time(nanosecond) - Begun,
+                #{files := Files} = erllama_cache_store:info(?STORE),
+                {Time, (erlang:memory(total) - Before) / Files}
+            end)
+        end
+     || _ <- lists:seq(1, 3)
+    ],
+    Time = bench_report:median([T || {T, _} <- Times]),
+    {_, Each} = hd(Times),
+    io:format("~nstart of a store on 100,000 files: ~.2f s, ~w bytes of memory a file~n",
+              [Time / 1.0e9, round(Each)]),
+    {
+        [bench_report:target("start on 100,000 files", Time / 1.0e9, {at_most, 3}, "s")],
+        #{start_ns => Time, start_bytes_a_file => Each}
+    }.

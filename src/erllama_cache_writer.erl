@@ -9,15 +9,16 @@
 -behaviour(gen_server).
 
 -export([start_link/0, start_link/1]).
--export([save/4, save/5]).
+-export([save/4, save/5, save_async/4, save_async/5, cancel/1]).
+-export([format_error/1]).
 -export([acquire/1, acquire/2, release/0, with_slot/2]).
 -export([current/0, max_concurrent/0, set_max_concurrent/1, set_max_inflight_bytes/1]).
 -export([info/0, holders/0, waiters/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
--export_type([config/0, key/0, slot_opts/0, info/0, slot_row/0]).
+-export_type([config/0, key/0, slot_opts/0, async_opts/0, info/0, slot_row/0]).
 
 %% A pair of acquire and release costs little more than its two NIF calls, and is to stay so.
--compile({inline, [take/3, try_take/3, guard/0]}).
+-compile({inline, [take/3, take/4, try_take/3, guard/0]}).
 
 -type key() :: <<_:256>>.
 -type config() :: #{
@@ -35,6 +36,10 @@
 %% digest (default: `blake3' in tier `disk', `none' in tier `ram_file'); what all digests are keyed
 %% with, if anything, and then every file has one; whether files stay in the page cache (default:
 %% `keep', for what is saved is often loaded soon).
+
+-type async_opts() :: #{timeout => timeout(), detach => boolean()}.
+%% How long to wait for a slot (default: 30 seconds); whether to go on when the caller dies (default:
+%% `false').
 
 -type slot_opts() :: #{weight => pos_integer()}.
 -type info() :: #{
@@ -71,6 +76,46 @@
 -define(IS_TIMEOUT(T), (T =:= infinity orelse (is_integer(T) andalso T >= 0 andalso T =< ?MAX_TIMEOUT))).
 -define(IS_LIMIT(N), (is_integer(N) andalso N > 0 andalso N =< ?MAX_LIMIT)).
 -define(IS_BYTES(N), (N =:= infinity orelse (is_integer(N) andalso N >= 0 andalso N =< ?MAX_BYTES))).
+
+%% @doc What an error's reason means, in words for a person, in the manner of
+%% {@link file:format_error/1}. It takes the reasons of this module and of
+%% {@link erllama_cache_store}, with or without the `{error, _}' around them.
+%%
+%% ```
+%% "no slot became free in time" = erllama_cache_writer:format_error(max_concurrent).
+%% '''
+-spec format_error(Reason :: term()) -> string().
+format_error({error, Reason}) -> format_error(Reason);
+format_error(max_concurrent) -> "no slot became free in time";
+format_error(weight_exceeds_limit) -> "the weight is above the limit, so it could never be served";
+format_error(cancelled) -> "the save was cancelled";
+format_error(already_present) -> "the key is stored already";
+format_error(conflict) -> "another process is saving the key";
+format_error(expired) -> "the reservation of the key was lost to another process";
+format_error(prefix_too_long) -> "prompt, tokens and texts are too long together";
+format_error({missing_key, Key}) -> text("the build_meta has no ~tp", [Key]);
+format_error({invalid_meta, Key}) -> text("the build_meta's ~tp has the wrong type or size", [Key]);
+format_error({read_back, What}) ->
+    text("what was written did not come back the same (~ts)", [words(What)]);
+format_error({corrupt, What}) -> text("the file is corrupt: ~ts", [words(What)]);
+format_error(unauthenticated) -> "the file was not made with this node's secret";
+format_error(not_regular) -> "under the key's name stands something that is not a regular file";
+format_error({wrong_tier, Tier}) -> text("the store is for tier ~ts", [Tier]);
+format_error(exceeds_max_bytes) -> "the file is larger than the store may be";
+format_error(no_room) -> "nothing is left in the store that could be evicted";
+format_error({mac_key, bad_key}) -> "the secret is not 32 bytes";
+format_error({mac_key, raised}) -> "the function that gives the secret has raised";
+format_error({mac_key, Reason}) -> text("the secret cannot be read: ~ts", [format_error(Reason)]);
+format_error({errno, Number}) -> text("the system's error ~w", [Number]);
+format_error(badarg) -> "the root's name has a NUL or cannot be encoded";
+format_error(Reason) when is_atom(Reason) -> file:format_error(Reason);
+format_error(Reason) -> text("~tp", [Reason]).
+
+text(Format, Args) ->
+    lists:flatten(io_lib:format(Format, Args)).
+
+words(Name) ->
+    string:replace(atom_to_list(Name), "_", " ", all).
 
 %%% The server
 
@@ -251,9 +296,12 @@ with_slot(Timeout, Fun) when ?IS_TIMEOUT(Timeout), is_function(Fun, 0) ->
             Error
     end.
 
+take(Weight, Bytes, Timeout) ->
+    take(Weight, Bytes, Timeout, never).
+
 %% A free slot is taken without a lock that anybody else holds; only who finds none pays for a
 %% reference and a place in the queue.
-take(Weight, Bytes, Timeout) ->
+take(Weight, Bytes, Timeout, Stop) ->
     case guard() of
         closed ->
             closed;
@@ -261,7 +309,7 @@ take(Weight, Bytes, Timeout) ->
             case try_take(Guard, Weight, Bytes) of
                 ok -> ok;
                 busy when Timeout =:= 0 -> {error, max_concurrent};
-                busy -> wait(Guard, Weight, Bytes, Timeout);
+                busy -> wait(Guard, Weight, Bytes, Timeout, Stop);
                 weight_exceeds_limit -> {error, weight_exceeds_limit};
                 closed -> closed
             end
@@ -270,30 +318,48 @@ take(Weight, Bytes, Timeout) ->
 try_take(Guard, 1, 0) -> erllama_cache_nif:try_acquire(Guard);
 try_take(Guard, Weight, Bytes) -> erllama_cache_nif:try_acquire(Guard, Weight, Bytes).
 
-wait(Guard, Weight, Bytes, Timeout) ->
+wait(Guard, Weight, Bytes, Timeout, Stop) ->
     Ref = make_ref(),
     case erllama_cache_nif:acquire_or_queue(Guard, Weight, Bytes, Ref) of
+        ok -> ok;
+        queued -> await(Guard, Ref, Timeout, Stop);
+        weight_exceeds_limit -> {error, weight_exceeds_limit};
+        closed -> closed
+    end.
+
+await(Guard, Ref, Timeout, never) ->
+    receive
+        {Ref, Verdict} -> verdict(Verdict)
+    after Timeout -> leave(Guard, Ref, {error, max_concurrent})
+    end;
+await(Guard, Ref, Timeout, {Cancel, Monitors}) ->
+    receive
+        {Ref, Verdict} -> verdict(Verdict);
+        {?MODULE, cancel, Cancel} -> stop_waiting(Guard, Ref);
+        {'DOWN', Monitor, process, _, _} when [Monitor] =:= Monitors -> stop_waiting(Guard, Ref)
+    after Timeout -> leave(Guard, Ref, {error, max_concurrent})
+    end.
+
+stop_waiting(Guard, Ref) ->
+    case leave(Guard, Ref, {error, cancelled}) of
         ok ->
-            ok;
-        queued ->
+            release(),
+            {error, cancelled};
+        Other ->
+            Other
+    end.
+
+%% Leaves the queue with `Otherwise', unless it has been decided already what comes.
+leave(Guard, Ref, Otherwise) ->
+    case erllama_cache_nif:give_up(Guard) of
+        withdrawn ->
+            Otherwise;
+        decided ->
+            %% The message is in the mailbox or on its way. Left there it would be a stray one, and
+            %% the slot that it tells of would be lost.
             receive
                 {Ref, Verdict} -> verdict(Verdict)
-            after Timeout ->
-                case erllama_cache_nif:give_up(Guard) of
-                    withdrawn ->
-                        {error, max_concurrent};
-                    decided ->
-                        %% The message is in the mailbox or on its way. Left there it would be a
-                        %% stray one, and the slot that it tells of would be lost.
-                        receive
-                            {Ref, Verdict} -> verdict(Verdict)
-                        end
-                end
-            end;
-        weight_exceeds_limit ->
-            {error, weight_exceeds_limit};
-        closed ->
-            closed
+            end
     end.
 
 verdict(granted) -> ok;
@@ -411,10 +477,13 @@ save(TierSrv, Tier, Meta, Payload, Timeout) when
     ?IS_TIMEOUT(Timeout)
 ->
     %% A save weighs its payload: see set_max_inflight_bytes/1.
-    case take(1, byte_size(Payload), Timeout) of
+    save(TierSrv, Tier, Meta, Payload, Timeout, never).
+
+save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
+    case take(1, byte_size(Payload), Timeout, Stop) of
         ok ->
             try
-                save_with_slot(TierSrv, Tier, Meta, Payload)
+                save_with_slot(TierSrv, Tier, Meta, Payload, Stop)
             after
                 release()
             end;
@@ -423,6 +492,95 @@ save(TierSrv, Tier, Meta, Payload, Timeout) when
         {error, _} = Error ->
             Error
     end.
+
+%% @doc As {@link save_async/5} with 30 seconds, cancelled when the caller dies.
+-spec save_async(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
+                 erllama_cache_meta:build_meta(), binary()) -> {ok, reference()}.
+save_async(TierSrv, Tier, Meta, Payload) ->
+    save_async(TierSrv, Tier, Meta, Payload, #{}).
+
+%% @doc Saves in another process and returns at once. When the save has ended, the caller gets one
+%% message, `{erllama_cache_writer, Ref, Result}', with what {@link save/5} returns, or
+%% `{error, cancelled}', or `{error, {Class, Reason}}' where that would raise. The payload is not
+%% copied, and must be a binary of its own: part of a larger one keeps all of that in memory.
+%%
+%% When the caller dies, the save is cancelled and leaves nothing, unless `detach' is `true'.
+%%
+%% ```
+%% {ok, Ref} = erllama_cache_writer:save_async(my_store, disk, Meta, Payload),
+%% %% ... decode some tokens ...
+%% receive {erllama_cache_writer, Ref, {ok, Key}} -> Key end.
+%% '''
+-spec save_async(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
+                 erllama_cache_meta:build_meta(), binary(), async_opts()) -> {ok, reference()}.
+save_async(TierSrv, Tier, Meta, Payload, Opts) when
+    is_atom(TierSrv),
+    (Tier =:= disk orelse Tier =:= ram_file),
+    is_map(Meta),
+    is_binary(Payload),
+    is_map(Opts)
+->
+    Detach = maps:get(detach, Opts, false),
+    is_boolean(Detach) orelse error(badarg),
+    Timeout = async_timeout(maps:get(timeout, Opts, ?DEFAULT_TIMEOUT)),
+    _ = state(save_async, [TierSrv, Tier, '_', '_', Opts]),
+    Caller = self(),
+    {Pid, Monitor} = spawn_monitor(fun() ->
+        %% An alias, so that cancel/1 finds this process without a registry.
+        Ref = alias(),
+        receive {Caller, Tag} -> Caller ! {Tag, Ref} end,
+        %% The caller's next token is more urgent than this save.
+        erlang:yield(),
+        Stop = {Ref, [monitor(process, Caller) || not Detach]},
+        Save = fun() -> save(TierSrv, Tier, Meta, Payload, Timeout, Stop) end,
+        Caller ! {?MODULE, Ref, outcome(Save)}
+    end),
+    %% The monitor is in every message that is waited for, so that a long mailbox is not searched.
+    Pid ! {Caller, Monitor},
+    receive
+        {Monitor, Ref} ->
+            true = demonitor(Monitor, [flush]),
+            {ok, Ref};
+        {'DOWN', Monitor, process, Pid, Reason} ->
+            exit(Reason)
+    end.
+
+async_timeout(Timeout) when ?IS_TIMEOUT(Timeout) -> Timeout;
+async_timeout(_) -> error(badarg).
+
+outcome(Save) ->
+    try
+        Save()
+    catch
+        Class:Reason -> {error, {Class, Reason}}
+    end.
+
+%% @doc Cancels a save that {@link save_async/5} began: between two slices, so that it leaves
+%% nothing. The save's caller is told `{error, cancelled}', or what it has come to, if the file was
+%% about to get its name or the save had ended.
+-spec cancel(reference()) -> ok.
+cancel(Ref) when is_reference(Ref) ->
+    Ref ! {?MODULE, cancel, Ref},
+    ok.
+
+%% Whether a save is to stop: it has been cancelled, or its caller has died.
+stopped(never) ->
+    false;
+stopped({Ref, []}) ->
+    receive
+        {?MODULE, cancel, Ref} -> true
+    after 0 -> false
+    end;
+stopped({Ref, [Monitor]}) ->
+    receive
+        {?MODULE, cancel, Ref} -> true;
+        {'DOWN', Monitor, process, _, _} -> true
+    after 0 -> false
+    end.
+
+%% What stops a save before its file has its name: `{Ref, [Monitor]}', a message that cancels it and
+%% its caller's death.
+-type stop() :: never | {reference(), [reference()]}.
 
 %% One save: what it is about, and what has been found out on the way.
 -record(save, {
@@ -438,10 +596,11 @@ save(TierSrv, Tier, Meta, Payload, Timeout) when
     tokens :: binary(),
     token :: erllama_cache_host:token(),
     turn :: none | erllama_cache_turn:turn(),
+    stop :: stop(),
     renewed :: integer()
 }).
 
-save_with_slot(TierSrv, Tier, BuildMeta, Payload) ->
+save_with_slot(TierSrv, Tier, BuildMeta, Payload, Stop) ->
     #{host := Host, defaults := Defaults, options := #{Tier := Options}} = state(save, []),
     case erllama_cache_meta:complete(BuildMeta, Defaults) of
         {ok, Meta} ->
@@ -452,7 +611,7 @@ save_with_slot(TierSrv, Tier, BuildMeta, Payload) ->
                             save_reserved(#save{
                                 host = Host, guard = get(?GUARD), tier_srv = TierSrv, tier = Tier, meta = Meta,
                                 payload = Payload, options = Options, key = Key, quant_byte = QuantByte,
-                                tokens = Tokens, token = Token, turn = turn(Payload),
+                                tokens = Tokens, token = Token, turn = turn(Payload), stop = Stop,
                                 renewed = erlang:monotonic_time(millisecond)
                             });
                         {error, already_present} = Error ->
@@ -491,7 +650,7 @@ save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
         {_Root, {lost, Error}} ->
             Error;
         {_Root, {error, _} = Error} ->
-            cancel(Save),
+            cancel_reservation(Save),
             Error
     catch
         Class:Reason:Stack ->
@@ -539,7 +698,11 @@ save_begun(Progress, Root, Tmp, Save) ->
         written ->
             publish(Root, Tmp, Save);
         {failed, Error} ->
-            cancel(Save),
+            cancel_reservation(Save),
+            Error;
+        {stopped, Error} ->
+            ok = erllama_cache_nif:abort(Tmp),
+            cancel_reservation(Save),
             Error;
         {lost, Error} ->
             %% The reservation is somebody else's by now, and not ours to cancel.
@@ -552,12 +715,18 @@ save_begun(Progress, Root, Tmp, Save) ->
             erlang:raise(Class, Reason, Stack)
     end.
 
-write_rest(ok, _Tmp, Save) ->
+write_rest(Progress, Tmp, #save{stop = Stop} = Save) ->
+    case stopped(Stop) of
+        true -> {stopped, {error, cancelled}};
+        false -> go_on(Progress, Tmp, Save)
+    end.
+
+go_on(ok, _Tmp, Save) ->
     case check(Save) of
         ok -> written;
         {error, _} = Error -> {lost, Error}
     end;
-write_rest(more, Tmp, #save{guard = Guard, payload = Payload} = Save) ->
+go_on(more, Tmp, #save{guard = Guard, payload = Payload} = Save) ->
     case renew(Save) of
         {ok, Renewed} ->
             case in_turn(Save, fun() -> erllama_cache_nif:write_more(Guard, Tmp, Payload) end) of
@@ -591,7 +760,7 @@ publish(Root, Tmp, #save{guard = Guard} = Save) ->
         {ok, _Outcome, Size, Header} ->
             announce(erllama_cache_path:final(Root, Save#save.key), Size, Header, Save);
         {error, _} = Error ->
-            cancel(Save),
+            cancel_reservation(Save),
             Error
     end.
 
@@ -611,14 +780,14 @@ announce(Path, Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, t
             Error
     end.
 
-cancel(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
+cancel_reservation(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
     ok = Host:cancel(TierSrv, Key, Token).
 
 %% What is raised already is what the caller has to see. A host that cannot cancel either has no
 %% reservation to leave behind, or forgets it when this process dies or its lease ends.
 cancel_after_exception(Save) ->
     try
-        cancel(Save)
+        cancel_reservation(Save)
     catch
         _:_ -> ok
     end.

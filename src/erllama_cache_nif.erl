@@ -16,8 +16,8 @@
     guard_new/1, try_acquire/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
     quant_byte/1, encode_tokens/1, key/4,
     write_tmp/8, write_more/3, write_and_publish/8, write_and_publish_in_memory/8, publish/2, abort/1,
-    secret_new/1, load/3, load_more/1, check/3, check_more/1,
-    exists/2, delete/2, scan/2, scan_more/1
+    secret_new/1, sync_failures/0, load/3, load_more/1, check/3, check_more/1,
+    takes_unnamed/1, exists/2, delete/2, scan/2, scan_more/1
 ]).
 -export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_options/0, failure/0]).
 
@@ -133,6 +133,10 @@ encode_tokens(_Tokens) -> ?NOT_LOADED.
 -spec key(<<_:256>>, byte(), <<_:256>>, binary()) -> key().
 key(_Fingerprint, _QuantByte, _CtxParamsHash, _Tokens) -> ?NOT_LOADED.
 
+%% How many syncs of files and directories have failed since the library was loaded.
+-spec sync_failures() -> non_neg_integer().
+sync_failures() -> ?NOT_LOADED.
+
 %% Keeps a secret where nothing prints it.
 -spec secret_new(<<_:256>>) -> secret().
 secret_new(_Bytes) -> ?NOT_LOADED.
@@ -196,6 +200,10 @@ check(_Root, _Key, _Secret) -> ?NOT_LOADED.
 -spec check_more(reference()) ->
     {ok, Size :: pos_integer(), LastUsed :: non_neg_integer()} | more | failure().
 check_more(_Check) -> ?NOT_LOADED.
+
+%% Whether the root's file system can create files without a name.
+-spec takes_unnamed(root()) -> boolean() | failure().
+takes_unnamed(_Root) -> ?NOT_LOADED.
 
 %% Whether a file stands under the key's name. What is in it is not looked at.
 -spec exists(root(), key()) -> boolean() | failure().

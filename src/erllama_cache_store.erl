@@ -460,13 +460,16 @@ open(Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}, Secret) -
         named_table, public, {keypos, #row.key}, {read_concurrency, true}, {write_concurrency, true}
     ]),
     ok = erllama_cache_turn:setup(),
+    ok = erllama_cache_metrics:setup(),
     Config = #config{
         name = Name, path = Path, root = Root, tier = Tier, max_bytes = MaxBytes, secret = Secret,
         counters = counters:new(length(?COUNTERS), [write_concurrency])
     },
     true = ets:insert(Name, {config, config, Config}),
+    Begun = erlang:monotonic_time(millisecond),
     case scan(Config) of
         {ok, Used} ->
+            report_start(Config, Used, erlang:monotonic_time(millisecond) - Begun),
             {_, State} = make_room(0, #state{config = Config, used = Used}),
             {ok, State};
         {error, Reason} ->
@@ -497,6 +500,18 @@ scan(Scan, #config{name = Name} = Config, Used) ->
             end;
         {error, _} = Error ->
             Error
+    end.
+
+report_start(#config{name = Name, path = Path, root = Root}, Used, Took) ->
+    Domain = #{domain => [erllama_cache]},
+    %% The config has a row too.
+    Files = ets:info(Name, size) - 1,
+    ?LOG_INFO(#{event => store_scanned, store => Name, root => Root, files => Files, bytes => Used,
+                ms => Took}, Domain),
+    case erllama_cache_nif:takes_unnamed(Path) of
+        false -> ?LOG_NOTICE(#{event => root_needs_names, store => Name, root => Root}, Domain);
+        %% An error is told by the first save that meets it.
+        _ -> ok
     end.
 
 report({file, _Key, _Size, _LastUsed}, _Config) ->

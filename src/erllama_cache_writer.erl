@@ -8,6 +8,8 @@
 -module(erllama_cache_writer).
 -behaviour(gen_server).
 
+-include_lib("kernel/include/logger.hrl").
+
 -export([start_link/0, start_link/1]).
 -export([save/4, save/5, save_async/4, save_async/5, cancel/1]).
 -export([format_error/1]).
@@ -28,14 +30,16 @@
     file_mode => non_neg_integer(),
     digest => blake3 | none,
     mac_key => {file, file:name_all()} | fun(() -> <<_:256>>),
-    page_cache => keep | drop
+    page_cache => keep | drop,
+    slow_save_ms => pos_integer()
 }.
 %% How many saves run at once (default: twice the schedulers plus one); how many bytes of payload
 %% they may hold together (default: `infinity'); the {@link erllama_cache_host} (default:
 %% `erllama_cache_host_erllama'); the files' permissions (default: `8#600'); whether files get a
 %% digest (default: `blake3' in tier `disk', `none' in tier `ram_file'); what all digests are keyed
 %% with, if anything, and then every file has one; whether files stay in the page cache (default:
-%% `keep', for what is saved is often loaded soon).
+%% `keep', for what is saved is often loaded soon); how many milliseconds a save may take before it is
+%% logged (default: 10,000).
 
 -type async_opts() :: #{timeout => timeout(), detach => boolean()}.
 %% How long to wait for a slot (default: 30 seconds); whether to go on when the caller dies (default:
@@ -53,7 +57,15 @@
     owner_died := non_neg_integer(),
     waited := non_neg_integer(),
     longest_wait_us := non_neg_integer(),
-    mean_wait_us := non_neg_integer()
+    mean_wait_us := non_neg_integer(),
+    saves := non_neg_integer(),
+    saved_bytes := non_neg_integer(),
+    save_errors := non_neg_integer(),
+    adoptions := non_neg_integer(),
+    replacements := non_neg_integer(),
+    sync_failures := non_neg_integer(),
+    save_time := erllama_cache_metrics:histogram(),
+    wait_time := erllama_cache_metrics:histogram()
 }.
 -type slot_row() :: #{
     pid := pid(), weight := pos_integer(), bytes := non_neg_integer(), ms := non_neg_integer()
@@ -107,6 +119,7 @@ format_error({mac_key, bad_key}) -> "the secret is not 32 bytes";
 format_error({mac_key, raised}) -> "the function that gives the secret has raised";
 format_error({mac_key, Reason}) -> text("the secret cannot be read: ~ts", [format_error(Reason)]);
 format_error({errno, Number}) -> text("the system's error ~w", [Number]);
+format_error(out_of_turn) -> "the library was called out of turn, which is a bug";
 format_error(badarg) -> "the root's name has a NUL or cannot be encoded";
 format_error(Reason) when is_atom(Reason) -> file:format_error(Reason);
 format_error(Reason) -> text("~tp", [Reason]).
@@ -145,11 +158,13 @@ default_config() ->
         max_inflight_bytes => infinity,
         host => erllama_cache_host_erllama,
         file_mode => 8#600,
-        page_cache => keep
+        page_cache => keep,
+        slow_save_ms => 10000
     }.
 
 env_config() ->
-    Keys = [max_concurrent, max_inflight_bytes, host, file_mode, digest, mac_key, page_cache],
+    Keys = [max_concurrent, max_inflight_bytes, host, file_mode, digest, mac_key, page_cache,
+            slow_save_ms],
     maps:from_list([
         {Key, Value}
      || Key <- Keys, {ok, Value} <- [application:get_env(erllama_cache_nif, Key)]
@@ -169,6 +184,7 @@ check_config(digest, Digest) when Digest =:= blake3; Digest =:= none -> ok;
 check_config(mac_key, {file, _Path}) -> ok;
 check_config(mac_key, Fun) when is_function(Fun, 0) -> ok;
 check_config(page_cache, PageCache) when PageCache =:= keep; PageCache =:= drop -> ok;
+check_config(slow_save_ms, Ms) when is_integer(Ms), Ms > 0 -> ok;
 check_config(mac_key, _Secret) -> error({invalid_config, mac_key, hidden});
 check_config(Key, Value) -> error({invalid_config, Key, Value}).
 
@@ -184,6 +200,7 @@ open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret
     process_flag(trap_exit, true),
     Semaphore = semaphore(),
     ok = erllama_cache_turn:setup(),
+    ok = erllama_cache_metrics:setup(),
     {ok, Hostname} = inet:gethostname(),
     persistent_term:put(?STATE, Config#{
         semaphore => Semaphore,
@@ -411,11 +428,14 @@ set_max_inflight_bytes(Bytes) when ?IS_BYTES(Bytes) ->
     Semaphore = semaphore_of(set_max_inflight_bytes, [Bytes]),
     erllama_cache_nif:semaphore_set_max_bytes(Semaphore, Bytes).
 
-%% @doc The semaphore now, and what it has done since this node first started a writer. Waits are in
-%% microseconds and count those only who had to queue.
+%% @doc The semaphore now, and what it and the saves have done since this node first started a
+%% writer. Waits are in microseconds; `waited', `longest_wait_us' and `mean_wait_us' are of those who
+%% had to queue, the histogram `wait_time' is of all saves. {@link erllama_cache_metrics:format/1}
+%% prints the same for Prometheus.
 -spec info() -> info().
 info() ->
-    erllama_cache_nif:semaphore_info(semaphore_of(info, [])).
+    Semaphore = erllama_cache_nif:semaphore_info(semaphore_of(info, [])),
+    maps:merge(Semaphore, erllama_cache_metrics:read()).
 
 %% @doc Who holds slots: each acquire by itself, and for how many milliseconds. A process that has
 %% been killed is among them for as long as its last write still runs.
@@ -480,10 +500,14 @@ save(TierSrv, Tier, Meta, Payload, Timeout) when
     save(TierSrv, Tier, Meta, Payload, Timeout, never).
 
 save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
+    Begun = erlang:monotonic_time(),
     case take(1, byte_size(Payload), Timeout, Stop) of
         ok ->
+            Granted = erlang:monotonic_time(),
             try
-                save_with_slot(TierSrv, Tier, Meta, Payload, Stop)
+                Result = save_with_slot(TierSrv, Tier, Meta, Payload, Stop),
+                ended(Result, TierSrv, Payload, Begun, Granted),
+                Result
             after
                 release()
             end;
@@ -492,6 +516,33 @@ save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
         {error, _} = Error ->
             Error
     end.
+
+ended(Result, TierSrv, Payload, Begun, Granted) ->
+    Waited = microseconds(Granted - Begun),
+    Took = microseconds(erlang:monotonic_time() - Granted),
+    ok = erllama_cache_metrics:observe(wait_time, Waited),
+    case Result of
+        {ok, Key} ->
+            ok = erllama_cache_metrics:count(saves),
+            ok = erllama_cache_metrics:count(saved_bytes, byte_size(Payload)),
+            ok = erllama_cache_metrics:observe(save_time, Took),
+            #{slow_save_ms := Slow} = state(save, []),
+            Took > Slow * 1000 andalso report_slow(TierSrv, Key, Payload, Took, Waited),
+            ok;
+        {error, already_present} ->
+            ok;
+        {error, _} ->
+            erllama_cache_metrics:count(save_errors)
+    end.
+
+microseconds(Native) ->
+    erlang:convert_time_unit(Native, native, microsecond).
+
+report_slow(TierSrv, Key, Payload, Took, Waited) ->
+    ?LOG_WARNING(#{
+        event => slow_save, tier_srv => TierSrv, key => Key, payload_bytes => byte_size(Payload),
+        save_ms => Took div 1000, waited_ms => Waited div 1000
+    }, #{domain => [erllama_cache]}).
 
 %% @doc As {@link save_async/5} with 30 seconds, cancelled when the caller dies.
 -spec save_async(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
@@ -643,7 +694,8 @@ save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
         Root = Host:root(TierSrv),
         {Root, begin_write(erllama_cache_path:native(Root), Save)}
     of
-        {Root1, {ok, _Outcome, Size, Header}} ->
+        {Root1, {ok, Outcome, Size, Header}} ->
+            ok = count_outcome(Outcome),
             announce(erllama_cache_path:final(Root1, Save#save.key), Size, Header, Save);
         {Root1, {Progress, Tmp}} when Progress =:= ok; Progress =:= more ->
             save_begun(Progress, Root1, Tmp, Save);
@@ -757,12 +809,17 @@ publish(Root, Tmp, #save{guard = Guard} = Save) ->
     case in_turn(Save, fun() -> erllama_cache_nif:publish(Guard, Tmp) end) of
         more ->
             publish(Root, Tmp, Save);
-        {ok, _Outcome, Size, Header} ->
+        {ok, Outcome, Size, Header} ->
+            ok = count_outcome(Outcome),
             announce(erllama_cache_path:final(Root, Save#save.key), Size, Header, Save);
         {error, _} = Error ->
             cancel_reservation(Save),
             Error
     end.
+
+count_outcome(linked) -> ok;
+count_outcome(adopted) -> erllama_cache_metrics:count(adoptions);
+count_outcome(replaced) -> erllama_cache_metrics:count(replacements).
 
 %% The file stays from here on, whatever the host answers: it is whole, and the host adopts it.
 announce(Path, Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, token = Token,

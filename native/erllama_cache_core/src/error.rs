@@ -42,6 +42,17 @@ impl Error {
         )
     }
 
+    /// Whether it is a sync that failed: of a file, of a directory, or the wait for write-back before.
+    pub fn is_failed_sync(&self) -> bool {
+        matches!(
+            self,
+            Error::Io {
+                call: "fdatasync" | "fsync" | "sync_file_range",
+                ..
+            }
+        )
+    }
+
     /// The system's error number, where it was the system that refused.
     pub fn errno(&self) -> Option<i32> {
         match self {

@@ -1,6 +1,7 @@
 //! The one place where errors become terms.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use erllama_cache_core::Error;
 use rustler::{Encoder, Env, Term};
@@ -9,7 +10,17 @@ use crate::atoms;
 
 /// `{error, Reason}`: a POSIX atom as the `file` module uses them, or a tuple that says more.
 pub(crate) fn error_term<'a>(env: Env<'a>, error: &Error) -> Term<'a> {
+    if error.is_failed_sync() {
+        SYNC_FAILURES.fetch_add(1, Ordering::Relaxed);
+    }
     (atoms::error(), reason(env, error)).encode(env)
+}
+
+static SYNC_FAILURES: AtomicU64 = AtomicU64::new(0);
+
+#[rustler::nif]
+fn sync_failures() -> u64 {
+    SYNC_FAILURES.load(Ordering::Relaxed)
 }
 
 /// The reason alone.

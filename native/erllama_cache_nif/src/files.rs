@@ -431,6 +431,14 @@ fn check_slice<'a>(env: Env<'a>, mut check: Check, slice: &Slice) -> (Option<Che
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
+fn takes_unnamed<'a>(env: Env<'a>, path: Binary<'a>) -> NifResult<Term<'a>> {
+    Ok(match root(path)?.and_then(|root| root.takes_unnamed()) {
+        Ok(takes) => takes.encode(env),
+        Err(error) => error_term(env, &error),
+    })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
 fn exists<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term<'a>> {
     let key = kvc::key(key)?;
     Ok(match root(path)?.and_then(|root| root.has(&key)) {

@@ -611,6 +611,26 @@ fn create_file(root: &Root, key: &Key, mode: u32) -> Result<(File, Option<CStrin
     Ok((file, Some(name)))
 }
 
+impl Root {
+    /// Tries whether the file system can create files without a name, and remembers it if not.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn takes_unnamed(&self) -> Result<bool, Error> {
+        if self.needs_names() {
+            return Ok(false);
+        }
+        match sys::open_unnamed(self.dir(), DEFAULT_MODE) {
+            Ok(_gone) => Ok(true),
+            Err(error) if is_unsupported(&error) => {
+                self.remember_needs_names();
+                Ok(false)
+            }
+            Err(error) => Err(error).call("openat"),
+        }
+    }
+}
+
 /// The three ways in which kernels and file systems say that they know no files without a name: the
 /// file system refuses it, an old kernel opens the directory itself for writing, or it takes the
 /// flag for a missing `O_CREAT`.

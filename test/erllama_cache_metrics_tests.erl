@@ -1,0 +1,188 @@
+%% What operators see: counters, the text for Prometheus, events in the log, words for errors.
+-module(erllama_cache_metrics_tests).
+
+-include_lib("eunit/include/eunit.hrl").
+
+-export([log/2]).
+
+-define(WRITER, erllama_cache_writer).
+-define(STORE, 'metrics "store"').
+
+metrics_test_() ->
+    {foreach, fun setup/0, fun teardown/1, [
+        fun(Root) -> {atom_to_list(Name), fun() -> Test(Root) end} end
+     || {Name, Test} <- [
+        {saves_are_counted, fun saves_are_counted/1},
+        {histograms_add_up, fun histograms_add_up/1},
+        {text_for_prometheus, fun text_for_prometheus/1},
+        {a_slow_save_is_logged, fun a_slow_save_is_logged/1},
+        {a_start_is_logged, fun a_start_is_logged/1}
+     ]
+    ]}.
+
+setup() ->
+    Root = filename:join("/tmp", "erllama_cache_metrics." ++ os:getpid()),
+    ok = filelib:ensure_dir(filename:join(Root, "x")),
+    {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root}),
+    {ok, _} = ?WRITER:start_link(#{host => erllama_cache_store, slow_save_ms => 60000}),
+    Root.
+
+teardown(Root) ->
+    lists:foreach(fun stop/1, [?WRITER, ?STORE]),
+    ok = file:del_dir_r(Root).
+
+%% One that a test has started anew has ended with the test's process.
+stop(Name) ->
+    try
+        gen_server:stop(Name)
+    catch
+        exit:noproc -> ok
+    end.
+
+meta(N) ->
+    #{
+        save_reason => cold, quant_bits => 16, quant_type => f16, fingerprint => <<N:256>>,
+        fingerprint_mode => safe, ctx_params_hash => <<2:256>>, tokens => [1, 2, N],
+        context_size => 4096
+    }.
+
+save(N, Payload) ->
+    ?WRITER:save(?STORE, disk, meta(N), Payload).
+
+path(Root, Key) ->
+    binary_to_list(iolist_to_binary([Root, "/", string:lowercase(binary:encode_hex(Key)), ".kvc"])).
+
+-define(FIGURES, [saves, saved_bytes, save_errors, adoptions, replacements]).
+
+added(Before) ->
+    After = ?WRITER:info(),
+    [maps:get(Name, After) - maps:get(Name, Before) || Name <- ?FIGURES].
+
+saves_are_counted(Root) ->
+    Before = ?WRITER:info(),
+    {ok, Key} = save(1, <<"payload">>),
+    ?assertEqual([1, 7, 0, 0, 0], added(Before)),
+    {error, already_present} = save(1, <<"payload">>),
+    ?assertEqual([1, 7, 0, 0, 0], added(Before)),
+    {error, {invalid_meta, _}} = ?WRITER:save(?STORE, disk, (meta(2))#{tokens := x}, <<>>),
+    ?assertEqual([1, 7, 1, 0, 0], added(Before)),
+    %% Files that the index does not know: a good one, and a damaged one.
+    {ok, File} = file:read_file(path(Root, Key)),
+    ok = erllama_cache_store:delete(?STORE, Key),
+    ok = file:write_file(path(Root, Key), File),
+    {ok, Key} = save(1, <<"other payload">>),
+    ?assertEqual([2, 20, 1, 1, 0], added(Before)),
+    ok = erllama_cache_store:delete(?STORE, Key),
+    ok = file:write_file(path(Root, Key), <<"damaged">>),
+    {ok, Key} = save(1, <<"payload">>),
+    ?assertEqual([3, 27, 1, 1, 1], added(Before)).
+
+histograms_add_up(_Root) ->
+    #{save_time := #{count := Saves0}, wait_time := #{count := Waits0}} = ?WRITER:info(),
+    [{ok, _} = save(N, <<"payload">>) || N <- lists:seq(1, 5)],
+    #{
+        save_time := #{count := Saves, sum_us := Sum, buckets := Buckets},
+        wait_time := #{count := Waits}
+    } = ?WRITER:info(),
+    ?assertEqual({5, 5}, {Saves - Saves0, Waits - Waits0}),
+    ?assert(Sum > 0),
+    ?assertMatch({infinity, Saves}, lists:last(Buckets)),
+    Counts = [N || {_, N} <- Buckets],
+    ?assertEqual(lists:sort(Counts), Counts).
+
+%% Every line is a comment or `name{labels} number', every metric has its head once.
+text_for_prometheus(_Root) ->
+    {ok, Key} = save(1, <<"payload">>),
+    {ok, _, _} = erllama_cache_store:load(?STORE, Key),
+    Text = iolist_to_binary(erllama_cache_metrics:format([?STORE])),
+    Lines = binary:split(Text, <<"\n">>, [global, trim]),
+    {Comments, Samples} = lists:partition(fun(Line) -> binary:first(Line) =:= $# end, Lines),
+    Sample = "^erllama_cache_[a-z_]+(\\{[a-z]+=\"([^\"\\\\]|\\\\.)*\"\\})? [0-9.]+$",
+    ?assertEqual([], [Line || Line <- Samples, re:run(Line, Sample) =:= nomatch]),
+    ?assertEqual(Comments, lists:uniq(Comments)),
+    Has = fun(Line) -> ?assert(lists:member(Line, Lines)) end,
+    Has(<<"# TYPE erllama_cache_saves_total counter">>),
+    Has(<<"# TYPE erllama_cache_save_time_seconds histogram">>),
+    Has(<<"erllama_cache_current 0">>),
+    Has(<<"erllama_cache_store_hits_total{store=\"metrics \\\"store\\\"\"} 1">>),
+    ?assertMatch({match, _}, re:run(Text, "save_time_seconds_bucket\\{le=\"0.0025\"\\} [0-9]")),
+    ?assertMatch({match, _}, re:run(Text, "save_time_seconds_bucket\\{le=\"\\+Inf\"\\} [0-9]")),
+    ?assertExit({noproc, _}, erllama_cache_metrics:format([no_such_store])).
+
+a_slow_save_is_logged(Root) ->
+    ok = gen_server:stop(?WRITER),
+    {ok, _} = ?WRITER:start_link(#{host => erllama_cache_store, slow_save_ms => 1}),
+    Key = with_log(fun() ->
+        {ok, Saved} = save(1, binary:copy(<<7>>, 64 bsl 20)),
+        Saved
+    end),
+    #{save_ms := Took} = logged(slow_save, fun(Event) ->
+        ?assertMatch(
+            #{tier_srv := ?STORE, key := Key, payload_bytes := 67108864, waited_ms := _}, Event
+        )
+    end),
+    ?assert(Took >= 1),
+    ?assert(filelib:is_regular(path(Root, Key))).
+
+a_start_is_logged(Root) ->
+    {ok, Key} = save(1, <<"payload">>),
+    Size = filelib:file_size(path(Root, Key)),
+    ok = gen_server:stop(?STORE),
+    with_log(fun() -> {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root}) end),
+    logged(store_scanned, fun(Event) ->
+        ?assertMatch(#{store := ?STORE, root := Root, files := 1, bytes := Size, ms := _}, Event)
+    end).
+
+%% Runs something with this process as a log handler.
+with_log(Fun) ->
+    #{level := Level} = logger:get_primary_config(),
+    ok = logger:set_primary_config(level, info),
+    ok = logger:add_handler(?MODULE, ?MODULE, #{config => #{to => self()}}),
+    %% Nothing of it on the terminal.
+    {ok, #{level := Default}} = logger:get_handler_config(default),
+    ok = logger:set_handler_config(default, level, none),
+    try
+        Fun()
+    after
+        ok = logger:set_handler_config(default, level, Default),
+        ok = logger:remove_handler(?MODULE),
+        ok = logger:set_primary_config(level, Level)
+    end.
+
+log(#{msg := {report, Report}, meta := #{domain := [erllama_cache]}}, #{config := #{to := To}}) ->
+    To ! {logged, Report};
+log(_Event, _Config) ->
+    ok.
+
+logged(Name, Check) ->
+    receive
+        {logged, #{event := Name} = Event} ->
+            Check(Event),
+            Event
+    after 0 -> error({not_logged, Name})
+    end.
+
+%% No documented reason is told as the system's unknown error.
+format_error_test_() ->
+    Reasons = [
+        max_concurrent, weight_exceeds_limit, cancelled, already_present, conflict, expired,
+        prefix_too_long, {missing_key, tokens}, {invalid_meta, tokens},
+        {read_back, content_mismatch}, {corrupt, crc_mismatch}, {corrupt, not_regular},
+        unauthenticated, {wrong_tier, disk}, exceeds_max_bytes, no_room, {mac_key, bad_key},
+        {mac_key, raised}, {mac_key, enoent}, {errno, 5000}, badarg, enospc, eio, enoent, emfile,
+        {error, eio}, out_of_turn
+    ],
+    [
+        fun() ->
+            Text = ?WRITER:format_error(Reason),
+            ?assert(io_lib:printable_unicode_list(Text)),
+            ?assertEqual(nomatch, string:find(Text, "unknown"))
+        end
+     || Reason <- Reasons
+    ] ++
+        [
+            ?_assertEqual("no space left on device", ?WRITER:format_error(enospc)),
+            ?_assertEqual("the file is corrupt: crc mismatch",
+                          ?WRITER:format_error({error, {corrupt, crc_mismatch}})),
+            ?_assertEqual("{what,[1]}", ?WRITER:format_error({what, [1]}))
+        ].

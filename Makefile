@@ -17,7 +17,7 @@ BENCH := BENCH_NIF="$(CARGO_TARGET_DIR)/release/liberllama_cache_bench" \
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all help setup demo test check loom soak sanitize bench-semaphore bench-save bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -34,10 +34,23 @@ demo: setup all ## Save a file into a cache, watch it happen: make demo [FILE=pa
 # The NIF crates have no tests of their own: outside a VM they do not link. Erlang tests them.
 test: setup ## Run all tests: Rust, EUnit, Common Test, Elixir
 	cd $(NATIVE) && cargo test --locked -p erllama_cache_core
+	$(MAKE) test-beam
+
+test-beam: ## Those of them that need Erlang or Elixir, warnings being errors
+	rebar3 as check compile
 	rebar3 eunit
 	rebar3 ct
 	rebar3 compile
 	ELIXIR_ERL_OPTIONS="+fnu" elixir -pa "$(EBIN)" test/elixir_check.exs
+	$(MAKE) elixir
+
+# A store's directory has to be there before the store is.
+elixir: ## The tests of the example in Elixir
+	root=$$(mktemp -d) && trap 'rm -rf "$$root"' EXIT && cd examples/elixir_kv && \
+	  KV_ROOT="$$root" MIX_REBAR3="$$(command -v rebar3)" ELIXIR_ERL_OPTIONS="+fnu" mix test
+
+matrix: setup ## All of those on OTP 27 and on Debian's newest OTP, in roots of their own
+	tools/matrix.sh
 
 check: setup ## Formatting, lints, warnings as errors, xref, dialyzer
 	cd $(NATIVE) && cargo fmt --all --check

@@ -1,0 +1,77 @@
+#!/bin/sh
+# Builds and tests on the Erlang/OTP of other Debian releases, each in a root of its own:
+#
+#     tools/matrix.sh [RELEASE...]
+#
+# Without an argument: trixie (OTP 27) and forky (the newest OTP that Debian has). It needs root,
+# and Debian or Ubuntu for debootstrap; packages come from where apt on this machine has its own from.
+# Rust is this machine's. Roots are kept in _build/matrix (or $MATRIX_DIR) for the next time.
+set -eu
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+roots=${MATRIX_DIR:-$here/_build/matrix}
+releases=${*:-trixie forky}
+cargo_home=${CARGO_HOME:-$HOME/.cargo}
+rustup_home=${RUSTUP_HOME:-$HOME/.rustup}
+PATH="$PATH:$cargo_home/bin"
+
+fail() {
+    echo "matrix: $*" >&2
+    exit 1
+}
+
+[ "$(id -u)" = 0 ] || fail "has to run as root, for chroot"
+
+# The address of Debian's archive, as apt knows it: not that of security updates.
+mirror() {
+    # shellcheck disable=SC2016  # apt expands it
+    apt-get indextargets --format '$(REPO_URI) $(COMPONENT)' 'Created-By: Packages' |
+        awk '$2 == "main" && $1 !~ /security/ { print $1; exit }'
+}
+
+create() { # RELEASE ROOT
+    command -v debootstrap >/dev/null || apt-get install -qq -y debootstrap >/dev/null
+    from=$(mirror)
+    [ -n "$from" ] || fail "apt does not know where its packages come from"
+    rm -rf "$2"
+    mkdir -p "$2"
+    debootstrap --variant=minbase --include=ca-certificates "$1" "$2" "$from" >"$2.log" 2>&1 ||
+        { tail -n 20 "$2.log" >&2; fail "no root of $1"; }
+    echo 'APT::Install-Recommends "false";' >"$2/etc/apt/apt.conf.d/90matrix"
+    touch "$2/.complete"
+}
+
+# What runs in a mount namespace of its own, so that nothing stays mounted, however it ends.
+inside() { # ROOT
+    mount --bind "$1" "$1"
+    mount -t proc proc "$1/proc"
+    mount --rbind /dev "$1/dev"
+    for dir in "$cargo_home" "$rustup_home"; do
+        mkdir -p "$1$dir"
+        mount --bind "$dir" "$1$dir"
+    done
+    cp /etc/resolv.conf "$1/etc/resolv.conf"
+    chroot "$1" env -i HOME="$HOME" CARGO_HOME="$cargo_home" RUSTUP_HOME="$rustup_home" \
+        PATH="$cargo_home/bin:/usr/sbin:/usr/bin:/sbin:/bin" LC_ALL=C.UTF-8 CI=true \
+        sh -eu -c '
+            cd /src
+            tools/setup.sh
+            erl -noinput -eval "io:format(\"OTP ~s~n\", [erlang:system_info(otp_release)]), halt()."
+            make test-beam'
+}
+
+if [ "${MATRIX_INSIDE:-}" ]; then
+    inside "$MATRIX_INSIDE"
+    exit
+fi
+
+for release in $releases; do
+    root=$roots/$release
+    echo "==== $release ===="
+    [ -e "$root/.complete" ] || create "$release" "$root"
+    # What git knows, as it is here now. What was built there stays, for the next time.
+    mkdir -p "$root/src"
+    (cd "$here" && git ls-files -z | xargs -0 cp --parents -t "$root/src")
+    MATRIX_INSIDE=$root unshare --mount "$0"
+done
+echo "matrix: $releases passed"

@@ -1,0 +1,160 @@
+%% Several nodes: on one root, and one that saves for another.
+-module(erllama_cache_nodes_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+-include_lib("common_test/include/ct.hrl").
+
+-export([all/0, init_per_testcase/2, end_per_testcase/2]).
+-export([one_loads_what_another_has_saved/1, a_save_asked_of_another_node/1,
+         all_save_the_same_keys/1, none_sweeps_anothers_work/1]).
+
+-define(STORE, nodes_store).
+-define(WRITER, erllama_cache_writer).
+
+all() ->
+    [one_loads_what_another_has_saved, a_save_asked_of_another_node, all_save_the_same_keys,
+     none_sweeps_anothers_work].
+
+init_per_testcase(Case, Config) ->
+    _ = os:cmd("epmd -daemon"),
+    Distributed = is_alive() orelse start_distribution(Case),
+    Root = filename:join(?config(priv_dir, Config), atom_to_list(Case)),
+    ok = filelib:ensure_dir(filename:join(Root, "x")),
+    Nodes = [start_node(Root) || _ <- [1, 2]],
+    [{distributed, Distributed}, {root, Root}, {nodes, Nodes} | Config].
+
+end_per_testcase(_Case, Config) ->
+    [ok = peer:stop(Peer) || {Peer, _} <- ?config(nodes, Config)],
+    ok.
+
+start_distribution(Case) ->
+    {ok, _} = net_kernel:start([list_to_atom(lists:concat([Case, "_", os:getpid()])), shortnames]),
+    true.
+
+start_node(Root) ->
+    {ok, Peer, Node} = peer:start(#{
+        name => peer:random_name(), connection => standard_io,
+        args => ["-setcookie", atom_to_list(erlang:get_cookie()) | paths()]
+    }),
+    true = net_kernel:connect_node(Node),
+    ok = start_store(Node, Root),
+    {ok, _} = unlinked(Node, ?WRITER, start_link, [#{host => erllama_cache_store}]),
+    {Peer, Node}.
+
+%% The application, and this module for the functions that are sent.
+paths() ->
+    lists:append([
+        ["-pa", filename:absname(filename:dirname(code:which(Module)))]
+     || Module <- [?WRITER, ?MODULE]
+    ]).
+
+start_store(Node, Root) ->
+    {ok, _} = unlinked(Node, erllama_cache_store, start_link, [?STORE, #{root => Root}]),
+    ok.
+
+%% The process that erpc makes ends with the call, and what is linked to it with it.
+unlinked(Node, Module, Function, Args) ->
+    erpc:call(Node, fun() ->
+        Self = self(),
+        Starter = spawn(fun() ->
+            Self ! {self(), apply(Module, Function, Args)},
+            receive stop -> ok end
+        end),
+        receive {Starter, Result} -> Result end
+    end).
+
+nodes_of(Config) ->
+    [Node || {_, Node} <- ?config(nodes, Config)].
+
+meta(N) ->
+    #{
+        save_reason => cold, quant_bits => 16, quant_type => f16, fingerprint => <<N:256>>,
+        fingerprint_mode => safe, ctx_params_hash => <<2:256>>, tokens => [1, 2, N],
+        context_size => 4096
+    }.
+
+save(Node, N, Payload) ->
+    erpc:call(Node, ?WRITER, save, [?STORE, disk, meta(N), Payload]).
+
+load(Node, Key) ->
+    erpc:call(Node, erllama_cache_store, load, [?STORE, Key]).
+
+one_loads_what_another_has_saved(Config) ->
+    [A, B] = nodes_of(Config),
+    {ok, Key} = save(A, 1, <<"payload">>),
+    ?assertMatch({ok, _, <<"payload">>}, load(B, Key)),
+    ?assertEqual({error, already_present}, save(B, 1, <<"payload">>)),
+    ok = erpc:call(A, erllama_cache_store, delete, [?STORE, Key]),
+    ?assertEqual(miss, load(B, Key)).
+
+%% Over distribution, and in the background: the message finds its way back.
+a_save_asked_of_another_node(Config) ->
+    [A, B] = nodes_of(Config),
+    Payload = rand:bytes(1 bsl 20),
+    Self = self(),
+    _ = spawn(A, fun() -> Self ! {saved, save(B, 2, Payload)} end),
+    {ok, Key} = receive {saved, Result} -> Result end,
+    ?assertMatch({ok, _, Payload}, load(A, Key)).
+
+%% Each key once, whoever is first; and a load on every node gives the same.
+all_save_the_same_keys(Config) ->
+    Nodes = nodes_of(Config),
+    Keys = lists:seq(1, 50),
+    Self = self(),
+    Savers = [
+        spawn_monitor(Node, fun() ->
+            Self ! {self(), [?WRITER:save(?STORE, disk, meta(N), payload(N)) || N <- Keys]}
+        end)
+     || Node <- Nodes, _ <- [1, 2, 3]
+    ],
+    Results = lists:append([
+        receive
+            {Pid, Own} -> Own;
+            {'DOWN', Monitor, process, Pid, Reason} when Reason =/= normal -> error(Reason)
+        end
+     || {Pid, Monitor} <- Savers
+    ]),
+    ?assertEqual([], [Other || Other <- Results, not is_fine(Other)]),
+    Saved = lists:usort([Key || {ok, Key} <- Results]),
+    ?assertEqual(length(Keys), length(Saved)),
+    {ok, Files} = file:list_dir(?config(root, Config)),
+    ?assertEqual(length(Keys), length(Files)),
+    [
+        begin
+            {ok, Key} = erpc:call(Node, erllama_cache_store, key, [meta(N)]),
+            Payload = payload(N),
+            ?assertMatch({ok, _, Payload}, load(Node, Key))
+        end
+     || Node <- Nodes, N <- Keys
+    ].
+
+payload(N) ->
+    binary:copy(<<N:32>>, 20000 + N).
+
+is_fine({ok, _}) -> true;
+is_fine({error, Reason}) -> Reason =:= already_present orelse Reason =:= conflict.
+
+%% A store that starts while another node saves on its root leaves that save alone.
+none_sweeps_anothers_work(Config) ->
+    [A, B] = nodes_of(Config),
+    Payload = rand:bytes(64 bsl 20),
+    Self = self(),
+    {Saver, Monitor} = spawn_monitor(A, fun() ->
+        Self ! {self(), ?WRITER:save(?STORE, disk, meta(1), Payload)}
+    end),
+    Restarts = restart_until_saved(Saver, B, ?config(root, Config), 0),
+    ?assert(Restarts > 0),
+    {ok, Key} = receive
+        {Saver, Result} -> Result;
+        {'DOWN', Monitor, process, Saver, Reason} when Reason =/= normal -> error(Reason)
+    end,
+    ?assertMatch({ok, _, Payload}, load(A, Key)),
+    ?assertMatch({ok, _, Payload}, load(B, Key)).
+
+restart_until_saved(Saver, Node, Root, N) ->
+    ok = erpc:call(Node, gen_server, stop, [?STORE]),
+    ok = start_store(Node, Root),
+    case erpc:call(node(Saver), erlang, is_process_alive, [Saver]) of
+        true -> restart_until_saved(Saver, Node, Root, N + 1);
+        false -> N + 1
+    end.

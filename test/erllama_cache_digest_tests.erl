@@ -211,7 +211,7 @@ page_cache(Root) ->
         {ok, Key} = ?WRITER:save(?STORE, disk, meta(1), Payload),
         ?assertMatch({ok, _, Payload}, load(Key))
     end),
-    ?assertError({invalid_config, page_cache, maybe}, start_writer(#{page_cache => 'maybe'})).
+    ?assertError({invalid_config, page_cache, sometimes}, start_writer(#{page_cache => sometimes})).
 
 %%% Helpers
 

@@ -247,7 +247,10 @@ trapping(Start) ->
     Trapped = process_flag(trap_exit, true),
     try Start() of
         {error, Reason} = Error ->
-            receive {'EXIT', _, Reason} -> Error end;
+            %% From OTP 26 on, it has been received by who started it.
+            Consumed = list_to_integer(erlang:system_info(otp_release)) >= 26,
+            Consumed orelse receive {'EXIT', _, Reason} -> true end,
+            Error;
         Started ->
             Started
     after

@@ -27,7 +27,7 @@ run() ->
         fun() -> saves(disk, Disk) end, fun() -> saves(ram_file, Ram) end,
         fun() -> loads(disk, Disk) end, fun() -> writers(Disk) end, fun() -> processor(Disk) end,
         fun() -> memory(Disk) end, fun() -> long_calls(Disk) end, fun() -> neighbours(Disk) end,
-        fun() -> start(Ram) end
+        fun() -> start(Ram) end, fun() -> stands_still(Disk) end
     ],
     Wanted = case os:getenv("BENCH_PARTS") of
         false -> lists:seq(1, length(Parts));
@@ -460,6 +460,32 @@ look_around(Root, Savers, Times) ->
     after 1 ->
         look_around(Root, Savers, [Time | Times])
     end.
+
+%%% How long a caller that does not wait for its save stands still
+
+stands_still(Root) ->
+    with_store(Root, disk, fun() ->
+        Payload = crypto_like(256 * ?MIB),
+        Times = [
+            begin
+                Meta = meta(fresh()),
+                Begun = erlang:monotonic_time(nanosecond),
+                {ok, Ref} = erllama_cache_writer:save_async(?STORE, disk, Meta, Payload),
+                Time = erlang:monotonic_time(nanosecond) - Begun,
+                receive {erllama_cache_writer, Ref, {ok, Key}} -> remove(Root, Key) end,
+                Time
+            end
+         || _ <- lists:seq(1, 30)
+        ],
+        #{p50 := P50, p99 := P99, max := Max} = Summary = bench_report:summary(Times),
+        io:format("~ncaller of save_async, 256 MiB: p50 ~.1f  p99 ~.1f  max ~.1f us~n",
+                  [P50 / 1.0e3, P99 / 1.0e3, Max / 1.0e3]),
+        {
+            [bench_report:target("caller of save_async stands still, 256 MiB, p99", P99 / 1.0e3,
+                                 {at_most, 100}, "us")],
+            #{async_ns => Summary}
+        }
+    end).
 
 %%% A store's start
 

@@ -35,7 +35,12 @@ create() { # RELEASE ROOT
     [ -n "$from" ] || fail "apt does not know where its packages come from"
     rm -rf "$2"
     mkdir -p "$2"
-    debootstrap --variant=minbase --include=ca-certificates "$1" "$2" "$from" >"$2.log" 2>&1 ||
+    # An older debootstrap has not heard of a newer release, which is made like all of them.
+    scripts=/usr/share/debootstrap/scripts
+    script=$scripts/$1
+    [ -e "$script" ] || script=$scripts/sid
+    debootstrap --variant=minbase --include=ca-certificates "$1" "$2" "$from" "$script" \
+        >"$2.log" 2>&1 ||
         { tail -n 20 "$2.log" >&2; fail "no root of $1"; }
     echo 'APT::Install-Recommends "false";' >"$2/etc/apt/apt.conf.d/90matrix"
     touch "$2/.complete"

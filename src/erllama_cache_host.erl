@@ -29,8 +29,8 @@
 %% Whether the reservation still stands, and renews its lease of 60 seconds.
 -callback check(tier_srv(), Key :: binary(), token()) -> ok | {error, expired}.
 
-%% The file stands at its path, though nobody has been told. Renews the lease.
--callback mark_published(tier_srv(), Key :: binary(), token(), Path :: file:name_all()) ->
+%% The file stands in the root, though nobody has been told.
+-callback mark_published(tier_srv(), Key :: binary(), token(), Root :: file:name_all()) ->
     ok | {error, expired}.
 
 %% The save is complete. `Size' is the file's in bytes, `Header' its first 48 bytes.

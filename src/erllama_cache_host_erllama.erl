@@ -24,7 +24,7 @@
 %% a key of our own making would be one it cannot find.
 identify(#{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash := CtxParamsHash,
            tokens := Tokens}) ->
-    case lists:all(fun is_integer/1, Tokens) of
+    case erllama_cache_meta:are_tokens(Tokens) of
         true ->
             Encoded = erllama_cache_key:encode_tokens(Tokens),
             Key = erllama_cache_key:make(Fingerprint, QuantType, CtxParamsHash, Encoded),
@@ -46,7 +46,8 @@ check(_TierSrv, Key, Token) ->
     erllama_cache_meta_srv:check_reservation(Key, Token).
 
 %% @private
-mark_published(_TierSrv, Key, Token, Path) ->
+mark_published(_TierSrv, Key, Token, Root) ->
+    Path = erllama_cache_path:final(Root, Key),
     erllama_cache_meta_srv:mark_published(Key, Token, Path).
 
 %% @private

@@ -1,7 +1,7 @@
 %% @doc What is saved beside a payload: the `build_meta' map, its check and its defaults.
 -module(erllama_cache_meta).
 
--export([complete/2]).
+-export([complete/2, are_tokens/1]).
 -export_type([build_meta/0, complete/0, save_reason/0, fingerprint_mode/0, defaults/0, invalid/0]).
 
 -type save_reason() :: unknown | cold | continued | evict | shutdown | finish.
@@ -39,14 +39,20 @@
 -define(U32, 16#ffffffff).
 -define(U64, 16#ffffffffffffffff).
 
-%% @doc Checks a map and fills in its defaults. That each token is an integer is left to whoever
-%% encodes them, who walks the list anyway.
+%% @doc Checks a map and fills in its defaults. That the tokens are integers, in a proper list, is
+%% left to whoever encodes them, who walks the list anyway.
 -spec complete(map(), defaults()) -> {ok, complete()} | {error, invalid()}.
 complete(Meta, Defaults) ->
     case [Key || Key <- ?REQUIRED, not is_map_key(Key, Meta)] of
         [Key | _] -> {error, {missing_key, Key}};
         [] -> check(maps:merge(defaults(Meta, Defaults), Meta))
     end.
+
+%% @doc Whether these can be encoded.
+-spec are_tokens(list()) -> boolean().
+are_tokens([Token | Rest]) when is_integer(Token) -> are_tokens(Rest);
+are_tokens([]) -> true;
+are_tokens(_) -> false.
 
 check(Meta) ->
     Iterator = maps:iterator(Meta),
@@ -69,7 +75,7 @@ is_valid(quant_bits, Value) ->
 is_valid(quant_type, Value) ->
     is_atom(Value);
 is_valid(tokens, Value) ->
-    is_list(Value) andalso is_proper(Value);
+    is_list(Value);
 is_valid(Key, Value) when Key =:= fingerprint; Key =:= ctx_params_hash ->
     is_binary(Value) andalso byte_size(Value) =:= 32;
 is_valid(Key, Value) when Key =:= context_size; Key =:= hit_count ->
@@ -84,14 +90,6 @@ is_valid(_Other, _Value) ->
 
 is_unsigned(Value, Max) ->
     is_integer(Value) andalso Value >= 0 andalso Value =< Max.
-
-%% length/1 is the one test for this that runs in C.
-is_proper(List) ->
-    try length(List) of
-        _ -> true
-    catch
-        error:badarg -> false
-    end.
 
 defaults(Meta, #{hostname := Hostname}) ->
     Now = erlang:system_time(second),

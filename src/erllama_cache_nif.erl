@@ -125,7 +125,8 @@ release(_Guard) -> ?NOT_LOADED.
 -spec quant_byte(atom()) -> byte().
 quant_byte(_QuantType) -> ?NOT_LOADED.
 
-%% u32 little-endian each, modulo 2^32; `error' for what does not fit 64 bits or is no integer.
+%% u32 little-endian each, modulo 2^32; `error' for what does not fit 64 bits or is no integer, and
+%% for a list that is improper or longer than a call should take.
 -spec encode_tokens([integer()]) -> binary() | error.
 encode_tokens(_Tokens) -> ?NOT_LOADED.
 

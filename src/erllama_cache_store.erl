@@ -73,12 +73,12 @@
 %% is what the file may take.
 -record(row, {
     key :: erllama_cache_nif:key() | '_' | '$2',
-    size :: non_neg_integer() | '_' | '$1',
+    size :: non_neg_integer() | '_',
     %% Milliseconds of system time.
     last_used :: integer() | '_' | '$1',
-    state :: present | writing | published | '_' | '$2',
+    state :: present | reserved | '_',
     token :: reference() | undefined | '_',
-    pid :: pid() | undefined | '_' | '$3',
+    pid :: pid() | undefined | '_',
     %% Milliseconds of monotonic time.
     expires :: integer() | undefined | '_'
 }).
@@ -317,7 +317,7 @@ encode_tokens(Tokens) ->
     end.
 
 encode_tokens_slowly(Tokens) ->
-    case lists:all(fun is_integer/1, Tokens) of
+    case erllama_cache_meta:are_tokens(Tokens) of
         true -> <<<<Token:32/little>> || Token <- Tokens>>;
         false -> error
     end.
@@ -353,7 +353,7 @@ reserve(Name, Key, Size, _Bounded, Pid) ->
     end.
 
 reserved(Key, Size, Pid) ->
-    #row{key = Key, size = Size, last_used = 0, state = writing, token = make_ref(), pid = Pid,
+    #row{key = Key, size = Size, last_used = 0, state = reserved, token = make_ref(), pid = Pid,
          expires = lease()}.
 
 lease() ->
@@ -395,37 +395,51 @@ root(Name) ->
 %% @private
 %% A reservation whose lease has ended stands until somebody else takes it: nobody wanted the key.
 check(Name, Key, Token) ->
+    case held(Name, Key, Token) of
+        {surely, _Row} -> ok;
+        {maybe_still, Row} -> replace(Name, Row, Row#row{expires = lease()});
+        no -> {error, expired}
+    end.
+
+%% Whether the reservation is its owner's, and will be for long enough to act on that.
+held(Name, Key, Token) ->
     Enough = erlang:monotonic_time(millisecond) + ?LEASE_LEFT,
     case ets:lookup(table(Name), Key) of
-        [#row{token = Token, expires = Expires}] when Expires > Enough -> ok;
-        _ -> renew(Name, Key, Token, '$2')
+        [#row{token = Token, expires = Expires} = Row] when Expires > Enough -> {surely, Row};
+        [#row{token = Token} = Row] -> {maybe_still, Row};
+        _ -> no
+    end.
+
+replace(Name, Old, New) ->
+    case ets:select_replace(table(Name), [{Old, [], [{const, New}]}]) of
+        1 -> ok;
+        0 -> {error, expired}
     end.
 
 %% @private
-mark_published(Name, Key, Token, _Path) ->
-    renew(Name, Key, Token, published).
-
-renew(Name, Key, Token, State) ->
-    Old = #row{key = Key, size = '$1', last_used = '_', state = '$2', token = Token, pid = '$3',
-               expires = '_'},
-    New = {{row, Key, '$1', 0, State, Token, '$3', lease()}},
-    replaced(ets:select_replace(table(Name), [{Old, [], [New]}])).
-
-replaced(1) -> ok;
-replaced(0) -> {error, expired}.
+%% There is nothing to remember: should the process die now, the server looks for a file anyway.
+mark_published(Name, Key, Token, _Root) ->
+    check(Name, Key, Token).
 
 %% @private
 announce(Name, Key, Token, Size, _Header, _Tokens) ->
-    case settle(Name, Key, Token, Size, now_ms()) of
+    Present = present(Key, Size, now_ms()),
+    Settled = case held(Name, Key, Token) of
+        {surely, _Row} ->
+            true = ets:insert(Name, Present),
+            ok;
+        _ ->
+            settle(Name, Token, Present)
+    end,
+    case Settled of
         ok -> done(Name, Token, Size);
         {error, expired} = Error -> Error
     end.
 
-%% Makes a reservation a file.
-settle(Name, Key, Token, Size, LastUsed) ->
-    Old = #row{key = Key, token = Token, _ = '_'},
-    New = {const, present(Key, Size, LastUsed)},
-    replaced(ets:select_replace(table(Name), [{Old, [], [New]}])).
+%% Makes a reservation a file, whatever has become of its owner.
+settle(Name, Token, #row{key = Key} = Present) ->
+    Reserved = #row{key = Key, token = Token, _ = '_'},
+    replace(Name, Reserved, Present).
 
 %% @private
 cancel(Name, Key, Token) ->
@@ -562,7 +576,7 @@ handle_cast({used, Bytes}, #state{used = Used} = State) ->
 handle_cast({done, Token, Size}, State) ->
     {noreply, unwatch(Token, Size, State)};
 handle_cast({checked, Token, Key, {ok, Size, LastUsed}}, #state{config = Config} = State) ->
-    case settle(Config#config.name, Key, Token, Size, LastUsed * 1000) of
+    case settle(Config#config.name, Token, present(Key, Size, LastUsed * 1000)) of
         ok -> {noreply, unwatch(Token, Size, State)};
         {error, expired} -> {noreply, unwatch(Token, 0, State)}
     end;
@@ -601,15 +615,12 @@ unwatch(Token, FileSize, #state{watches = Watches, monitors = Monitors, used = U
             State
     end.
 
-%% Its owner died in the middle of a save. Before the file was published there is nothing; after
-%% it, the file is looked at and taken if it is good.
+%% Its owner died in the middle of a save. If it had published the file by then, the file is looked
+%% at and taken if it is good.
 owner_died(Token, #state{config = #config{name = Name} = Config, watches = Watches} = State) ->
     #{Token := #watch{key = Key}} = Watches,
     case ets:lookup(Name, Key) of
-        [#row{token = Token, state = writing}] ->
-            ok = cancel(Name, Key, Token),
-            State;
-        [#row{token = Token, state = published}] ->
+        [#row{token = Token}] ->
             Server = self(),
             _ = spawn_link(fun() ->
                 gen_server:cast(Server, {checked, Token, Key, check_file(Config, Key)})

@@ -696,7 +696,7 @@ save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
     of
         {Root1, {ok, Outcome, Size, Header}} ->
             ok = count_outcome(Outcome),
-            announce(erllama_cache_path:final(Root1, Save#save.key), Size, Header, Save);
+            announce(Root1, Size, Header, Save);
         {Root1, {Progress, Tmp}} when Progress =:= ok; Progress =:= more ->
             save_begun(Progress, Root1, Tmp, Save);
         {_Root, {lost, Error}} ->
@@ -811,7 +811,7 @@ publish(Root, Tmp, #save{guard = Guard} = Save) ->
             publish(Root, Tmp, Save);
         {ok, Outcome, Size, Header} ->
             ok = count_outcome(Outcome),
-            announce(erllama_cache_path:final(Root, Save#save.key), Size, Header, Save);
+            announce(Root, Size, Header, Save);
         {error, _} = Error ->
             cancel_reservation(Save),
             Error
@@ -822,9 +822,9 @@ count_outcome(adopted) -> erllama_cache_metrics:count(adoptions);
 count_outcome(replaced) -> erllama_cache_metrics:count(replacements).
 
 %% The file stays from here on, whatever the host answers: it is whole, and the host adopts it.
-announce(Path, Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, token = Token,
+announce(Root, Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, token = Token,
                                    tokens = Tokens, meta = #{save_reason := Reason}}) ->
-    case Host:mark_published(TierSrv, Key, Token, Path) of
+    case Host:mark_published(TierSrv, Key, Token, Root) of
         ok ->
             case Host:announce(TierSrv, Key, Token, Size, Header, Tokens) of
                 ok ->

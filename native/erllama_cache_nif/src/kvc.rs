@@ -3,7 +3,7 @@
 use erllama_cache_core::kvc::{
     self, Digest, EncodeError, FingerprintMode, Key, Meta, ParsedPrefix, Prefix, SaveReason,
 };
-use rustler::{Atom, Binary, Encoder, Env, Error, ListIterator, NewBinary, NifResult, Term};
+use rustler::{Atom, Binary, Encoder, Env, Error, NewBinary, NifResult, Term};
 
 use crate::atoms;
 use crate::error::atom;
@@ -136,25 +136,33 @@ fn quant_byte(env: Env<'_>, name: Atom) -> u8 {
 }
 
 /// More would hold a scheduler for longer than a call should.
-const MANY_TOKENS: usize = 32768;
+const MAX_ENCODED: usize = 4 * 32768;
+
+/// Enough for most; a list does not say how long it is, and a walk to find out takes as long as
+/// growing.
+const ROOM: usize = 16 * 1024;
 
 #[rustler::nif]
-fn encode_tokens<'a>(env: Env<'a>, tokens: Term<'a>) -> NifResult<Term<'a>> {
-    let len = tokens.list_length()?;
-    if len > MANY_TOKENS {
-        return Ok(atoms::error().encode(env));
-    }
-    let mut encoded = NewBinary::new(env, 4 * len);
-    let list: ListIterator<'a> = tokens.decode()?;
-    for (room, token) in encoded.chunks_exact_mut(4).zip(list) {
+fn encode_tokens<'a>(env: Env<'a>, tokens: Term<'a>) -> Term<'a> {
+    let mut encoded = Vec::with_capacity(ROOM);
+    let mut rest = tokens;
+    while let Ok((token, tail)) = rest.list_get_cell() {
         // Beyond 64 bits, or not a number: the caller knows what to do with either.
         let Ok(token) = token.decode::<i64>() else {
-            return Ok(atoms::error().encode(env));
+            return atoms::error().encode(env);
         };
+        if encoded.len() == MAX_ENCODED {
+            return atoms::error().encode(env);
+        }
         // Each is stored modulo 2^32, as the format says.
-        room.copy_from_slice(&(token as u32).to_le_bytes());
+        encoded.extend_from_slice(&(token as u32).to_le_bytes());
+        rest = tail;
     }
-    Ok(encoded.into())
+    if rest.is_empty_list() {
+        binary(env, &encoded)
+    } else {
+        atoms::error().encode(env)
+    }
 }
 
 #[rustler::nif(name = "key")]

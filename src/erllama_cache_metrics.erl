@@ -103,14 +103,19 @@ histogram(Counters, Base) ->
     }.
 
 %% @doc {@link format/1} of the writer alone.
+%%
+%% ```
+%% Body = erllama_cache_metrics:format().
+%% '''
 -spec format() -> iodata().
 format() ->
     format([]).
 
-%% @doc All of the writer's figures and those of some stores in the text format of Prometheus
-%% (<https://prometheus.io/docs/instrumenting/exposition_formats/>), version 0.0.4, for any HTTP
-%% handler to send as `text/plain; version=0.0.4'. It exits with `{noproc, _}' when the writer or
-%% one of the stores does not run.
+%% @doc All of the writer's figures and those of some stores in the
+%% <a href="https://prometheus.io/docs/instrumenting/exposition_formats/">text format</a> of
+%% Prometheus, version 0.0.4, for any HTTP handler to send as `text/plain; version=0.0.4'.
+%%
+%% It exits with `{noproc, _}' when the writer or one of the stores does not run.
 %%
 %% ```
 %% Body = erllama_cache_metrics:format([my_store]).

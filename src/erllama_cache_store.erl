@@ -162,6 +162,11 @@ check_option(mac_key, _Secret) -> error({invalid_option, mac_key, hidden});
 check_option(Key, Value) -> error({invalid_option, Key, Value}).
 
 %% @doc For a supervisor of one's own.
+%%
+%% ```
+%% #{start := {erllama_cache_store, start_link, _}} =
+%%     erllama_cache_store:child_spec(my_store, #{root => "/var/cache/kv"}).
+%% '''
 -spec child_spec(name(), options()) -> supervisor:child_spec().
 child_spec(Name, Options) ->
     #{id => {?MODULE, Name}, start => {?MODULE, start_link, [Name, Options]}}.
@@ -171,6 +176,16 @@ child_spec(Name, Options) ->
 %% @doc Loads what is stored under a key, in the calling process. Every byte has been checked when
 %% this returns; what does not hold its checks is `{error, {corrupt, Reason}}' and never returned.
 %% Such a file stays until it is replaced by a save of the same key, or deleted.
+%%
+%% ```
+%% {ok, #{tokens := [1, 15043, 3186], hit_count := 0}, Payload} =
+%%     erllama_cache_store:load(my_store, Key).
+%% '''
+%%
+%% Errors: `{corrupt, Reason}'; `unauthenticated', there is a secret and the file was made without
+%% it; `enomem'; a POSIX
+%% reason. {@link erllama_cache_writer:format_error/1} says what they mean. Exits with `{noproc, _}'
+%% when the store does not run.
 -spec load(name(), erllama_cache_writer:key()) ->
     {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
 load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
@@ -233,7 +248,11 @@ forget(Name, [#row{state = present, size = Size} = Row]) ->
 forget(_Name, _NothingOrReserved) ->
     ok.
 
-%% @doc Deletes what is stored under a key; `ok' also when nothing is.
+%% @doc Deletes what is stored under a key; `ok' also when nothing is. Errors: a POSIX reason.
+%%
+%% ```
+%% ok = erllama_cache_store:delete(my_store, Key).
+%% '''
 -spec delete(name(), erllama_cache_writer:key()) -> ok | {error, term()}.
 delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     Config = config(Name),
@@ -243,7 +262,11 @@ delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
         {error, _} = Error -> Error
     end.
 
-%% @doc The key that a save with this map gets.
+%% @doc The key that a save with this map gets: 32 bytes.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_store:key(Meta).
+%% '''
 -spec key(erllama_cache_meta:build_meta()) ->
     {ok, erllama_cache_writer:key()} | {error, erllama_cache_meta:invalid()}.
 key(Meta) ->
@@ -258,7 +281,12 @@ key(Meta) ->
     end.
 
 %% @doc What the store holds and what it has done since it started. Bytes are those of whole files.
-%% `refused' counts loads that found a corrupt file.
+%% `refused' counts loads that found a corrupt file. Exits with `{noproc, _}' when the store does
+%% not run.
+%%
+%% ```
+%% #{files := Files, bytes := Bytes, hits := Hits} = erllama_cache_store:info(my_store).
+%% '''
 -spec info(name()) -> info().
 info(Name) when is_atom(Name) ->
     #config{root = Root, tier = Tier, max_bytes = MaxBytes, counters = Counters} = config(Name),

@@ -134,13 +134,25 @@ words(Name) ->
 
 %% @doc Starts the writer with its configuration from the environment: the limit from
 %% `writer_max_concurrent' of application `erllama', then `max_concurrent' of this one; everything
-%% else from this one.
+%% else from this one. A supervisor's child is
+%%
+%% ```
+%% #{id => erllama_cache_writer, start => {erllama_cache_writer, start_link, []}}
+%% '''
+%%
+%% Raises `{invalid_config, Key, Value}' for a value that cannot be. Errors:
+%% `{already_started, Pid}'; `{mac_key, Reason}', the secret cannot be read.
 -spec start_link() -> {ok, pid()} | {error, term()}.
 start_link() ->
     start(maps:merge(env_config(), erllama_limit())).
 
 %% @doc Starts the writer with a limit, or with a configuration; what that leaves out comes from the
-%% environment of `erllama_cache_nif', then from the defaults.
+%% environment of `erllama_cache_nif', then from the defaults. Raises and fails as
+%% {@link start_link/0}.
+%%
+%% ```
+%% {ok, Pid} = erllama_cache_writer:start_link(#{host => erllama_cache_store, max_concurrent => 4}).
+%% '''
 -spec start_link(pos_integer() | config()) -> {ok, pid()} | {error, term()}.
 start_link(Limit) when ?IS_LIMIT(Limit) ->
     start((env_config())#{max_concurrent => Limit});
@@ -256,7 +268,12 @@ terminate(Reason, Semaphore) ->
 %% one try. Acquires may be nested; each {@link release/0} gives back the latest. A slot whose owner
 %% dies comes back by itself.
 %%
-%% Exits with `{noproc, _}' when no writer runs.
+%% ```
+%% ok = erllama_cache_writer:acquire(5000),
+%% ok = erllama_cache_writer:release().
+%% '''
+%%
+%% Error: `max_concurrent', none became free in time. Exits with `{noproc, _}' when no writer runs.
 -spec acquire(timeout()) -> ok | {error, max_concurrent}.
 acquire(Timeout) when ?IS_TIMEOUT(Timeout) ->
     case take(1, 0, Timeout) of
@@ -266,7 +283,12 @@ acquire(Timeout) when ?IS_TIMEOUT(Timeout) ->
 
 %% @doc As {@link acquire/1}, for `weight' slots at once (default 1). Heavy and light requests are
 %% served in one order, so a heavy one is never starved. One above the limit could never be served
-%% and is refused.
+%% and is refused: `weight_exceeds_limit'.
+%%
+%% ```
+%% ok = erllama_cache_writer:acquire(infinity, #{weight => 2}),
+%% ok = erllama_cache_writer:release().
+%% '''
 -spec acquire(timeout(), slot_opts()) ->
     ok | {error, max_concurrent | weight_exceeds_limit}.
 acquire(Timeout, Opts) when ?IS_TIMEOUT(Timeout), is_map(Opts) ->
@@ -281,7 +303,12 @@ weight(Opts) ->
         _ -> error(badarg)
     end.
 
-%% @doc Gives back what the calling process acquired last; does nothing when it holds nothing.
+%% @doc Gives back what the calling process acquired last, all of its weight; does nothing when it
+%% holds nothing.
+%%
+%% ```
+%% ok = erllama_cache_writer:release().
+%% '''
 -spec release() -> ok.
 release() ->
     case get(?GUARD) of
@@ -296,7 +323,7 @@ release() ->
 %% given back when `Fun' ends, however it ends.
 %%
 %% ```
-%% {ok, Result} = erllama_cache_writer:with_slot(5000, fun() -> {ok, work()} end).
+%% 42 = erllama_cache_writer:with_slot(5000, fun() -> 6 * 7 end).
 %% '''
 -spec with_slot(timeout(), fun(() -> Result)) -> Result | {error, max_concurrent}.
 with_slot(Timeout, Fun) when ?IS_TIMEOUT(Timeout), is_function(Fun, 0) ->
@@ -406,23 +433,39 @@ exit_noproc(Function, Args) ->
 %%% What is and what may be
 
 %% @doc How many slots are held now.
+%%
+%% ```
+%% 0 = erllama_cache_writer:current().
+%% '''
 -spec current() -> non_neg_integer().
 current() ->
     erllama_cache_nif:semaphore_current(semaphore_of(current, [])).
 
 %% @doc How many slots there are.
+%%
+%% ```
+%% 4 = erllama_cache_writer:max_concurrent().
+%% '''
 -spec max_concurrent() -> pos_integer().
 max_concurrent() ->
     erllama_cache_nif:semaphore_limit(semaphore_of(max_concurrent, [])).
 
 %% @doc Changes how many slots there are, at once: more are handed to those who wait before this
 %% returns; of fewer, nobody loses one, but nobody gets one until enough have come back.
+%%
+%% ```
+%% ok = erllama_cache_writer:set_max_concurrent(4).
+%% '''
 -spec set_max_concurrent(pos_integer()) -> ok.
 set_max_concurrent(Limit) when ?IS_LIMIT(Limit) ->
     erllama_cache_nif:semaphore_set_limit(semaphore_of(set_max_concurrent, [Limit]), Limit).
 
 %% @doc Changes how many bytes of payload running saves may hold together. A payload above the bound
 %% is saved alone rather than never.
+%%
+%% ```
+%% ok = erllama_cache_writer:set_max_inflight_bytes(16 bsl 30).
+%% '''
 -spec set_max_inflight_bytes(non_neg_integer() | infinity) -> ok.
 set_max_inflight_bytes(Bytes) when ?IS_BYTES(Bytes) ->
     Semaphore = semaphore_of(set_max_inflight_bytes, [Bytes]),
@@ -432,6 +475,10 @@ set_max_inflight_bytes(Bytes) when ?IS_BYTES(Bytes) ->
 %% writer. Waits are in microseconds; `waited', `longest_wait_us' and `mean_wait_us' are of those who
 %% had to queue, the histogram `wait_time' is of all saves. {@link erllama_cache_metrics:format/1}
 %% prints the same for Prometheus.
+%%
+%% ```
+%% #{limit := 4, waiting := 0, saves := Saves} = erllama_cache_writer:info().
+%% '''
 -spec info() -> info().
 info() ->
     Semaphore = erllama_cache_nif:semaphore_info(semaphore_of(info, [])),
@@ -439,11 +486,20 @@ info() ->
 
 %% @doc Who holds slots: each acquire by itself, and for how many milliseconds. A process that has
 %% been killed is among them for as long as its last write still runs.
+%%
+%% ```
+%% [#{pid := Pid, weight := 1, bytes := 0, ms := Ms}] =
+%%     erllama_cache_writer:with_slot(0, fun erllama_cache_writer:holders/0).
+%% '''
 -spec holders() -> [slot_row()].
 holders() ->
     rows(erllama_cache_nif:semaphore_holders(semaphore_of(holders, []))).
 
 %% @doc Who waits for slots, the next to be served first, and for how many milliseconds.
+%%
+%% ```
+%% [] = erllama_cache_writer:waiters().
+%% '''
 -spec waiters() -> [slot_row()].
 waiters() ->
     rows(erllama_cache_nif:semaphore_waiters(semaphore_of(waiters, []))).
@@ -559,7 +615,7 @@ save_async(TierSrv, Tier, Meta, Payload) ->
 %%
 %% ```
 %% {ok, Ref} = erllama_cache_writer:save_async(my_store, disk, Meta, Payload),
-%% %% ... decode some tokens ...
+%% %% Meanwhile the next tokens are decoded.
 %% receive {erllama_cache_writer, Ref, {ok, Key}} -> Key end.
 %% '''
 -spec save_async(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
@@ -609,6 +665,12 @@ outcome(Save) ->
 %% @doc Cancels a save that {@link save_async/5} began: between two slices, so that it leaves
 %% nothing. The save's caller is told `{error, cancelled}', or what it has come to, if the file was
 %% about to get its name or the save had ended.
+%%
+%% ```
+%% {ok, Ref} = erllama_cache_writer:save_async(my_store, disk, Meta, Payload),
+%% ok = erllama_cache_writer:cancel(Ref),
+%% receive {erllama_cache_writer, Ref, Result} -> Result end.
+%% '''
 -spec cancel(reference()) -> ok.
 cancel(Ref) when is_reference(Ref) ->
     Ref ! {?MODULE, cancel, Ref},

@@ -3,6 +3,7 @@
 use erllama_cache_core::kvc::{
     self, Digest, EncodeError, FingerprintMode, Key, Meta, ParsedPrefix, Prefix, SaveReason,
 };
+use rustler::sys::{enif_get_int64, enif_get_list_cell};
 use rustler::{Atom, Binary, Encoder, Env, Error, NewBinary, NifResult, Term};
 
 use crate::atoms;
@@ -146,9 +147,9 @@ const ROOM: usize = 16 * 1024;
 fn encode_tokens<'a>(env: Env<'a>, tokens: Term<'a>) -> Term<'a> {
     let mut encoded = Vec::with_capacity(ROOM);
     let mut rest = tokens;
-    while let Ok((token, tail)) = rest.list_get_cell() {
+    while let Some((token, tail)) = cell(rest) {
         // Beyond 64 bits, or not a number: the caller knows what to do with either.
-        let Ok(token) = token.decode::<i64>() else {
+        let Some(token) = integer(token) else {
             return atoms::error().encode(env);
         };
         if encoded.len() == MAX_ENCODED {
@@ -163,6 +164,30 @@ fn encode_tokens<'a>(env: Env<'a>, tokens: Term<'a>) -> Term<'a> {
     } else {
         atoms::error().encode(env)
     }
+}
+
+/// The first element of a list and the rest. As rustler's own, and as [`integer`], but without a
+/// [`rustler::Error`] to be made and dropped for each of thousands of tokens: that takes three
+/// times as long as all else.
+#[inline]
+fn cell(list: Term<'_>) -> Option<(Term<'_>, Term<'_>)> {
+    let env = list.get_env();
+    let (mut head, mut tail) = (list.as_c_arg(), list.as_c_arg());
+    // SAFETY: `list` is a term of `env`, and so are the two that the call sets when it returns
+    // non-zero.
+    unsafe {
+        (enif_get_list_cell(env.as_c_arg(), list.as_c_arg(), &mut head, &mut tail) != 0)
+            .then(|| (Term::new(env, head), Term::new(env, tail)))
+    }
+}
+
+#[inline]
+fn integer(term: Term<'_>) -> Option<i64> {
+    let mut value = 0;
+    // SAFETY: `term` is a term of its own environment; `value` is a number with or without the call.
+    let is_integer =
+        unsafe { enif_get_int64(term.get_env().as_c_arg(), term.as_c_arg(), &mut value) };
+    (is_integer != 0).then_some(value)
 }
 
 #[rustler::nif(name = "key")]

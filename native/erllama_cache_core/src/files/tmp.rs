@@ -42,6 +42,10 @@ const BLOCK: usize = 4 * 1024 * 1024;
 /// page is then faulted in anew, and the save takes four times as long.
 const PIECE: usize = 512 * 1024;
 
+/// How much of a small file is read back at a time: a larger buffer would be new pages from the
+/// system for each save.
+const SMALL_READ_PIECE: usize = 16 * 1024;
+
 /// How much is written before the kernel is told to begin putting it on the disk, and how much is
 /// waited for at a time before the sync.
 const WRITEBACK: u64 = 8 * 1024 * 1024;
@@ -129,8 +133,9 @@ impl Sums {
 
 /// What comes back of what was written. It is either compared with the payload at once, or followed
 /// by a checksum of its own.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct ReadBack {
+    /// As much is read at a time.
     buf: Vec<u8>,
     /// Up to where it was followed, from the start of the payload.
     pos: usize,
@@ -138,10 +143,24 @@ struct ReadBack {
 }
 
 impl ReadBack {
+    /// For a payload of this length.
+    fn new(payload_len: u64) -> ReadBack {
+        let piece = if payload_len <= SMALL as u64 {
+            SMALL_READ_PIECE
+        } else {
+            READ_PIECE
+        };
+        ReadBack {
+            buf: vec![0; piece],
+            pos: 0,
+            crc: Crc32c::new(),
+        }
+    }
+
     /// Compares what the file has at `offset` with `written`.
     fn compare(&mut self, file: &File, offset: u64, written: &[u8]) -> Result<(), Error> {
         let mut offset = offset;
-        for piece in written.chunks(READ_PIECE) {
+        for piece in written.chunks(self.buf.len()) {
             let there = self.fill(file, offset, piece.len())?;
             if there != piece {
                 return Err(Error::ReadBack(Corrupt::ContentMismatch));
@@ -154,7 +173,7 @@ impl ReadBack {
     /// Follows the payload, which begins at `start`, up to `end`.
     fn follow(&mut self, file: &File, start: u64, end: usize) -> Result<(), Error> {
         while self.pos < end {
-            let len = READ_PIECE.min(end - self.pos);
+            let len = self.buf.len().min(end - self.pos);
             let mut crc = mem::take(&mut self.crc);
             crc.update(self.fill(file, start + self.pos as u64, len)?);
             self.crc = crc;
@@ -164,9 +183,6 @@ impl ReadBack {
     }
 
     fn fill(&mut self, file: &File, offset: u64, len: usize) -> Result<&[u8], Error> {
-        if self.buf.len() < len {
-            self.buf.resize(len, 0);
-        }
         let there = &mut self.buf[..len];
         stored::fill(file, there, offset).map_err(|error| match error {
             Error::Corrupt(corrupt) => Error::ReadBack(corrupt),
@@ -221,7 +237,7 @@ impl TmpFile {
                     Digest::Blake3Keyed => Some(Digester::new(options.secret.as_ref())),
                 },
             },
-            back: ReadBack::default(),
+            back: ReadBack::new(prefix.payload_len()),
             started: 0,
         }));
         let tmp = TmpFile {
@@ -314,13 +330,9 @@ impl TmpFile {
         self.file
             .write_all_at(&payload[of_payload..], offset)
             .call("pwrite")?;
-        let there = writing
-            .back
-            .fill(&self.file, 0, prefix.len() + payload.len())?;
-        let (of_prefix, of_payload) = there.split_at(prefix.len());
-        if of_prefix != prefix || of_payload != payload {
-            return Err(Error::ReadBack(Corrupt::ContentMismatch));
-        }
+        let back = &mut writing.back;
+        back.compare(&self.file, 0, prefix)?;
+        back.compare(&self.file, prefix.len() as u64, payload)?;
         Ok(())
     }
 

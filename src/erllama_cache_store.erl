@@ -112,6 +112,9 @@
 }).
 
 -define(LEASE, 60000).
+%% For so many milliseconds a reservation in an unbounded store is watched by a timer alone, which
+%% tells the server of it: most saves have ended by then, and those wake no server.
+-define(UNWATCHED, 50).
 %% A check leaves at least this much of the lease; it renews one only when there is less.
 -define(LEASE_LEFT, 45000).
 -define(COUNTERS, [saves, duplicates, hits, misses, refused, evictions]).
@@ -360,14 +363,13 @@ reserve(Name, Tier, Key, Size) ->
 reserve(Name, Key, Size, infinity, Pid) ->
     case claimable(Name, Key) of
         {ok, Old} ->
-            Row = reserved(Key, Size, Pid),
-            %% Told first: should this process be killed in between, the server still hears of it.
-            ok = gen_server:cast(Name, {watch, Row}),
-            case claim(Name, Old, Row) of
+            %% Set first: should this process be killed in between, the server still hears of it.
+            Token = erlang:start_timer(?UNWATCHED, Name, {watch, Key, Size, Pid}),
+            case claim(Name, Old, reserved(Key, Size, Pid, Token)) of
                 true ->
-                    {ok, Row#row.token};
+                    {ok, Token};
                 false ->
-                    done(Name, Row#row.token, 0),
+                    done(Name, Token, 0),
                     reserve(Name, Key, Size, infinity, Pid)
             end;
         {error, _} = Error ->
@@ -376,12 +378,14 @@ reserve(Name, Key, Size, infinity, Pid) ->
 reserve(Name, Key, Size, _Bounded, Pid) ->
     %% Who makes room has to be one.
     case claimable(Name, Key) of
-        {ok, _Old} -> gen_server:call(Name, {admit, reserved(Key, Size, Pid)}, infinity);
+        {ok, _Old} ->
+            Row = reserved(Key, Size, Pid, make_ref()),
+            gen_server:call(Name, {admit, Row}, infinity);
         {error, _} = Error -> Error
     end.
 
-reserved(Key, Size, Pid) ->
-    #row{key = Key, size = Size, last_used = 0, state = reserved, token = make_ref(), pid = Pid,
+reserved(Key, Size, Pid, Token) ->
+    #row{key = Key, size = Size, last_used = 0, state = reserved, token = Token, pid = Pid,
          expires = lease()}.
 
 lease() ->
@@ -478,9 +482,15 @@ cancel(Name, Key, Token) ->
 count(Name, {saved, _Reason}) -> count_one(config(Name), ?SAVES);
 count(Name, duplicate_dropped) -> count_one(config(Name), ?DUPLICATES).
 
-%% The reservation is over, and this is what became of the room it took.
+%% The reservation is over, and this is what became of the room it took. In an unbounded store the
+%% server need not know, unless it has been told of the reservation.
 done(Name, Token, Size) ->
-    gen_server:cast(Name, {done, Token, Size}).
+    Unheard = (config(Name))#config.max_bytes =:= infinity andalso
+        is_integer(erlang:cancel_timer(Token)),
+    case Unheard of
+        true -> ok;
+        false -> gen_server:cast(Name, {done, Token, Size})
+    end.
 
 table(Name) ->
     case ets:whereis(Name) of
@@ -574,7 +584,8 @@ report({skipped, Key, Reason}, #config{name = Name, root = Root}) ->
                  #{domain => [erllama_cache]}).
 
 %% @private
-handle_call({admit, #row{key = Key, size = Size} = Row}, _From, #state{config = Config} = State) ->
+handle_call({admit, Row}, _From, #state{config = Config} = State) ->
+    #row{key = Key, size = Size, token = Token, pid = Pid} = Row,
     #config{name = Name, max_bytes = MaxBytes} = Config,
     case Size =< MaxBytes andalso claimable(Name, Key) of
         false ->
@@ -586,7 +597,7 @@ handle_call({admit, #row{key = Key, size = Size} = Row}, _From, #state{config = 
                 {ok, Roomy} ->
                     %% Loads of other nodes' files make rows too: it may be taken by now.
                     case claim(Name, Old, Row) of
-                        true -> {reply, {ok, Row#row.token}, watch(Row, Roomy)};
+                        true -> {reply, {ok, Token}, watch(Token, Key, Size, Pid, Roomy)};
                         false -> {reply, {error, already_present}, Roomy}
                     end;
                 {{error, _} = Error, Tried} ->
@@ -597,8 +608,6 @@ handle_call(_Request, _From, State) ->
     {reply, {error, unknown_call}, State}.
 
 %% @private
-handle_cast({watch, Row}, State) ->
-    {noreply, watch(Row, State)};
 handle_cast({used, Bytes}, #state{used = Used} = State) ->
     {noreply, State#state{used = Used + Bytes}};
 handle_cast({done, Token, Size}, State) ->
@@ -613,6 +622,8 @@ handle_cast({checked, Token, Key, _NotThere}, #state{config = Config} = State) -
     {noreply, State}.
 
 %% @private
+handle_info({timeout, Token, {watch, Key, Size, Pid}}, State) ->
+    {noreply, watch(Token, Key, Size, Pid, State)};
 handle_info({'DOWN', Monitor, process, _Pid, _Reason}, #state{monitors = Monitors} = State) ->
     case Monitors of
         #{Monitor := Token} -> {noreply, owner_died(Token, State)};
@@ -621,7 +632,7 @@ handle_info({'DOWN', Monitor, process, _Pid, _Reason}, #state{monitors = Monitor
 handle_info(_Message, State) ->
     {noreply, State}.
 
-watch(#row{key = Key, size = Size, token = Token, pid = Pid}, State) ->
+watch(Token, Key, Size, Pid, State) ->
     #state{watches = Watches, monitors = Monitors, used = Used} = State,
     Monitor = monitor(process, Pid),
     State#state{

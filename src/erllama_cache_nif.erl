@@ -14,6 +14,7 @@
     semaphore_current/1, semaphore_limit/1,
     semaphore_info/1, semaphore_holders/1, semaphore_waiters/1,
     guard_new/1, try_acquire/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
+    handle_new/1, handle_pid/1,
     quant_byte/1, encode_tokens/1, key/4,
     write_tmp/8, write_more/3, write_and_publish/8, write_and_publish_in_memory/8, publish/2, abort/1,
     secret_new/1, sync_failures/0, load/3, load_more/1, check/3, check_more/1,
@@ -121,6 +122,14 @@ give_up(_Guard) -> ?NOT_LOADED.
 %% Gives back what was acquired last; `none' when nothing is held.
 -spec release(guard()) -> ok | none.
 release(_Guard) -> ?NOT_LOADED.
+
+%% A reference that knows a process of this node.
+-spec handle_new(pid()) -> reference().
+handle_new(_Pid) -> ?NOT_LOADED.
+
+%% That process; `none' for any other reference.
+-spec handle_pid(reference()) -> pid() | none.
+handle_pid(_Ref) -> ?NOT_LOADED.
 
 -spec quant_byte(atom()) -> byte().
 quant_byte(_QuantType) -> ?NOT_LOADED.

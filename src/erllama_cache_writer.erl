@@ -632,25 +632,26 @@ save_async(TierSrv, Tier, Meta, Payload, Opts) when
     Timeout = async_timeout(maps:get(timeout, Opts, ?DEFAULT_TIMEOUT)),
     _ = state(save_async, [TierSrv, Tier, '_', '_', Opts]),
     Caller = self(),
-    {Pid, Monitor} = spawn_monitor(fun() ->
-        %% An alias, so that cancel/1 finds this process without a registry.
-        Ref = alias(),
-        receive {Caller, Tag} -> Caller ! {Tag, Ref} end,
-        %% The caller's next token is more urgent than this save.
-        erlang:yield(),
-        Stop = {Ref, [monitor(process, Caller) || not Detach]},
-        Save = fun() -> save(TierSrv, Tier, Meta, Payload, Timeout, Stop) end,
-        Caller ! {?MODULE, Ref, outcome(Save)}
+    %% Nothing of it is waited for: the caller's next token is more urgent than this save.
+    Pid = spawn(fun() ->
+        Monitor = monitor(process, Caller),
+        receive
+            {Caller, Ref} -> save_for(Caller, Ref, Monitor, Detach, fun(Stop) ->
+                save(TierSrv, Tier, Meta, Payload, Timeout, Stop)
+            end);
+            {'DOWN', Monitor, process, Caller, _} -> ok
+        end
     end),
-    %% The monitor is in every message that is waited for, so that a long mailbox is not searched.
-    Pid ! {Caller, Monitor},
-    receive
-        {Monitor, Ref} ->
-            true = demonitor(Monitor, [flush]),
-            {ok, Ref};
-        {'DOWN', Monitor, process, Pid, Reason} ->
-            exit(Reason)
-    end.
+    Ref = erllama_cache_nif:handle_new(Pid),
+    Pid ! {Caller, Ref},
+    {ok, Ref}.
+
+save_for(Caller, Ref, Monitor, Detach, Save) ->
+    Monitors = case Detach of
+        true -> true = demonitor(Monitor, [flush]), [];
+        false -> [Monitor]
+    end,
+    Caller ! {?MODULE, Ref, outcome(fun() -> Save({Ref, Monitors}) end)}.
 
 async_timeout(Timeout) when ?IS_TIMEOUT(Timeout) -> Timeout;
 async_timeout(_) -> error(badarg).
@@ -664,7 +665,8 @@ outcome(Save) ->
 
 %% @doc Cancels a save that {@link save_async/5} began: between two slices, so that it leaves
 %% nothing. The save's caller is told `{error, cancelled}', or what it has come to, if the file was
-%% about to get its name or the save had ended.
+%% about to get its name or the save had ended. It does nothing for any other reference; the reference
+%% of a save is one on its own node only.
 %%
 %% ```
 %% {ok, Ref} = erllama_cache_writer:save_async(my_store, disk, Meta, Payload),
@@ -673,8 +675,13 @@ outcome(Save) ->
 %% '''
 -spec cancel(reference()) -> ok.
 cancel(Ref) when is_reference(Ref) ->
-    Ref ! {?MODULE, cancel, Ref},
-    ok.
+    case erllama_cache_nif:handle_pid(Ref) of
+        none ->
+            ok;
+        Pid ->
+            Pid ! {?MODULE, cancel, Ref},
+            ok
+    end.
 
 %% Whether a save is to stop: it has been cancelled, or its caller has died.
 stopped(never) ->

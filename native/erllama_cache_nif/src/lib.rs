@@ -4,6 +4,7 @@
 mod atoms;
 mod error;
 mod files;
+mod handle;
 mod kvc;
 mod secret;
 mod semaphore;

@@ -1,0 +1,24 @@
+//! What names a save in the background: a reference that knows the save's process, so that neither
+//! an answer of that process nor a registry is needed to have one.
+
+use rustler::{Encoder, Env, LocalPid, Resource, ResourceArc, Term};
+
+use crate::atoms;
+
+struct Handle(LocalPid);
+
+#[rustler::resource_impl]
+impl Resource for Handle {}
+
+#[rustler::nif]
+fn handle_new(pid: LocalPid) -> ResourceArc<Handle> {
+    ResourceArc::new(Handle(pid))
+}
+
+#[rustler::nif]
+fn handle_pid<'a>(env: Env<'a>, reference: Term<'a>) -> Term<'a> {
+    match reference.decode::<&Handle>() {
+        Ok(handle) => handle.0.encode(env),
+        Err(_) => atoms::none().encode(env),
+    }
+}

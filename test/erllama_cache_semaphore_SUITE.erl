@@ -212,8 +212,9 @@ storm_in_a_vm(Command, Args, Config) ->
             error(storm_hangs)
     after
         %% One that hangs does not stop when it is asked to.
+        Monitor = monitor(process, Peer),
         _ = run_command("kill", ["-KILL", Pid]),
-        peer:stop(Peer)
+        receive {'DOWN', Monitor, process, Peer, _} -> ok end
     end.
 
 storm_seed() ->

@@ -48,6 +48,9 @@ fn posix<'a>(env: Env<'a>, error: &io::Error) -> Term<'a> {
     if error.kind() == io::ErrorKind::WriteZero {
         return atom(env, "enospc");
     }
+    if error.kind() == io::ErrorKind::OutOfMemory {
+        return atom(env, "enomem");
+    }
     let Some(number) = error.raw_os_error() else {
         return atom(env, "eio");
     };

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile,
+    fits_memory,
 };
 use erllama_cache_core::kvc::{Digest, EncodeError, Field, Key, Prefix};
 use rustler::sys::{ErlNifBinary, enif_alloc_binary};
@@ -45,7 +46,7 @@ impl<T> InSlices<T> {
 }
 
 struct Tmp(InSlices<TmpFile>);
-struct Load(InSlices<(Loader, OwnedBinary)>);
+struct Load(InSlices<Loading>);
 struct Checking(InSlices<Check>);
 struct Scanning(InSlices<Scan>);
 
@@ -324,13 +325,7 @@ fn load<'a>(
         Ok(None) => return Ok(atoms::miss().encode(env)),
         Err(error) => return Ok(error_term(env, &error)),
     };
-    let payload = usize::try_from(loader.payload_len())
-        .ok()
-        .and_then(allocate);
-    let Some(payload) = payload else {
-        return Ok((atoms::error(), atoms::enomem()).encode(env));
-    };
-    let (kept, result) = load_slice(env, loader, payload, &slice);
+    let (kept, result) = load_slice(env, (loader, None), &slice);
     match kept {
         Some(rest) => {
             let load = ResourceArc::new(Load(InSlices::new(rest)));
@@ -343,20 +338,31 @@ fn load<'a>(
 #[rustler::nif(schedule = "DirtyIo")]
 fn load_more<'a>(env: Env<'a>, load: &'a Load) -> NifResult<Term<'a>> {
     let slice = Slice::of(SLICE);
-    load.0.turn(
-        |(loader, payload)| load_slice(env, loader, payload, &slice),
-        || Ok(gone(env)),
-    )
+    load.0
+        .turn(|loading| load_slice(env, loading, &slice), || Ok(gone(env)))
 }
+
+/// A load, and the memory for its payload once the file is worth it.
+type Loading = (Loader, Option<OwnedBinary>);
 
 fn load_slice<'a>(
     env: Env<'a>,
-    mut loader: Loader,
-    mut payload: OwnedBinary,
+    (mut loader, payload): Loading,
     slice: &Slice,
-) -> (Option<(Loader, OwnedBinary)>, NifResult<Term<'a>>) {
+) -> (Option<Loading>, NifResult<Term<'a>>) {
+    let payload = match payload {
+        Some(payload) => Some(payload),
+        None => match loader.vet(slice) {
+            Ok(Progress::More) => return (Some((loader, None)), Ok(atoms::more().encode(env))),
+            Ok(Progress::Done(())) => allocate(loader.payload_len()),
+            Err(error) => return (None, Ok(error_term(env, &error))),
+        },
+    };
+    let Some(mut payload) = payload else {
+        return (None, Ok((atoms::error(), atoms::enomem()).encode(env)));
+    };
     match loader.read(payload.as_mut_slice(), slice) {
-        Ok(Progress::More) => (Some((loader, payload)), Ok(atoms::more().encode(env))),
+        Ok(Progress::More) => (Some((loader, Some(payload))), Ok(atoms::more().encode(env))),
         Ok(Progress::Done(())) => {
             loader.note_use(unix_seconds());
             let term = kvc::info(env, loader.prefix())
@@ -368,7 +374,8 @@ fn load_slice<'a>(
 }
 
 /// A binary of this size, or `None` when there is no memory for it: rustler's own way panics.
-fn allocate(len: usize) -> Option<OwnedBinary> {
+fn allocate(len: u64) -> Option<OwnedBinary> {
+    let len = usize::try_from(len).ok().filter(|_| fits_memory(len))?;
     let mut binary = std::mem::MaybeUninit::<ErlNifBinary>::uninit();
     // SAFETY: the call fills `binary` when it returns non-zero, and only then is it read; the
     // binary is owned by nobody else, which is what `OwnedBinary` asks for.

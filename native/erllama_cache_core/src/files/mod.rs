@@ -12,5 +12,5 @@ mod tmp;
 pub use root::Root;
 pub use scan::{Found, Scan};
 pub use slice::{Progress, Slice};
-pub use stored::{Check, Loader};
+pub use stored::{Check, Loader, fits_memory};
 pub use tmp::{DEFAULT_MODE, Options, Outcome, Published, TmpFile};

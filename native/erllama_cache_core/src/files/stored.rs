@@ -170,6 +170,16 @@ pub(crate) fn fill(file: &File, buf: &mut [u8], offset: u64) -> Result<(), Error
     read_exact_at(file, buf, offset).map_err(Error::from)
 }
 
+/// How much memory a file may ask for that it has no room on its device for, before it has been
+/// checked.
+const UNBACKED: u64 = 64 * 1024 * 1024;
+
+/// Whether a load of `len` bytes could be held in this machine's memory at all. Where the kernel
+/// grants whatever is asked for, it is the only answer before the memory is used up.
+pub fn fits_memory(len: u64) -> bool {
+    sys::physical_memory().is_none_or(|memory| len <= memory)
+}
+
 /// A check of a stored file in slices, through a small buffer.
 #[derive(Debug)]
 pub struct Check {
@@ -242,9 +252,15 @@ impl Check {
 }
 
 /// A load in slices, straight into the caller's memory.
+///
+/// A file of a terabyte costs whoever makes it nothing, if it is all holes. So what is much longer
+/// than the room it takes on its device is first read through a small buffer ([`Loader::vet`]): only
+/// a file that holds its checks is worth as much memory as it says.
 #[derive(Debug)]
 pub struct Loader {
     payload: Payload,
+    /// The check that has to come first, if there is one.
+    vetting: Option<Box<Check>>,
     links: u64,
     owner: u32,
 }
@@ -276,8 +292,18 @@ impl Loader {
         if payload.prefix.key() != *key {
             return Err(Corrupt::KeyMismatch.into());
         }
+        let vetting = if stat.len.saturating_sub(stat.allocated) > UNBACKED {
+            let again = payload.file.try_clone().call("dup")?;
+            Some(Box::new(Check {
+                payload: Payload::begin(again, stat.len, secret)?,
+                file_len: stat.len,
+            }))
+        } else {
+            None
+        };
         Ok(Some(Loader {
             payload,
+            vetting,
             links: stat.links,
             owner: stat.owner,
         }))
@@ -288,8 +314,22 @@ impl Loader {
         &self.payload.prefix
     }
 
-    /// The payload's length in bytes. It is no more than the file really has, so it is safe to
-    /// allocate.
+    /// Checks the file without bringing it into memory, if its length is not to be trusted.
+    ///
+    /// # Errors
+    /// As [`Check::open`].
+    pub fn vet(&mut self, slice: &Slice) -> Result<Progress<()>, Error> {
+        if let Some(check) = &mut self.vetting {
+            match check.step(slice)? {
+                Progress::More => return Ok(Progress::More),
+                Progress::Done(()) => self.vetting = None,
+            }
+        }
+        Ok(Progress::Done(()))
+    }
+
+    /// The payload's length in bytes: no more than the file has, and once [`Loader::vet`] has
+    /// returned `Done`, not the length of holes that anybody could have made.
     pub fn payload_len(&self) -> u64 {
         self.payload.len()
     }
@@ -298,10 +338,12 @@ impl Loader {
     /// call. Its bytes are to be trusted when this returns `Done`, not before.
     ///
     /// # Errors
-    /// As [`Check::open`]; [`Error::OutOfTurn`] when `buf` has another length.
+    /// As [`Check::open`]; [`Error::OutOfTurn`] when `buf` has another length, or the file is not
+    /// [vetted](Loader::vet).
     pub fn read(&mut self, buf: &mut [u8], slice: &Slice) -> Result<Progress<()>, Error> {
         let payload = &mut self.payload;
-        if buf.len() as u64 != payload.len() || payload.done > payload.len() {
+        let fits = buf.len() as u64 == payload.len() && payload.done <= payload.len();
+        if self.vetting.is_some() || !fits {
             return Err(Error::OutOfTurn);
         }
         let start = payload.prefix.header().payload_offset;

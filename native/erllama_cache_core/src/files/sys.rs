@@ -15,6 +15,8 @@ pub(crate) struct Stat {
     pub(crate) device: u64,
     pub(crate) inode: u64,
     pub(crate) len: u64,
+    /// Bytes that it takes on its device: fewer than `len` where it has holes, or is compressed.
+    pub(crate) allocated: u64,
     pub(crate) links: u64,
     pub(crate) owner: u32,
     pub(crate) is_regular: bool,
@@ -158,10 +160,27 @@ fn convert(stat: &libc::stat) -> Stat {
         device: stat.st_dev as u64,
         inode: stat.st_ino as u64,
         len: u64::try_from(stat.st_size).unwrap_or(0),
+        // In units of 512 bytes, whatever the blocks' size.
+        allocated: u64::try_from(stat.st_blocks)
+            .unwrap_or(0)
+            .saturating_mul(512),
         links: stat.st_nlink as u64,
         owner: stat.st_uid,
         is_regular: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
     }
+}
+
+/// How many bytes of memory this machine has, where that can be known.
+pub(crate) fn physical_memory() -> Option<u64> {
+    // SAFETY: the call takes numbers only.
+    let (pages, size) = unsafe {
+        (
+            libc::sysconf(libc::_SC_PHYS_PAGES),
+            libc::sysconf(libc::_SC_PAGESIZE),
+        )
+    };
+    let (pages, size) = (u64::try_from(pages).ok()?, u64::try_from(size).ok()?);
+    pages.checked_mul(size)
 }
 
 /// The user whose rights this process acts with.

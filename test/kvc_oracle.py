@@ -123,6 +123,9 @@ def parse(data):
     for tag in (0x01, 0x02, 0x03, 0x04, 0x09):
         if tag not in tags:
             raise ValueError("tag 0x%02x is missing" % tag)
+    for tag, size in ((0x01, 32), (0x02, 1), (0x03, 1), (0x04, 32)):
+        if len(tags[tag]) != size:
+            raise ValueError("tag 0x%02x has %d bytes" % (tag, len(tags[tag])))
     return {
         "quant_bits": quant_bits, "save_reason": reason, "cached_token_count": token_count,
         "hit_count": hits, "context_size": ctx, "creation_time": created,

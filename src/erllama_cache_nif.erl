@@ -17,7 +17,7 @@
     handle_new/1, handle_pid/1,
     quant_byte/1, encode_tokens/1, key/4,
     write_tmp/8, write_more/3, write_and_publish/8, write_and_publish_in_memory/8, publish/2, abort/1,
-    secret_new/1, sync_failures/0, load/3, load_more/1, check/3, check_more/1,
+    secret_new/1, sync_failures/0, live_objects/0, load/3, load_more/1, check/3, check_more/1,
     takes_unnamed/1, exists/2, delete/2, scan/2, scan_more/1
 ]).
 -export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_options/0, failure/0]).
@@ -146,6 +146,11 @@ key(_Fingerprint, _QuantByte, _CtxParamsHash, _Tokens) -> ?NOT_LOADED.
 %% How many syncs of files and directories have failed since the library was loaded.
 -spec sync_failures() -> non_neg_integer().
 sync_failures() -> ?NOT_LOADED.
+
+%% How many resource objects of each type live: for tests that look for what is left behind.
+-spec live_objects() ->
+    #{semaphore | guard | secret | courier | tmp | load | check | scan => non_neg_integer()}.
+live_objects() -> ?NOT_LOADED.
 
 %% Keeps a secret where nothing prints it.
 -spec secret_new(<<_:256>>) -> secret().

@@ -52,6 +52,16 @@ rustler::atoms! {
     invalid_meta,
     prefix_too_long,
 
+    // Types of resource objects
+    semaphore,
+    guard,
+    secret,
+    courier,
+    tmp,
+    load,
+    check,
+    scan,
+
     // Keys of a build_meta map and of what a load tells
     save_reason,
     quant_bits,

@@ -17,6 +17,7 @@ use rustler::{Atom, Binary, Encoder, Env, NifResult, OwnedBinary, Resource, Reso
 use crate::atoms;
 use crate::error::{atom, error_term, reason};
 use crate::kvc;
+use crate::live::{Kind, Live};
 use crate::secret;
 use crate::semaphore::Guard;
 
@@ -24,16 +25,22 @@ use crate::semaphore::Guard;
 const SLICE: Duration = Duration::from_millis(10);
 
 /// Something that is worked on in slices and gone when it is finished, has failed, or is dropped.
-struct InSlices<T>(Mutex<Option<T>>);
+struct InSlices<T> {
+    value: Mutex<Option<T>>,
+    _live: Live,
+}
 
 impl<T> InSlices<T> {
-    fn new(value: T) -> Self {
-        InSlices(Mutex::new(Some(value)))
+    fn new(kind: Kind, value: T) -> Self {
+        InSlices {
+            value: Mutex::new(Some(value)),
+            _live: Live::new(kind),
+        }
     }
 
     /// Works on it for one call. What `work` does not put back is dropped here, files with it.
     fn turn<R>(&self, work: impl FnOnce(T) -> (Option<T>, R), gone: impl FnOnce() -> R) -> R {
-        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self.value.lock().unwrap_or_else(PoisonError::into_inner);
         match slot.take() {
             Some(value) => {
                 let (kept, result) = work(value);
@@ -209,7 +216,7 @@ fn begin_write(
 }
 
 fn tmp_term<'a>(env: Env<'a>, tmp: TmpFile) -> Term<'a> {
-    ResourceArc::new(Tmp(InSlices::new(tmp))).encode(env)
+    ResourceArc::new(Tmp(InSlices::new(Kind::Tmp, tmp))).encode(env)
 }
 
 /// `{Mode, none | blake3 | Secret, keep | drop}`.
@@ -328,7 +335,7 @@ fn load<'a>(
     let (kept, result) = load_slice(env, (loader, None), &slice);
     match kept {
         Some(rest) => {
-            let load = ResourceArc::new(Load(InSlices::new(rest)));
+            let load = ResourceArc::new(Load(InSlices::new(Kind::Load, rest)));
             Ok((atoms::more(), load).encode(env))
         }
         None => result,
@@ -410,7 +417,7 @@ fn check<'a>(
     Ok(match kept {
         Some(check) => (
             atoms::more(),
-            ResourceArc::new(Checking(InSlices::new(check))),
+            ResourceArc::new(Checking(InSlices::new(Kind::Check, check))),
         )
             .encode(env),
         None => term,
@@ -467,7 +474,11 @@ fn delete<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term
 fn scan<'a>(env: Env<'a>, path: Binary<'a>, keyed_only: bool) -> NifResult<Term<'a>> {
     Ok(
         match root(path)?.and_then(|root| Scan::open(root, keyed_only)) {
-            Ok(scan) => (atoms::ok(), ResourceArc::new(Scanning(InSlices::new(scan)))).encode(env),
+            Ok(scan) => (
+                atoms::ok(),
+                ResourceArc::new(Scanning(InSlices::new(Kind::Scan, scan))),
+            )
+                .encode(env),
             Err(error) => error_term(env, &error),
         },
     )

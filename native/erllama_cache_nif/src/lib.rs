@@ -6,6 +6,7 @@ mod error;
 mod files;
 mod handle;
 mod kvc;
+mod live;
 mod secret;
 mod semaphore;
 mod waker;

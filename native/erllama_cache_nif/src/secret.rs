@@ -4,8 +4,9 @@ use erllama_cache_core::digest;
 use rustler::{Binary, Error, NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
+use crate::live::{Kind, Live};
 
-pub(crate) struct Secret(digest::Secret);
+pub(crate) struct Secret(digest::Secret, #[allow(dead_code)] Live);
 
 #[rustler::resource_impl]
 impl Resource for Secret {}
@@ -28,5 +29,8 @@ pub(crate) fn optional<'a>(term: Term<'a>) -> NifResult<Option<&'a digest::Secre
 #[rustler::nif]
 fn secret_new(bytes: Binary<'_>) -> NifResult<ResourceArc<Secret>> {
     let bytes = bytes.as_slice().try_into().map_err(|_| Error::BadArg)?;
-    Ok(ResourceArc::new(Secret(digest::Secret::new(bytes))))
+    Ok(ResourceArc::new(Secret(
+        digest::Secret::new(bytes),
+        Live::new(Kind::Secret),
+    )))
 }

@@ -9,6 +9,7 @@ use rustler::{
 };
 
 use crate::atoms;
+use crate::live::{Kind, Live};
 use crate::waker::{SpareEnv, Waker, deliver};
 
 /// The semaphore. It outlives the server that opened it, and so do the slots.
@@ -16,6 +17,7 @@ pub(crate) struct Semaphore {
     core: Arc<core::Semaphore<LocalPid, Waker>>,
     /// The monitor of the server that opened it last.
     server: Mutex<Option<Monitor>>,
+    _live: Live,
 }
 
 impl Semaphore {
@@ -40,6 +42,7 @@ impl Resource for Semaphore {
 pub(crate) struct Guard {
     core: core::Guard<LocalPid, Waker>,
     spare_env: Arc<SpareEnv>,
+    _live: Live,
 }
 
 #[rustler::resource_impl]
@@ -112,6 +115,7 @@ fn closed_semaphore() -> ResourceArc<Semaphore> {
     ResourceArc::new(Semaphore {
         core: Arc::new(core::Semaphore::new()),
         server: Mutex::new(None),
+        _live: Live::new(Kind::Semaphore),
     })
 }
 
@@ -245,6 +249,7 @@ fn guard_new(env: Env<'_>, semaphore: &Semaphore) -> ResourceArc<Guard> {
     let guard = ResourceArc::new(Guard {
         core: core::Guard::new(&semaphore.core, pid),
         spare_env: Arc::default(),
+        _live: Live::new(Kind::Guard),
     });
     // One monitor for each process, for as long as it lives: set and removed on each acquire, it
     // would cost more than all the rest. It can only fail for a process that is dying, and that

@@ -11,6 +11,7 @@ use rustler::thread::is_scheduler_thread;
 use rustler::{Encoder, Env, LocalPid, OwnedEnv, Reference, Resource, ResourceArc, sys};
 
 use crate::atoms;
+use crate::live::{Kind, Live};
 
 /// What wakes a waiter: a message that nobody else can send, in an environment of its own.
 pub(crate) struct Waker {
@@ -116,18 +117,28 @@ fn deliver_some(env: Env<'_>, wakes: Wakes<Waker>) {
         // A process that was killed while its dirty NIF ran cannot send any more, although the
         // receiver lives. The courier's only reference goes right here, so its destructor runs, in
         // an environment that belongs to no process, and sends in this one's stead.
-        drop(ResourceArc::new(Courier(Mutex::new(left))));
+        drop(ResourceArc::new(Courier {
+            left: Mutex::new(left),
+            _live: Live::new(Kind::Courier),
+        }));
     }
 }
 
 /// Delivers from its destructor. A send that fails there too has a dead receiver, whose guard gives
 /// the slot on by itself.
-struct Courier(Mutex<Vec<(Waker, Verdict)>>);
+struct Courier {
+    left: Mutex<Vec<(Waker, Verdict)>>,
+    _live: Live,
+}
 
 #[rustler::resource_impl]
 impl Resource for Courier {
     fn destructor(self, env: Env<'_>) {
-        for (waker, verdict) in self.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        for (waker, verdict) in self
+            .left
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+        {
             let _ = waker.send(env, verdict);
         }
     }

@@ -17,7 +17,7 @@ BENCH := BENCH_NIF="$(CARGO_TARGET_DIR)/release/liberllama_cache_bench" \
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -71,6 +71,9 @@ soak: setup ## The semaphore's state machine for 50,000 sequences (minutes)
 
 sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under AddressSanitizer
 	tools/sanitize.sh
+
+fuzz: setup ## What reads files, on bytes that a fuzzer makes up: make fuzz [FUZZ_RUNS=n]
+	tools/fuzz.sh
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main

@@ -17,7 +17,7 @@ BENCH := BENCH_NIF="$(CARGO_TARGET_DIR)/release/liberllama_cache_bench" \
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak soak-semaphore sanitize fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -66,7 +66,7 @@ loom: setup ## Check the models of the semaphore: every interleaving of each
 	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
 	  --test loom_semaphore --target-dir target/loom
 
-soak: setup ## The semaphore's state machine for 50,000 sequences (minutes)
+soak-semaphore: setup ## The semaphore's state machine for 50,000 sequences (minutes)
 	PROPER_SEQUENCES=50000 rebar3 eunit --module=prop_semaphore_tests
 
 sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under AddressSanitizer
@@ -74,6 +74,9 @@ sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under Add
 
 fuzz: setup ## What reads files, on bytes that a fuzzer makes up: make fuzz [FUZZ_RUNS=n]
 	tools/fuzz.sh
+
+soak: setup all ## A store in every use at once, for an hour: make soak [SOAK=seconds]
+	tools/soak.sh
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main

@@ -1,0 +1,452 @@
+%% Everything that uses a store, together, for as long as one likes; then everything that was taken
+%% has to be back where it began. tools/soak.sh runs it and says what it proves.
+%%
+%% What a key holds is a function of its number, so every load can be compared with what was saved,
+%% whoever saved it, and nobody has to remember anything.
+-module(erllama_cache_soak).
+
+-export([main/0]).
+
+-define(WRITER, erllama_cache_writer).
+-define(STORE, soak_store).
+%% About twice what the store may hold.
+-define(KEYS, 600).
+-define(MAX_BYTES, (128 bsl 20)).
+%% Takes several slices to save and to load.
+-define(HUGE, (24 bsl 20)).
+-define(LARGE, (2 bsl 20)).
+-define(MAX_LIMIT, 6).
+%% How long what has ended may take to be gone.
+-define(DEADLINE, 30000).
+%% What memory may differ by between two points of rest, for the allocators keep some of what was
+%% freed. A kilobyte that each save of ten minutes leaves behind is several times as much.
+-define(MEMORY, (32 bsl 20)).
+%% All modules are loaded before anything is counted, so hardly anything is new.
+-define(ATOMS, 16).
+
+main() ->
+    Seconds = list_to_integer(os:getenv("SOAK", "3600")),
+    Root = os:getenv("SOAK_ROOT"),
+    Csv = os:getenv("SOAK_CSV"),
+    ok = logger:set_primary_config(level, error),
+    Counts = counters:new(length(what()), [write_concurrency]),
+    persistent_term:put(?MODULE, #{counts => Counts, root => Root}),
+    load_all([kernel, stdlib, crypto, erllama_cache_nif]),
+    Keepers = start_servers(Root),
+    %% All that is made on first use is made before anything is counted.
+    WarmUp = max(5, Seconds div 20),
+    {_, CrashesBefore} = work(WarmUp, Root, ignore),
+    Began = rest(Root),
+    io:format("soak: ~b s after a warm-up of ~b s, root ~ts~n", [Seconds, WarmUp, Root]),
+    {ok, Out} = file:open(Csv, [write]),
+    {Samples, Crashes} = work(Seconds, Root, Out),
+    ok = file:close(Out),
+    Ended = rest(Root),
+    Left = leave(Root),
+    stop_servers(Keepers),
+    report(Samples, Began, Ended, Csv),
+    Crashed = [{worker_crashed, Crash} || Crash <- CrashesBefore ++ Crashes],
+    Wrong = judge(Began, Ended) ++ Crashed ++ Left,
+    [io:format("soak: WRONG: ~tp~n", [Each]) || Each <- Wrong],
+    Wrong =:= [] andalso io:format("soak: everything is back where it began~n"),
+    halt(case Wrong of [] -> 0; _ -> 1 end).
+
+load_all(Applications) ->
+    [
+        begin
+            case application:load(Application) of
+                ok -> ok;
+                {error, {already_loaded, Application}} -> ok
+            end,
+            {ok, Modules} = application:get_key(Application, modules),
+            %% Some are of other systems.
+            _ = code:ensure_modules_loaded(Modules)
+        end
+     || Application <- Applications
+    ].
+
+%%% The servers, which are stopped and killed under everybody
+
+start_servers(Root) ->
+    [keeper(fun() -> start_store(Root) end, ?STORE), keeper(fun start_writer/0, ?WRITER)].
+
+start_store(Root) ->
+    erllama_cache_store:start_link(?STORE, #{root => Root, max_bytes => ?MAX_BYTES}).
+
+start_writer() ->
+    ?WRITER:start_link(#{host => erllama_cache_store, max_concurrent => ?MAX_LIMIT}).
+
+%% Starts it again whenever it is gone.
+keeper(Start, Name) ->
+    Parent = self(),
+    Keeper = spawn(fun() ->
+        process_flag(trap_exit, true),
+        {ok, Pid} = Start(),
+        Parent ! {self(), started},
+        keep(Start, Name, Pid)
+    end),
+    receive {Keeper, started} -> Keeper after ?DEADLINE -> error({no_start, Name}) end.
+
+keep(Start, Name, Pid) ->
+    receive
+        {'EXIT', Pid, _} ->
+            {ok, Next} = Start(),
+            keep(Start, Name, Next);
+        {stop, From} ->
+            ok = gen_server:stop(Pid),
+            From ! {self(), stopped}
+    end.
+
+stop_servers(Keepers) ->
+    [
+        begin
+            Keeper ! {stop, self()},
+            receive {Keeper, stopped} -> ok after ?DEADLINE -> error(no_stop) end
+        end
+     || Keeper <- Keepers
+    ].
+
+%%% The workers
+
+%% A worker does one thing again and again until it is told to stop or killed. Who was killed is
+%% followed by another.
+work(Seconds, Root, Out) ->
+    Deadline = now_ms() + Seconds * 1000,
+    Jobs = lists:append([
+        lists:duplicate(6, fun saver/0), lists:duplicate(3, fun async_saver/0),
+        lists:duplicate(4, fun loader/0), lists:duplicate(2, fun holder/0),
+        [fun deleter/0, fun resizer/0, fun looker/0]
+    ]),
+    Workers = maps:from_list([{spawn_worker(Job), Job} || Job <- Jobs]),
+    Restarter = spawn_link(fun restarter/0),
+    {Left, Samples, Crashes} = supervise(Workers, Deadline, now_ms(), Root, Out, [], []),
+    stop_all([Restarter | maps:keys(Left)]),
+    {lists:reverse(Samples), Crashes}.
+
+spawn_worker(Job) ->
+    {Pid, _Monitor} = spawn_monitor(fun() -> worker(Job) end),
+    Pid.
+
+worker(Job) ->
+    receive
+        stop -> ok
+    after 0 ->
+        disturbed(Job),
+        worker(Job)
+    end.
+
+%% Without a writer, or a store, whoever asks for one is told so. Everything else that is raised is
+%% a worker's crash, and an error of this program's result.
+disturbed(Job) ->
+    try
+        Job()
+    catch
+        exit:{noproc, _} -> pause(noproc);
+        %% The store was killed while it was asked.
+        exit:{killed, {gen_server, call, _}} -> pause(noproc);
+        exit:{normal, {gen_server, call, _}} -> pause(noproc);
+        %% Its table went with it, between two looks at it.
+        error:badarg:Stack ->
+            case Stack of
+                [{ets, _, [Table | _], _} | _] when is_atom(Table); is_reference(Table) ->
+                    pause(noproc);
+                _ ->
+                    erlang:raise(error, badarg, Stack)
+            end
+    end.
+
+pause(What) ->
+    count(What),
+    receive after 1 -> ok end.
+
+%% Samples each second, kills somebody now and then, and puts another in the place of each who died.
+supervise(Workers, Deadline, Next, Root, Out, Samples, Crashes) ->
+    Now = now_ms(),
+    if
+        Now >= Deadline ->
+            {Workers, Samples, Crashes};
+        Now >= Next ->
+            Sample = sample(Root),
+            write_sample(Out, Sample),
+            supervise(Workers, Deadline, Next + 1000, Root, Out, [Sample | Samples], Crashes);
+        true ->
+            receive
+                {'DOWN', _, process, Pid, Reason} when is_map_key(Pid, Workers) ->
+                    {Job, Rest} = maps:take(Pid, Workers),
+                    Again = Rest#{spawn_worker(Job) => Job},
+                    Crash = [Reason || Reason =/= killed],
+                    supervise(Again, Deadline, Next, Root, Out, Samples, Crash ++ Crashes)
+            after min(Next - Now, rand:uniform(40)) ->
+                Pids = maps:keys(Workers),
+                exit(lists:nth(rand:uniform(length(Pids)), Pids), kill),
+                count(kills),
+                supervise(Workers, Deadline, Next, Root, Out, Samples, Crashes)
+            end
+    end.
+
+stop_all(Pids) ->
+    Monitors = [{Pid, monitor(process, Pid)} || Pid <- Pids],
+    [Pid ! stop || Pid <- Pids],
+    [
+        receive
+            {'DOWN', Monitor, process, Pid, _} -> ok
+        after ?DEADLINE -> error({no_end, process_info(Pid, current_stacktrace)})
+        end
+     || {Pid, Monitor} <- Monitors
+    ].
+
+saver() ->
+    N = rand:uniform(?KEYS),
+    Timeout = pick([0, 20, 1000, infinity]),
+    saved(?WRITER:save(?STORE, disk, meta(N), payload(N), Timeout)).
+
+saved({ok, _}) -> count(saves);
+saved({error, already_present}) -> count(present);
+saved({error, max_concurrent}) -> count(busy);
+saved({error, cancelled}) -> count(cancelled);
+%% Of two who save one key; of one whose store was killed; of a store that is full of reservations.
+saved({error, Reason}) when Reason =:= conflict; Reason =:= expired; Reason =:= no_room ->
+    count(lost);
+%% A save in the background tells of what it would have raised.
+saved({error, {exit, {noproc, _}}}) -> count(noproc);
+saved({error, {exit, {Reason, {gen_server, call, _}}}}) when Reason =:= killed; Reason =:= normal ->
+    count(noproc);
+saved({error, {error, badarg}}) -> count(noproc).
+
+async_saver() ->
+    N = rand:uniform(?KEYS),
+    Opts = #{detach => pick([true, false]), timeout => pick([0, 1000, infinity])},
+    {ok, Ref} = ?WRITER:save_async(?STORE, disk, meta(N), payload(N), Opts),
+    pick([true, false]) andalso ?WRITER:cancel(Ref),
+    receive {?WRITER, Ref, Result} -> saved(Result) end.
+
+loader() ->
+    N = rand:uniform(?KEYS),
+    {ok, Key} = erllama_cache_store:key(meta(N)),
+    case erllama_cache_store:load(?STORE, Key) of
+        {ok, Info, Payload} ->
+            same(N, Info, Payload),
+            count(loads);
+        miss ->
+            count(misses)
+    end.
+
+same(N, #{tokens := Tokens}, Payload) ->
+    Tokens =:= [N, 7] andalso Payload =:= payload(N) orelse error({wrong_bytes, N}).
+
+holder() ->
+    case ?WRITER:acquire(pick([0, 10, 1000]), #{weight => pick([1, 1, 2])}) of
+        ok ->
+            Hold = fun() -> receive after rand:uniform(3) -> ok end end,
+            try
+                ?WRITER:with_slot(pick([0, 5]), Hold)
+            after
+                ok = ?WRITER:release()
+            end,
+            count(held);
+        {error, max_concurrent} ->
+            count(busy);
+        {error, weight_exceeds_limit} ->
+            count(busy)
+    end.
+
+deleter() ->
+    {ok, Key} = erllama_cache_store:key(meta(rand:uniform(?KEYS))),
+    ok = erllama_cache_store:delete(?STORE, Key),
+    count(deletes),
+    receive after 2 -> ok end.
+
+resizer() ->
+    ok = ?WRITER:set_max_concurrent(rand:uniform(?MAX_LIMIT)),
+    ok = ?WRITER:set_max_inflight_bytes(pick([infinity, 0, 65536, ?LARGE, ?HUGE])),
+    count(resizes),
+    receive after 5 -> ok end.
+
+looker() ->
+    #{} = ?WRITER:info(),
+    _ = [?WRITER:holders(), ?WRITER:waiters()],
+    #{} = erllama_cache_store:info(?STORE),
+    receive after 10 -> ok end.
+
+restarter() ->
+    receive
+        stop -> ok
+    after 3000 + rand:uniform(4000) ->
+        restart(whereis(pick([?STORE, ?WRITER]))),
+        count(restarts),
+        restarter()
+    end.
+
+%% It ends somehow; its keeper starts the next one.
+restart(Pid) ->
+    case pick([kill, stop]) of
+        kill -> exit(Pid, kill);
+        stop -> ok = gen_server:stop(Pid)
+    end.
+
+pick(List) ->
+    lists:nth(rand:uniform(length(List)), List).
+
+%%% What is saved
+
+meta(N) ->
+    #{
+        save_reason => cold, quant_bits => 16, quant_type => f16, fingerprint => <<1:256>>,
+        fingerprint_mode => safe, ctx_params_hash => <<2:256>>, tokens => [N, 7],
+        context_size => 4096, hostname => <<>>
+    }.
+
+%% Mostly small, for these are many.
+payload(N) ->
+    Size =
+        case N rem 20 of
+            0 when N rem 200 =:= 0 -> ?HUGE - N;
+            0 -> ?LARGE - N;
+            1 -> 65536 + N * 17;
+            _ -> 1 + (N * 7919) rem 65536
+        end,
+    Block = crypto:hash(sha256, <<N:64>>),
+    binary:part(binary:copy(Block, Size div 32 + 1), 0, Size).
+
+%%% What is counted and measured
+
+what() ->
+    [saves, present, busy, cancelled, lost, noproc, loads, misses, held, deletes, resizes, kills,
+     restarts].
+
+count(What) ->
+    #{counts := Counts} = persistent_term:get(?MODULE),
+    counters:add(Counts, index(What, what(), 1), 1).
+
+index(What, [What | _], N) -> N;
+index(What, [_ | Rest], N) -> index(What, Rest, N + 1).
+
+counted() ->
+    #{counts := Counts} = persistent_term:get(?MODULE),
+    [{What, counters:get(Counts, index(What, what(), 1))} || What <- what()].
+
+now_ms() ->
+    erlang:monotonic_time(millisecond).
+
+%% What has to come back.
+measured() ->
+    [
+        {rss, rss()},
+        {fds, length(element(2, file:list_dir("/proc/self/fd")))},
+        {threads, length(element(2, file:list_dir("/proc/self/task")))},
+        {processes, erlang:system_info(process_count)},
+        {ports, erlang:system_info(port_count)},
+        {ets, length(ets:all())},
+        {atoms, erlang:system_info(atom_count)}
+        | lists:sort(maps:to_list(erllama_cache_nif:live_objects()))
+    ].
+
+rss() ->
+    {ok, Status} = file:read_file("/proc/self/status"),
+    {match, [KiB]} = re:run(Status, "VmRSS:\\s+(\\d+)", [{capture, all_but_first, list}]),
+    list_to_integer(KiB) * 1024.
+
+sample(Root) ->
+    {ok, Names} = file:list_dir(Root),
+    [{second, now_ms() div 1000}, {binaries, erlang:memory(binary)}, {files, length(Names)}] ++
+        measured() ++ counted().
+
+write_sample(ignore, _Sample) ->
+    ok;
+write_sample(Out, Sample) ->
+    {ok, At} = file:position(Out, cur),
+    {Names, Values} = lists:unzip(Sample),
+    At =:= 0 andalso write_row(Out, [atom_to_list(Name) || Name <- Names]),
+    write_row(Out, [integer_to_list(Value) || Value <- Values]).
+
+write_row(Out, Cells) ->
+    io:format(Out, "~ts~n", [lists:join($,, Cells)]).
+
+%% Nothing runs, and what has ended is gone: everybody collects garbage until two looks see the same
+%% and nobody holds or waits for anything.
+rest(Root) ->
+    rest(Root, none, now_ms() + ?DEADLINE).
+
+rest(Root, Before, Deadline) ->
+    now_ms() < Deadline orelse error({no_rest, Before}),
+    %% Nobody is blamed for a server that is being started again.
+    Idle = whereis(?WRITER) =/= undefined andalso whereis(?STORE) =/= undefined andalso
+        ?WRITER:current() =:= 0 andalso ?WRITER:waiters() =:= [] andalso
+        maps:get(reservations, erllama_cache_store:info(?STORE)) =:= 0,
+    [garbage_collect(Pid) || Pid <- processes()],
+    Now = [Pair || {What, _} = Pair <- measured(), What =/= rss],
+    case Idle andalso Now =:= Before of
+        true ->
+            measured();
+        false ->
+            receive after 200 -> ok end,
+            rest(Root, Now, Deadline)
+    end.
+
+%% Everything that is stored still is what was saved, within its bound; deleted, it leaves nothing.
+leave(Root) ->
+    Info = #{bytes := Bytes} = erllama_cache_store:info(?STORE),
+    Keys = [{N, element(2, erllama_cache_store:key(meta(N)))} || N <- lists:seq(1, ?KEYS)],
+    Found = [
+        same(N, FileInfo, Payload)
+     || {N, Key} <- Keys, {ok, FileInfo, Payload} <- [erllama_cache_store:load(?STORE, Key)]
+    ],
+    {ok, Names} = file:list_dir(Root),
+    io:format("soak: at the end ~b files, ~b bytes~n", [length(Names), Bytes]),
+    [ok = erllama_cache_store:delete(?STORE, Key) || {_, Key} <- Keys],
+    {ok, Rest} = file:list_dir(Root),
+    [{above_the_bound, Info} || Bytes > ?MAX_BYTES] ++
+        [{files_that_load, length(Found), length(Names)} || length(Names) =/= length(Found)] ++
+        [{left_behind, Rest} || Rest =/= []].
+
+judge(Began, Ended) ->
+    [
+        {What, Before, After}
+     || {{What, Before}, {What, After}} <- lists:zip(Began, Ended),
+        After > Before + allowed(What)
+    ].
+
+allowed(rss) -> ?MEMORY;
+allowed(atoms) -> ?ATOMS;
+allowed(_) -> 0.
+
+%%% The report
+
+report(Samples, Began, Ended, Csv) ->
+    io:format("~n~-12ts ~14ts ~14ts ~12ts~n", ["", "began", "ended", "may grow"]),
+    [
+        io:format("~-12ts ~14b ~14b ~12b~n", [What, Before, After, allowed(What)])
+     || {{What, Before}, {What, After}} <- lists:zip(Began, Ended)
+    ],
+    io:format("~nDone, the warm-up included:~n"),
+    [io:format("~12b ~ts~n", [Value, What]) || {What, Value} <- counted()],
+    io:format("~nOver time, from ~ts:~n", [Csv]),
+    Curves = [rss, binaries, files, fds, threads, processes, guard, tmp, load],
+    [curve(What, Samples) || What <- Curves],
+    [rate(What, Samples) || What <- [saves, loads]].
+
+curve(What, Samples) ->
+    draw(What, [proplists:get_value(What, Sample) || Sample <- Samples]).
+
+%% How many a second.
+rate(What, Samples) ->
+    Values = [proplists:get_value(What, Sample) || Sample <- Samples],
+    draw(What, lists:zipwith(fun(A, B) -> B - A end, lists:droplast(Values), tl(Values))).
+
+%% A line of at most 60 characters, each the mean of its stretch of time, between least and most.
+draw(What, Values) ->
+    Width = max(1, (length(Values) + 59) div 60),
+    Means = means(Values, Width),
+    {Least, Most} = {lists:min(Values), lists:max(Values)},
+    Line = [level(Mean, Least, Most) || Mean <- Means],
+    io:format("~-10ts ~12b ~ts ~b~n", [What, Least, Line, Most]).
+
+means(Values, Width) when length(Values) =< Width -> [mean(Values)];
+means(Values, Width) ->
+    {These, Rest} = lists:split(Width, Values),
+    [mean(These) | means(Rest, Width)].
+
+mean(Values) -> lists:sum(Values) / length(Values).
+
+level(_Mean, Same, Same) -> 16#2581;
+level(Mean, Least, Most) -> 16#2581 + min(7, trunc(8 * (Mean - Least) / (Most - Least))).

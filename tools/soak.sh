@@ -1,0 +1,33 @@
+#!/bin/sh
+# Uses a bounded store in every way at once, for an hour, and shows that nothing is lost on the way:
+#
+#   who    savers, savers in the background that cancel or die, loaders, holders of slots, one who
+#          deletes, one who changes limits all the time; somebody is killed every 20 ms; writer and
+#          store are stopped or killed every 5 s and start again
+#   what   each load, and at the end each file, is compared with what was saved under its key
+#   after  when all is at rest, file descriptors, threads, processes, ports, ETS tables and resource
+#          objects are as many as after the warm-up, atoms and memory within a bound (the module says
+#          why), the store within its own; deleted, it leaves an empty directory
+#
+#   SOAK      seconds (3600)
+#   SOAK_DIR  where the store is (TMPDIR, else /tmp)
+#
+# It ends with a table and with curves over time, whose figures are in _build/soak/soak.csv, and with
+# a status that is not 0 if anything is not back.
+set -eu
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+lib="$here/_build/default/lib/erllama_cache_nif/ebin"
+out="$here/_build/soak"
+: "${SOAK:=3600}"
+
+SOAK_ROOT=$(mktemp -d "${SOAK_DIR:-${TMPDIR:-/tmp}}/soak.XXXXXX")
+SOAK_CSV="$out/soak.csv"
+trap 'rm -rf "$SOAK_ROOT"' EXIT
+export SOAK SOAK_ROOT SOAK_CSV
+
+mkdir -p "$out"
+erlc -Werror -o "$out" "$here/test/soak/erllama_cache_soak.erl"
+# Without +fnu the curves would be escapes where the locale is not set.
+erl +fnu +pc unicode -noinput -pa "$lib" "$out" -eval 'io:setopts([{encoding, unicode}])' \
+    -run erllama_cache_soak main

@@ -1,0 +1,200 @@
+%% Files that are not what they should be, through the library and the store: a load answers what was
+%% saved, or an error; after that error a save replaces the file; a start removes or skips it; and no
+%% memory is taken for what a file only claims. Each kind of damage by some samples: the thousands are
+%% in native/erllama_cache_core/tests/bad_files.rs.
+-module(erllama_cache_bad_files_tests).
+
+-include_lib("eunit/include/eunit.hrl").
+
+-define(STORE, bad_files_store).
+-define(WRITER, erllama_cache_writer).
+-define(SECRET, <<"0123456789abcdef0123456789ABCDEF">>).
+-define(PAYLOAD, <<"a payload of some bytes">>).
+
+bad_files_test_() ->
+    {foreach, fun root/0, fun file:del_dir_r/1, [
+        fun(Root) -> {Name, {timeout, 60, fun() -> Test(Root) end}} end
+     || {Name, Test} <- [
+            {"with a checksum", fun(Root) -> damaged(Root, #{digest => none}) end},
+            {"with a digest", fun(Root) -> damaged(Root, #{}) end},
+            {"with a keyed digest", fun(Root) ->
+                damaged(Root, #{mac_key => fun() -> ?SECRET end})
+            end},
+            {"a file under another's name", fun swapped/1},
+            {"a terabyte of holes", fun terabyte/1},
+            {"holes in a store", fun holes/1}
+        ]
+    ]}.
+
+damaged(Root, Config) ->
+    running(Root, Config, fun() ->
+        Key = save(1),
+        {ok, Good} = file:read_file(path(Root, Key)),
+        [
+            begin
+                ok = file:write_file(path(Root, Key), Bad),
+                assert_refused_or_right(What, Key),
+                assert_saved_again(What, Key)
+            end
+         || {What, Bad} <- corpus(Good)
+        ]
+    end),
+    [
+        begin
+            {ok, Key} = erllama_cache_store:key(meta(1)),
+            ok = file:write_file(path(Root, Key), Bad),
+            %% Whatever a start makes of it, the store runs and the key can be saved.
+            running(Root, Config, fun() ->
+                assert_refused_or_right(What, Key),
+                assert_saved_again(What, Key)
+            end)
+        end
+     || {What, Bad} <- few(corpus(good(Root, Config)))
+    ].
+
+%% What a save of key 1 leaves.
+good(Root, Config) ->
+    running(Root, Config, fun() ->
+        {ok, Key} = erllama_cache_store:key(meta(1)),
+        {ok, File} = file:read_file(path(Root, Key)),
+        File
+    end).
+
+assert_refused_or_right(What, Key) ->
+    case erllama_cache_store:load(?STORE, Key) of
+        {ok, _Info, Payload} -> ?assertEqual({What, ?PAYLOAD}, {What, Payload});
+        {error, {corrupt, Reason}} -> ?assert(is_atom(Reason));
+        {error, unauthenticated} -> ok;
+        %% Removed by the scan of the store's start.
+        miss -> ok
+    end.
+
+assert_saved_again(What, Key) ->
+    Saved = ?WRITER:save(?STORE, disk, meta(1), ?PAYLOAD),
+    ?assert(Saved =:= {ok, Key} orelse Saved =:= {error, already_present}, What),
+    {ok, _Info, Payload} = erllama_cache_store:load(?STORE, Key),
+    ?assertEqual({What, ?PAYLOAD}, {What, Payload}).
+
+%% Bits turned, ends cut off and put on, lengths and offsets that cannot be, and no file at all.
+corpus(Good) ->
+    Size = byte_size(Good),
+    Bits = [{{bit, At}, flip(Good, At)} || At <- lists:seq(0, Size - 1, 5)],
+    Cut = [{{cut, At}, binary:part(Good, 0, At)} || At <- lists:seq(0, Size - 1, 13)],
+    Long = [{{more, N}, <<Good/binary, 0:N/unit:8>>} || N <- [1, 4096]],
+    Lengths = [
+        {{field, At, Value}, set(Good, At, Width, Value)}
+     || {At, Width} <- [{8, 4}, {40, 8}, {48, 8}, {56, 8}, {72, 4}],
+        Value <- [0, 1 bsl 31, 1 bsl 32 - 1, 1 bsl 40, 1 bsl 63, 1 bsl 64 - 1]
+    ],
+    Both = [
+        {{both, Value}, set(set(Good, 40, 8, Value), 56, 8, Value)}
+     || Value <- [0, 1, 1 bsl 32, 1 bsl 40, 1 bsl 64 - 1]
+    ],
+    [{zeros, <<0:Size/unit:8>>}, {text, <<"KVC">>}] ++ Bits ++ Cut ++ Long ++ Lengths ++ Both.
+
+few(Corpus) ->
+    [lists:nth(N, Corpus) || N <- lists:seq(1, length(Corpus), 9)].
+
+flip(File, At) ->
+    <<Before:At/binary, Byte, After/binary>> = File,
+    <<Before/binary, (Byte bxor 16), After/binary>>.
+
+set(File, At, Width, Value) ->
+    <<Before:At/binary, _:Width/binary, After/binary>> = File,
+    <<Before/binary, Value:Width/little-unit:8, After/binary>>.
+
+swapped(Root) ->
+    running(Root, #{}, fun() ->
+        [A, B] = [path(Root, save(N)) || N <- [1, 2]],
+        ok = file:rename(A, A ++ ".away"),
+        ok = file:rename(B, A),
+        ok = file:rename(A ++ ".away", B),
+        [
+            begin
+                {ok, Key} = erllama_cache_store:key(meta(N)),
+                ?assertEqual({error, {corrupt, key_mismatch}}, erllama_cache_store:load(?STORE, Key))
+            end
+         || N <- [1, 2]
+        ]
+    end).
+
+%%% Holes
+
+terabyte(Root) ->
+    running(Root, #{digest => none}, fun() ->
+        Key = save(1),
+        sparse(path(Root, Key), 1 bsl 40),
+        Before = binaries(),
+        {more, Load} = erllama_cache_nif:load(unicode:characters_to_binary(Root), Key, none),
+        [?assertEqual(more, erllama_cache_nif:load_more(Load)) || _ <- lists:seq(1, 5)],
+        ?assert(binaries() - Before < 64 bsl 20)
+    end),
+    %% A store starts over it: a scan reads headers only.
+    running(Root, #{digest => none}, fun() ->
+        ?assertMatch(#{files := 1, bytes := Bytes} when Bytes > 1 bsl 40,
+                     erllama_cache_store:info(?STORE))
+    end).
+
+holes(Root) ->
+    running(Root, #{digest => none}, fun() ->
+        Key = save(1),
+        sparse(path(Root, Key), 256 bsl 20),
+        ?assertEqual({error, {corrupt, crc_mismatch}}, erllama_cache_store:load(?STORE, Key)),
+        assert_saved_again(holes, Key)
+    end).
+
+%% Puts holes of so many bytes in the payload's place, and the header agrees.
+sparse(Path, Bytes) ->
+    {ok, File} = file:open(Path, [read, write, raw, binary]),
+    {ok, <<_:48/binary, Start:64/little>>} = file:pread(File, 0, 56),
+    ok = file:pwrite(File, [{At, <<Bytes:64/little>>} || At <- [40, 56]]),
+    {ok, _} = file:position(File, Start),
+    ok = file:truncate(File),
+    {ok, _} = file:position(File, Start + Bytes),
+    ok = file:truncate(File),
+    ok = file:close(File).
+
+%% Without the VM's own allocators, as under a sanitizer, nobody counts.
+binaries() ->
+    try
+        erlang:memory(binary)
+    catch
+        error:notsup -> 0
+    end.
+
+%%% Helpers
+
+root() ->
+    Name = "erllama_cache_bad_files." ++ integer_to_list(erlang:unique_integer([positive])),
+    Root = filename:join(os:getenv("TMPDIR", "/tmp"), os:getpid() ++ Name),
+    ok = file:make_dir(Root),
+    Root.
+
+running(Root, Config, Fun) ->
+    %% What a start removes or skips, it logs: here that is the rule.
+    #{level := Level} = logger:get_primary_config(),
+    ok = logger:set_primary_config(level, error),
+    {ok, Store} = erllama_cache_store:start_link(
+        ?STORE, (maps:with([mac_key], Config))#{root => Root}
+    ),
+    {ok, Writer} = ?WRITER:start_link(Config#{host => erllama_cache_store}),
+    try
+        Fun()
+    after
+        [ok = gen_server:stop(Pid) || Pid <- [Writer, Store]],
+        ok = logger:set_primary_config(level, Level)
+    end.
+
+meta(N) ->
+    (erllama_cache_test_util:meta([N, 2, 3]))#{prompt_text => <<"prompt">>}.
+
+save(N) ->
+    {ok, Key} =
+        case ?WRITER:save(?STORE, disk, meta(N), ?PAYLOAD) of
+            {error, already_present} -> erllama_cache_store:key(meta(N));
+            Saved -> Saved
+        end,
+    Key.
+
+path(Root, Key) ->
+    erllama_cache_path:final(Root, Key).

@@ -242,6 +242,10 @@ note_use(Name, Key, Size, Known) ->
 present(Key, Size, LastUsed) ->
     #row{key = Key, size = Size, last_used = LastUsed, state = present, token = make_ref()}.
 
+%% Nothing covers the time of last use in a file: one in the future would never be evicted.
+not_ahead(LastUsed) ->
+    min(LastUsed, now_ms()).
+
 %% Removes the row of a file that is not there, or not worth anything, unless it is another by now.
 forget(Name, [#row{state = present, size = Size} = Row]) ->
     case ets:select_delete(Name, [{Row#row{last_used = '_'}, [], [true]}]) of
@@ -540,7 +544,7 @@ scan(Scan, #config{name = Name} = Config, Used) ->
     case erllama_cache_nif:scan_more(Scan) of
         {Progress, Found} when is_list(Found) ->
             Rows = [
-                present(Key, Size, LastUsed * 1000)
+                present(Key, Size, not_ahead(LastUsed * 1000))
              || {file, Key, Size, LastUsed} <- Found
             ],
             true = ets:insert(Name, Rows),
@@ -613,7 +617,8 @@ handle_cast({used, Bytes}, #state{used = Used} = State) ->
 handle_cast({done, Token, Size}, State) ->
     {noreply, unwatch(Token, Size, State)};
 handle_cast({checked, Token, Key, {ok, Size, LastUsed}}, #state{config = Config} = State) ->
-    case settle(Config#config.name, Token, present(Key, Size, LastUsed * 1000)) of
+    Present = present(Key, Size, not_ahead(LastUsed * 1000)),
+    case settle(Config#config.name, Token, Present) of
         ok -> {noreply, unwatch(Token, Size, State)};
         {error, expired} -> {noreply, unwatch(Token, 0, State)}
     end;

@@ -1,7 +1,7 @@
-%% Files that are not what they should be, through the library and the store: a load answers what was
-%% saved, or an error; after that error a save replaces the file; a start removes or skips it; and no
-%% memory is taken for what a file only claims. Each kind of damage by some samples: the thousands are
-%% in native/erllama_cache_core/tests/bad_files.rs.
+%% Files that are not what they should be, through the library and the store: a load answers what
+%% was saved, or an error; after that error a save replaces the file; a start removes or skips it;
+%% and no memory is taken for what a file only claims. Each kind of damage by some samples: the
+%% thousands are in native/erllama_cache_core/tests/bad_files.rs.
 -module(erllama_cache_bad_files_tests).
 
 -include_lib("eunit/include/eunit.hrl").
@@ -21,6 +21,7 @@ bad_files_test_() ->
                 damaged(Root, #{mac_key => fun() -> ?SECRET end})
             end},
             {"a file under another's name", fun swapped/1},
+            {"a last use in the future", fun ahead/1},
             {"a terabyte of holes", fun terabyte/1},
             {"holes in a store", fun holes/1}
         ]
@@ -112,10 +113,27 @@ swapped(Root) ->
         [
             begin
                 {ok, Key} = erllama_cache_store:key(meta(N)),
-                ?assertEqual({error, {corrupt, key_mismatch}}, erllama_cache_store:load(?STORE, Key))
+                Loaded = erllama_cache_store:load(?STORE, Key),
+                ?assertEqual({error, {corrupt, key_mismatch}}, Loaded)
             end
          || N <- [1, 2]
         ]
+    end).
+
+%% It is not kept for ever at the cost of all others.
+ahead(Root) ->
+    [Ahead, Used] = running(Root, #{}, fun() -> [save(N) || N <- [1, 2]] end),
+    {ok, File} = file:read_file(path(Root, Ahead)),
+    ok = file:write_file(path(Root, Ahead), set(File, 32, 8, 1 bsl 64 - 1)),
+    running(Root, #{max_bytes => 2 * byte_size(File) + 100}, fun() ->
+        Started = erlang:system_time(millisecond),
+        erllama_cache_test_util:eventually(fun() ->
+            erlang:system_time(millisecond) > Started
+        end),
+        ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(?STORE, Used)),
+        _ = save(3),
+        ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(?STORE, Used)),
+        ?assertEqual(miss, erllama_cache_store:load(?STORE, Ahead))
     end).
 
 %%% Holes
@@ -175,9 +193,11 @@ running(Root, Config, Fun) ->
     #{level := Level} = logger:get_primary_config(),
     ok = logger:set_primary_config(level, error),
     {ok, Store} = erllama_cache_store:start_link(
-        ?STORE, (maps:with([mac_key], Config))#{root => Root}
+        ?STORE, (maps:with([mac_key, max_bytes], Config))#{root => Root}
     ),
-    {ok, Writer} = ?WRITER:start_link(Config#{host => erllama_cache_store}),
+    {ok, Writer} = ?WRITER:start_link(
+        (maps:without([max_bytes], Config))#{host => erllama_cache_store}
+    ),
     try
         Fun()
     after

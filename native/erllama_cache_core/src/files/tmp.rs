@@ -582,11 +582,13 @@ impl TmpFile {
         }
     }
 
+    /// A name that could not be removed is still there, for `drop` to try once more.
     fn remove_name(&mut self) -> io::Result<()> {
-        match self.name.take() {
-            Some(name) => sys::unlink_at(self.root.dir(), &name),
-            None => Ok(()),
+        if let Some(name) = &self.name {
+            sys::unlink_at(self.root.dir(), name)?;
+            self.name = None;
         }
+        Ok(())
     }
 }
 

@@ -132,8 +132,15 @@ impl Scan {
             Ok(None) => return None,
             Err(error) => return skipped(error),
         };
-        if file.try_lock().is_err() {
-            return None;
+        match sys::try_lock(&file) {
+            Ok(true) => {}
+            Ok(false) => return None,
+            Err(source) => {
+                return skipped(Error::Io {
+                    call: "flock",
+                    source,
+                });
+            }
         }
         match sys::unlink_at(self.root.dir(), name) {
             Ok(()) => Some(Found::Swept),

@@ -3,7 +3,7 @@
 //! stays the directory that was opened.
 
 use std::ffi::{CStr, CString, c_char, c_int};
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -129,6 +129,19 @@ pub(crate) fn rename_at(dir: &File, from: &CStr, to: &CStr) -> io::Result<()> {
 pub(crate) fn unlink_at(dir: &File, name: &CStr) -> io::Result<()> {
     // SAFETY: `name` is NUL-terminated and lives through the call.
     uninterrupted(|| unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), 0) }).map(drop)
+}
+
+/// Locks a file for as long as it is open; `false` when somebody else has. std's own call ends when a
+/// signal comes.
+pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(true),
+            Err(TryLockError::WouldBlock) => return Ok(false),
+            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
 }
 
 /// What is under a name in `dir`; a symbolic link is itself.

@@ -13,7 +13,7 @@
 //! back is the page cache's content either way. Another thread takes its share of checksum, digest
 //! and reading.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
@@ -532,10 +532,9 @@ impl TmpFile {
     /// Gives a file without a name a temporary one, for only a name can be renamed over another.
     fn link_temporary(&self) -> Result<CString, Error> {
         // Locked first: from the moment it has a name, a sweeper may find it.
-        self.file
-            .try_lock()
-            .map_err(io::Error::from)
-            .call("flock")?;
+        if !sys::try_lock(&self.file).call("flock")? {
+            return Err(io::Error::from_raw_os_error(libc::EWOULDBLOCK)).call("flock");
+        }
         let mut taken = io::Error::from_raw_os_error(libc::EEXIST);
         for name in temporary_names(&self.key) {
             match sys::link_unnamed(&self.file, self.root.dir(), &name) {
@@ -667,16 +666,31 @@ fn create_named(root: &Root, key: &Key, mode: u32) -> Result<(File, CString), Er
             }
             Err(error) => return Err(error).call("openat"),
         };
-        // Between the two calls a sweeper may have locked it, or removed it: then it is the
-        // sweeper's, and the next name is tried.
-        if file.try_lock().is_ok() {
-            let ours = sys::stat(&file).call("fstat")?;
-            if sys::stat_at(root.dir(), &name).is_ok_and(|there| there.is_same_file(&ours)) {
-                return Ok((file, name));
+        match lock_named(root, &file, &name) {
+            Ok(true) => return Ok((file, name)),
+            Ok(false) => {}
+            Err(error) => {
+                // Nobody else picks this name. What cannot be unlinked now is swept at the next start.
+                let _ = sys::unlink_at(root.dir(), &name);
+                return Err(error);
             }
         }
     }
     Err(taken).call("openat")
+}
+
+/// Locks a file that was just created; `false` when a sweeper was faster, which may have locked or
+/// removed it between the two calls: then it is the sweeper's.
+fn lock_named(root: &Root, file: &File, name: &CStr) -> Result<bool, Error> {
+    if !sys::try_lock(file).call("flock")? {
+        return Ok(false);
+    }
+    let ours = sys::stat(file).call("fstat")?;
+    match sys::stat_at(root.dir(), name) {
+        Ok(there) => Ok(there.is_same_file(&ours)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error).call("fstatat"),
+    }
 }
 
 /// Names that nobody else picks: `<key>.<random>.tmp`. The ending is what the host sweeps too.

@@ -355,6 +355,15 @@ impl Names {
 
     /// The next name, `None` at the end.
     pub(crate) fn next(&mut self) -> io::Result<Option<CString>> {
+        loop {
+            match self.read() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn read(&mut self) -> io::Result<Option<CString>> {
         // The only way to tell the end from an error is to clear errno first.
         // SAFETY: errno's address is the calling thread's own.
         unsafe { *errno_address() = 0 };

@@ -18,6 +18,7 @@ BENCH := BENCH_NIF="$(CARGO_TARGET_DIR)/release/liberllama_cache_bench" \
 export FILE
 
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak soak-semaphore sanitize fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize faults bench-semaphore bench-save bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -77,6 +78,8 @@ fuzz: setup ## What reads files, on bytes that a fuzzer makes up: make fuzz [FUZ
 
 soak: setup all ## A store in every use at once, for an hour: make soak [SOAK=seconds]
 	tools/soak.sh
+faults: setup all ## Each I/O call fails once, the VM ends at each one; FAULTS=quick does less
+	tools/faults.sh
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main

@@ -1,0 +1,1074 @@
+%% Every I/O call fails once, and the VM ends at every I/O call: what tools/faults.sh runs.
+%%
+%% A VM into which c_src/iofault.c is preloaded goes through all operations that touch files. For
+%% each kind of call that one makes, each error and each n, the n-th such call fails; then the
+%% promises of docs/durability.md are looked for from outside: the directory's names, the descriptors,
+%% slots and reservations, what a load gives, what the next save does. The second part ends a VM of
+%% its own (the victim) before and after each call, and looks at what is left.
+%%
+%% An operation in one of its circumstances is a case: `save_small/adopt/disk' is a small save in tier
+%% disk that finds a valid file of its key. The same with a call, its number and what it does names
+%% what is needed to see a result again: `save_small/adopt/disk linkat 1 eio'.
+-module(erllama_cache_faults).
+
+-export([main/0]).
+
+-include_lib("kernel/include/file.hrl").
+
+-define(STORE, faults_store).
+-define(DEADLINE, 20000).
+
+%% As in c_src/iofault.c.
+-define(WORD_COUNTS, 12).
+-define(MOST_KINDS, 48).
+-define(NAME_SIZE, 24).
+-define(ANY, 255).
+-define(CRASHED, 111).
+-define(FOREVER, 16#ffffffffffffffff).
+
+-define(ERRORS, [{eio, 5}, {eintr, 4}, {emfile, 24}, {enospc, 28}, {erofs, 30}, {edquot, 122}]).
+
+%% Up to 64 KiB a save is one call of the library, up to 256 KiB one write; this is written in
+%% blocks and pieces, after its space has been reserved.
+-define(LARGE, (17 bsl 18)).
+%% Where each call costs a VM.
+-define(LARGE_FOR_CRASHES, (1200 bsl 10)).
+
+-record(case_, {
+    op :: save | load | evict | scan | delete | check | present,
+    size = small :: small | large,
+    way = plain :: way(),
+    variant = disk :: disk | ram_file | keyed | options
+}).
+%% What a save finds: nothing, a valid file of its key, a corrupt one; where files can have no name
+%% only from now on, or never could.
+-type way() :: plain | adopt | replace | named | named_adopt | named_replace | named_first.
+
+-record(fault, {
+    kind :: string() | any | none,
+    first :: non_neg_integer(),
+    last :: non_neg_integer(),
+    action :: atom()
+}).
+-define(NO_FAULT, #fault{kind = none, first = 0, last = 0, action = short}).
+
+%% What a case works in.
+-record(world, {
+    case_ :: #case_{},
+    root :: string(),
+    key :: binary(),
+    %% The good files by their names, as they were when they were new.
+    good = #{} :: #{string() => binary()},
+    ours :: binary(),
+    theirs :: binary(),
+    %% What stands under the key's name before.
+    before = none :: none | binary()
+}).
+
+%%% From outside
+
+main() ->
+    logger:set_primary_config(level, none),
+    process_flag(trap_exit, true),
+    try run(init:get_plain_arguments()) of
+        true -> halt(0);
+        false -> halt(1)
+    catch
+        Class:Reason:Stack ->
+            io:format("~s:~n~p~n~p~n", [Class, Reason, Stack]),
+            halt(2)
+    end.
+
+run(["faults", Base, Amount | Only]) ->
+    faults(Base, list_to_existing_atom(Amount), Only);
+run(["crashes", Base, Amount | Only]) ->
+    crashes(Base, list_to_existing_atom(Amount), Only);
+run(["victim", Root, Case, First, Action]) ->
+    victim(Root, case_of(Case), list_to_integer(First), list_to_existing_atom(Action)).
+
+%%% Which cases
+
+cases(quick) ->
+    [saving(small, Way, disk) || Way <- ways()] ++
+        [saving(small, replace, options), saving(small, plain, ram_file)] ++
+        [saving(large, plain, disk), saving(large, named_replace, disk)] ++
+        [#case_{op = load, size = Size} || Size <- [small, large]] ++
+        [#case_{op = Op} || Op <- [evict, scan, delete, check, present]];
+cases(full) ->
+    [
+        saving(Size, Way, Variant)
+     || Size <- [small, large], Variant <- [disk, ram_file, keyed, options], Way <- ways(),
+        Size =:= small orelse is_enough(Way, Variant)
+    ] ++
+        [
+            #case_{op = load, size = Size, variant = Variant}
+         || Size <- [small, large], Variant <- [disk, ram_file, keyed]
+        ] ++
+        [#case_{op = Op, variant = Variant} || Op <- [evict, scan], Variant <- [disk, keyed]] ++
+        [#case_{op = Op, size = Size} || Op <- [delete, check, present], Size <- [small, large]].
+
+%% Large saves take their time, and what they share with small ones those show.
+is_enough(named_first, _Variant) -> false;
+is_enough(_Way, disk) -> true;
+is_enough(Way, ram_file) -> Way =:= plain orelse Way =:= named_replace;
+is_enough(Way, options) -> Way =:= plain;
+is_enough(_Way, keyed) -> false.
+
+crash_cases(quick) ->
+    [saving(small, plain, disk), saving(small, named_replace, disk)] ++
+        [#case_{op = Op} || Op <- [evict, scan]];
+crash_cases(full) ->
+    [saving(small, Way, disk) || Way <- ways()] ++
+        [saving(large, Way, disk) || Way <- ways(), is_enough(Way, disk)] ++
+        [saving(small, plain, ram_file), saving(small, replace, options)] ++
+        [#case_{op = Op} || Op <- [evict, scan, delete]].
+
+saving(Size, Way, Variant) ->
+    #case_{op = save, size = Size, way = Way, variant = Variant}.
+
+ways() ->
+    [plain, adopt, replace, named, named_adopt, named_replace, named_first].
+
+name(#case_{op = Op, size = Size, way = Way, variant = Variant}) ->
+    lists:concat([Op, "_", Size, "/", Way, "/", Variant]).
+
+case_of(Name) ->
+    Cases = lists:usort(cases(full) ++ crash_cases(full) ++ cases(quick)),
+    case [Case || Case <- Cases, name(Case) =:= Name] of
+        [Case] -> Case;
+        [] -> error({no_such_case, Name, [name(Case) || Case <- Cases]})
+    end.
+
+is_named(#case_{way = Way}) ->
+    lists:member(Way, [named, named_adopt, named_replace, named_first]).
+
+finds(Way) when Way =:= adopt; Way =:= named_adopt -> valid;
+finds(Way) when Way =:= replace; Way =:= named_replace -> corrupt;
+finds(_) -> nothing.
+
+%%% The shim
+
+control() ->
+    case os:getenv("IOFAULT") of
+        false -> error("the shim is not preloaded: use tools/faults.sh");
+        Path -> Path
+    end.
+
+with_control(Fun) ->
+    {ok, File} = file:open(control(), [read, write, raw, binary]),
+    try
+        Fun(File)
+    after
+        file:close(File)
+    end.
+
+words(Words) ->
+    <<<<Word:64/native>> || Word <- Words>>.
+
+%% The names of all kinds, with their numbers.
+kinds() ->
+    with_control(fun(File) ->
+        {ok, Names} = file:pread(File, 8 * (?WORD_COUNTS + ?MOST_KINDS), ?MOST_KINDS * ?NAME_SIZE),
+        All = [Name || <<Name:?NAME_SIZE/binary>> <= Names],
+        [
+            {hd(string:split(binary_to_list(Name), [0])), Number}
+         || {Number, <<C, _/binary>> = Name} <- lists:zip(lists:seq(0, length(All) - 1), All), C > 0
+        ]
+    end).
+
+%% Everything is forgotten that has been counted.
+arm(#fault{kind = Kind, first = First, last = Last, action = Action}, Named) ->
+    {Does, Error} = action(Action),
+    Number = case Kind of
+        any -> ?ANY;
+        none -> 0;
+        _ -> proplists:get_value(Kind, kinds())
+    end,
+    with_control(fun(File) ->
+        Counts = lists:duplicate(?WORD_COUNTS - 6 + ?MOST_KINDS, 0),
+        ok = file:pwrite(File, 8, words([First, Last, Does, Error, mode(Named) | Counts])),
+        ok = file:pwrite(File, 0, words([Number]))
+    end).
+
+mode(true) -> 1;
+mode(false) -> 0.
+
+action(short) -> {2, 0};
+action(exit_before) -> {3, 0};
+action(exit_after) -> {4, 0};
+action(Error) -> {1, proplists:get_value(Error, ?ERRORS)}.
+
+%% Ends the fault, and tells what came of it.
+disarm() ->
+    with_control(fun(File) ->
+        ok = file:pwrite(File, 0, words([0])),
+        {ok, Bytes} = file:pread(File, 0, 8 * (?WORD_COUNTS + ?MOST_KINDS)),
+        [_, _, _, _, _, _, Hits, HitKind, Total, Resyncs, _, _ | Counts] =
+            [Word || <<Word:64/native>> <= Bytes],
+        #{
+            hits => Hits,
+            total => Total,
+            resyncs => Resyncs,
+            hit_kind => proplists:get_value(HitKind, [{N, K} || {K, N} <- kinds()], none),
+            counts => maps:from_list([{K, lists:nth(N + 1, Counts)} || {K, N} <- kinds()])
+        }
+    end).
+
+no_fault(Named) ->
+    arm(?NO_FAULT, Named).
+
+%%% A case's world
+
+setup(#case_{op = Op, size = Size, variant = Variant} = Case, Root, Large) ->
+    ok = file:make_dir(Root),
+    stop_writer(),
+    {ok, _} = erllama_cache_writer:start_link(writer_config(Variant)),
+    Length = case Size of
+        small -> 4096;
+        large -> Large
+    end,
+    {ok, Key} = erllama_cache_store:key(meta(1)),
+    World = #world{
+        case_ = Case, root = Root, key = Key, ours = payload(1, Length), theirs = payload(2, Length)
+    },
+    %% What the way there makes no difference to: files without a name are taken for granted.
+    no_fault(is_named(Case) andalso Case#case_.way =/= named_first),
+    {ok, _} = start_store(World),
+    Theirs = template(World, meta(1), World#world.theirs),
+    Ours = template(World, meta(1), World#world.ours),
+    Others = case Op of
+        scan -> [{file_name(key(N)), template(World, meta(N), World#world.ours)} || N <- [2, 3]];
+        _ -> []
+    end,
+    no_fault(is_named(Case)),
+    Complete = World#world{good = maps:from_list([{ours, Ours}, {theirs, Theirs} | Others])},
+    case Op of
+        scan -> stop_store();
+        _ -> ok
+    end,
+    Complete.
+
+teardown() ->
+    stop_store(),
+    stop_writer().
+
+writer_config(Variant) ->
+    Config = #{host => erllama_cache_store, max_concurrent => 4},
+    case Variant of
+        options -> Config#{file_mode => 8#640, page_cache => drop};
+        keyed -> Config#{mac_key => fun secret/0};
+        _ -> Config
+    end.
+
+secret() ->
+    binary:copy(<<7>>, 32).
+
+start_store(#world{root = Root, case_ = #case_{op = Op, variant = Variant}}) ->
+    erllama_cache_store:start_link(?STORE, maps:merge(
+        #{root => Root, tier => tier(Variant)},
+        maps:from_list(
+            [{mac_key, fun secret/0} || Variant =:= keyed] ++
+                [{max_bytes, 3 * 4096 + 3 * 512} || Op =:= evict]
+        )
+    )).
+
+tier(ram_file) -> ram_file;
+tier(_) -> disk.
+
+stop_store() ->
+    stop(?STORE).
+
+stop_writer() ->
+    stop(erllama_cache_writer).
+
+stop(Name) ->
+    case whereis(Name) of
+        undefined ->
+            ok;
+        Pid ->
+            gen_server:stop(Pid),
+            receive {'EXIT', Pid, _} -> ok end
+    end.
+
+%% The times are given, so that the same save makes the same file.
+meta(N) ->
+    (erllama_cache_test_util:meta([N, 2, 3]))#{
+        creation_time => 1700000000, last_used_time => 1700000000
+    }.
+
+key(N) ->
+    {ok, Key} = erllama_cache_store:key(meta(N)),
+    Key.
+
+payload(Seed, Length) ->
+    {Bytes, _} = rand:bytes_s(Length, rand:seed_s(exsss, Seed)),
+    Bytes.
+
+file_name(Key) ->
+    string:lowercase(binary_to_list(binary:encode_hex(Key))) ++ ".kvc".
+
+tmp_name(Key) ->
+    string:lowercase(binary_to_list(binary:encode_hex(Key))) ++ ".0123456789abcdef.tmp".
+
+save(#world{case_ = #case_{variant = Variant}}, Meta, Payload) ->
+    erllama_cache_writer:save(?STORE, tier(Variant), Meta, Payload, 5000).
+
+%% The file that a save makes, which does not stay.
+template(#world{root = Root} = World, Meta, Payload) ->
+    {ok, Key} = save(World, Meta, Payload),
+    Bytes = read(Root, file_name(Key)),
+    ok = erllama_cache_store:delete(?STORE, Key),
+    Bytes.
+
+flip_last(Bytes) ->
+    Length = byte_size(Bytes) - 1,
+    <<Head:Length/binary, Last>> = Bytes,
+    <<Head/binary, (Last bxor 1)>>.
+
+read(Root, Name) ->
+    {ok, Bytes} = prim_file:read_file(filename:join(Root, Name)),
+    Bytes.
+
+write(Root, Name, Bytes) ->
+    ok = prim_file:write_file(filename:join(Root, Name), Bytes).
+
+names(Root) ->
+    {ok, Names} = prim_file:list_dir(Root),
+    lists:sort(Names).
+
+%% What this VM has open in a root, or a root itself.
+descriptors(Root) ->
+    {ok, Open} = prim_file:list_dir("/proc/self/fd"),
+    [
+        Path
+     || N <- Open, {ok, Path} <- [prim_file:read_link_all("/proc/self/fd/" ++ N)],
+        string:prefix(path(Path), Root) =/= nomatch
+    ].
+
+path(Path) when is_binary(Path) -> binary_to_list(Path);
+path(Path) -> Path.
+
+%%% One run
+
+%% Puts everything where a run begins.
+prepare(#world{case_ = #case_{op = save, way = Way}, root = Root, key = Key, good = Good} = World) ->
+    #{theirs := Theirs} = Good,
+    Before = case finds(Way) of
+        nothing -> none;
+        valid -> Theirs;
+        corrupt -> flip_last(Theirs)
+    end,
+    _ = [write(Root, file_name(Key), Before) || Before =/= none],
+    World#world{before = Before};
+prepare(#world{case_ = #case_{op = evict}} = World) ->
+    _ = [{ok, _} = save(World, meta(N), World#world.ours) || N <- [2, 3, 4]],
+    World;
+prepare(#world{case_ = #case_{op = scan}, root = Root, key = Key, good = Good} = World) ->
+    #{theirs := Theirs} = Good,
+    _ = [write(Root, Name, Bytes) || {Name, Bytes} <- maps:to_list(Good), is_list(Name)],
+    %% Its length is not what it says.
+    write(Root, file_name(Key), <<Theirs/binary, 0>>),
+    write(Root, tmp_name(Key), <<"begun">>),
+    write(Root, "README", <<"not a file of ours">>),
+    World;
+prepare(#world{} = World) ->
+    {ok, _} = save(World, meta(1), World#world.ours),
+    World#world{before = maps:get(ours, World#world.good)}.
+
+perform(#world{case_ = #case_{op = Op}, key = Key, ours = Ours} = World) ->
+    try
+        case Op of
+            save -> save(World, meta(1), Ours);
+            evict -> save(World, meta(1), Ours);
+            present -> save(World, meta(1), Ours);
+            load -> erllama_cache_store:load(?STORE, Key);
+            delete -> erllama_cache_store:delete(?STORE, Key);
+            check -> check(World);
+            scan -> scan(World)
+        end
+    catch
+        Class:Reason:Stack -> {raised, Class, Reason, Stack}
+    end.
+
+%% As the store's server does when a saving process has died.
+check(#world{root = Root, key = Key, case_ = #case_{variant = disk}}) ->
+    case erllama_cache_nif:check(list_to_binary(Root), Key, none) of
+        {more, Check} -> check_more(Check);
+        Result -> Result
+    end.
+
+check_more(Check) ->
+    case erllama_cache_nif:check_more(Check) of
+        more -> check_more(Check);
+        Result -> Result
+    end.
+
+scan(World) ->
+    case start_store(World) of
+        {ok, Pid} -> {ok, Pid};
+        {error, Reason} ->
+            receive {'EXIT', _, Reason} -> {error, Reason} end
+    end.
+
+%% Runs with a fault, and returns what the shim has to say with all that is wrong.
+attempt(World0, Fault) ->
+    World = prepare(World0),
+    Root = World#world.root,
+    quiet(Root),
+    Before = names(Root),
+    arm(Fault, is_named(World#world.case_)),
+    Result = perform(World),
+    Left = left_open(Root),
+    Report = disarm(),
+    After = names(Root),
+    Wrong = lists:append([
+        [{descriptors_left, Left} || Left =/= []],
+        [{slots_held, N} || N <- [erllama_cache_writer:current()], N =/= 0],
+        [{synced_again_after_a_failure, N} || #{resyncs := N} <- [Report], N =/= 0],
+        reservations(World, Result),
+        judge(World, Fault, Report, Result, Before, After),
+        recover(World, Fault, Result)
+    ]),
+    {Report, class(Result), [{result, brief(Result)} || Wrong =/= []] ++ Wrong}.
+
+quiet(Root) ->
+    erllama_cache_test_util:eventually(fun() -> descriptors(Root) =:= [] end).
+
+%% A large file is closed by another thread; what is not by now will never be.
+left_open(Root) ->
+    left_open(Root, erlang:monotonic_time(millisecond) + ?DEADLINE).
+
+left_open(Root, Deadline) ->
+    case descriptors(Root) of
+        [] ->
+            [];
+        Left ->
+            case erlang:monotonic_time(millisecond) < Deadline of
+                true -> erlang:yield(), left_open(Root, Deadline);
+                false -> Left
+            end
+    end.
+
+reservations(#world{case_ = #case_{op = scan}}, {error, _}) ->
+    [];
+reservations(_World, _Result) ->
+    #{reservations := Reservations} = erllama_cache_store:info(?STORE),
+    [{reservations_left, Reservations} || Reservations =/= 0].
+
+class({ok, _}) -> ok;
+class({ok, _, _}) -> ok;
+class(ok) -> ok;
+class({error, already_present}) -> ok;
+class({error, _}) -> error;
+class(_) -> neither.
+
+brief({ok, Info, Payload}) when is_map(Info) -> {ok, loaded, byte_size(Payload)};
+brief(Result) -> Result.
+
+%% What has to come of a call that fails once. Errors of hints are let go, and so are a close's, for
+%% what it would tell the sync has told; what can be gone about in another way may be.
+expected(_Case, _Kind, short) -> ok;
+expected(#case_{op = present}, _Kind, _Error) -> ok;
+expected(_Case, Kind, _Error) when
+    Kind =:= "close"; Kind =:= "closedir"; Kind =:= "sync_file_range_start"; Kind =:= "posix_fadvise"
+->
+    ok;
+expected(_Case, _Kind, eintr) -> ok;
+%% The use of a file is noted in it as a hint; a file that cannot be written can still be read.
+expected(#case_{op = load}, "pwrite", _Error) -> ok;
+expected(#case_{op = load}, Kind, erofs) when
+    Kind =:= "openat"; Kind =:= "fstat"; Kind =:= "fstatat"
+->
+    either;
+%% Another file is evicted.
+expected(#case_{op = evict}, Kind, _Error) when
+    Kind =:= "open"; Kind =:= "fstat"; Kind =:= "unlinkat"
+->
+    either;
+%% The other way works on any file system.
+expected(#case_{op = save}, "fstatfs", _Error) -> ok;
+%% One name is skipped.
+expected(#case_{op = scan}, Kind, _Error) when Kind =/= "fdopendir", Kind =/= "readdir" -> either;
+expected(_Case, _Kind, _Error) -> error.
+
+%% A disk that stays dead may keep what would have to be undone.
+judge(_World, #fault{last = ?FOREVER}, _Report, Result, _Before, _After) ->
+    [class_is_neither || class(Result) =:= neither];
+judge(#world{case_ = Case} = World, #fault{action = Action} = Fault, Report, Result, Before, After) ->
+    Hit = maps:get(hits, Report) > 0,
+    Expected = case Hit of
+        true -> expected(Case, Fault#fault.kind, Action);
+        false -> ok
+    end,
+    Class = class(Result),
+    [{expected, Expected} || Class =/= Expected, Expected =/= either orelse Class =:= neither] ++
+        seen(World, Hit andalso Action, Result, Before, After).
+
+%% What stands in the root, and under which names.
+seen(#world{case_ = #case_{op = save}} = World, _Action, Result, Before, After) ->
+    #world{root = Root, key = Key, before = There} = World,
+    Final = file_name(Key),
+    case Result of
+        {ok, Key} ->
+            [{names, Before, After} || After =/= lists:usort([Final | Before])] ++
+                [content_is_another || content(Root, Final) =/= saved(World)];
+        _ ->
+            Gone = There =/= none andalso finds((World#world.case_)#case_.way) =:= corrupt,
+            Allowed = [Before | [Before -- [Final] || Gone]],
+            [{names, Before, After} || not lists:member(After, Allowed)] ++
+                [content_has_changed || lists:member(Final, After), read(Root, Final) =/= There]
+    end;
+seen(#world{case_ = #case_{op = evict}} = World, _Action, Result, Before, After) ->
+    #world{root = Root, key = Key} = World,
+    Final = file_name(Key),
+    #{files := Files, bytes := Bytes, max_bytes := Max} = erllama_cache_store:info(?STORE),
+    Sizes = [byte_size(read(Root, Name)) || Name <- After],
+    New = After -- Before,
+    [{names, Before, After} || New =/= [Final || class(Result) =:= ok]] ++
+        [{index_and_files_differ, Files, Bytes, Sizes} || {Files, Bytes} =/= {length(Sizes), lists:sum(Sizes)}] ++
+        [{above_the_bound, Bytes} || Bytes > Max] ++
+        [content_is_another || New =:= [Final], read(Root, Final) =/= saved(World)];
+seen(#world{case_ = #case_{op = scan}} = World, Action, Result, Before, After) ->
+    #world{root = Root, key = Key, good = Good} = World,
+    Junk = [file_name(Key), tmp_name(Key)],
+    Clean = Before -- Junk,
+    Whole = Action =:= false orelse Action =:= short orelse Action =:= eintr,
+    [{names, Before, After} || (Before -- After) -- Junk =/= [] orelse After -- Before =/= []] ++
+        [{junk_left, After} || Whole, class(Result) =:= ok, After =/= Clean] ++
+        [{content_has_changed, N} || {N, Bytes} <- maps:to_list(Good), is_list(N), read(Root, N) =/= Bytes];
+seen(#world{case_ = #case_{op = delete}, key = Key}, _Action, Result, Before, After) ->
+    Expected = case Result of
+        ok -> Before -- [file_name(Key)];
+        _ -> Before
+    end,
+    [{names, Before, After} || After =/= Expected];
+seen(#world{case_ = #case_{op = load}, ours = Ours}, _Action, Result, Before, After) ->
+    [{names, Before, After} || Before =/= After] ++
+        [wrong_bytes || {ok, _, Payload} <- [Result], Payload =/= Ours];
+seen(#world{case_ = #case_{op = Op}}, _Action, Result, Before, After) ->
+    [{names, Before, After} || Before =/= After] ++
+        [{not_present, Result} || Op =:= present, Result =/= {error, already_present}].
+
+content(Root, Name) ->
+    case prim_file:read_file(filename:join(Root, Name)) of
+        {ok, Bytes} -> Bytes;
+        {error, _} = Error -> Error
+    end.
+
+%% What stands there after a save has succeeded.
+saved(#world{case_ = #case_{way = Way}, good = #{ours := Ours, theirs := Theirs}}) ->
+    case finds(Way) of
+        valid -> Theirs;
+        _ -> Ours
+    end.
+
+saved_payload(#world{case_ = #case_{way = Way}, ours = Ours, theirs = Theirs}) ->
+    case finds(Way) of
+        valid -> Theirs;
+        _ -> Ours
+    end.
+
+%% Everything works again: a load tells the truth, a save of the same key succeeds.
+recover(World, #fault{last = ?FOREVER}, Result) ->
+    _ = [stop_store() || whereis(?STORE) =/= undefined],
+    restarted(World) ++ works(World, class(Result) =:= ok, true);
+recover(#world{case_ = #case_{op = scan}} = World, _Fault, _Result) ->
+    stop_store(),
+    restarted(World) ++ works(World, false, false);
+recover(World, _Fault, Result) ->
+    works(World, class(Result) =:= ok, false).
+
+%% A new start finds what there is, and sweeps.
+restarted(#world{root = Root} = World) ->
+    case start_store(World) of
+        {ok, _} -> [{not_swept, Name} || Name <- names(Root), filename:extension(Name) =:= ".tmp"];
+        Error -> error({no_start, Error})
+    end.
+
+works(#world{case_ = #case_{op = scan}, root = Root, good = Good, ours = Ours} = World, _, _) ->
+    Names = names(Root),
+    Expected = lists:sort(["README" | [Name || Name <- maps:keys(Good), is_list(Name)]]),
+    #{files := Files} = erllama_cache_store:info(?STORE),
+    Wrong = [{names, Names} || Names =/= Expected] ++
+        [{indexed, Files} || Files =/= 2] ++
+        [{load_of, N} || N <- [2, 3], not loads(key(N), Ours)],
+    After = resaved(World) ++ delete_all([1, 2, 3], World),
+    stop_store(),
+    Wrong ++ After;
+works(#world{case_ = #case_{op = evict}, ours = Ours} = World, Ok, Dead) ->
+    Loads = [{N, load(key(N))} || N <- [1, 2, 3, 4]],
+    [{load_of, N} || {N, {ok, Payload}} <- Loads, Payload =/= Ours] ++
+        [{load_of, N, Other} || {N, Other} <- Loads, element(1, Other) =/= ok, Other =/= {miss}] ++
+        [saved_is_not_there || Ok, not Dead, lists:keyfind(1, 1, Loads) =/= {1, {ok, Ours}}] ++
+        resaved(World) ++ delete_all([1, 2, 3, 4], World);
+works(#world{case_ = #case_{op = delete}, ours = Ours} = World, Ok, Dead) ->
+    Allowed = [{miss} || Ok orelse Dead] ++ [{ok, Ours} || not Ok orelse Dead],
+    after_load(World, Allowed) ++ resaved(World) ++ delete_all([1], World);
+works(#world{case_ = #case_{op = save, way = Way}} = World, Ok, Dead) ->
+    #world{ours = Ours, theirs = Theirs} = World,
+    Nothing = case finds(Way) of
+        nothing -> [{miss}];
+        valid -> [{ok, Theirs}];
+        corrupt -> [{miss}, {corrupt}]
+    end,
+    Allowed = case {Ok, Dead} of
+        {true, _} -> [{ok, saved_payload(World)}];
+        {false, false} -> Nothing;
+        %% Whole or not at all.
+        {false, true} -> [{ok, Ours} | Nothing]
+    end,
+    after_load(World, Allowed) ++ resaved(World) ++ delete_all([1], World);
+works(#world{ours = Ours} = World, _Ok, _Dead) ->
+    after_load(World, [{ok, Ours}]) ++ resaved(World) ++ delete_all([1], World).
+
+load(Key) ->
+    case erllama_cache_store:load(?STORE, Key) of
+        {ok, _Info, Payload} -> {ok, Payload};
+        miss -> {miss};
+        {error, {corrupt, _}} -> {corrupt};
+        {error, unauthenticated} -> {corrupt};
+        Other -> {Other}
+    end.
+
+loads(Key, Payload) ->
+    load(Key) =:= {ok, Payload}.
+
+after_load(#world{key = Key} = World, Allowed) ->
+    case load(Key) of
+        {ok, Payload} = Loaded ->
+            Same = lists:member(content_without_use(World), good(World)),
+            [{wrong_bytes, byte_size(Payload)} || not lists:member(Loaded, Allowed)] ++
+                [file_is_not_what_a_save_makes || not Same] ++
+                ensure_deleted(World);
+        Other ->
+            [{load, Other} || not lists:member(Other, Allowed)]
+    end.
+
+good(#world{good = #{ours := Ours, theirs := Theirs}}) ->
+    [without_use(Ours), without_use(Theirs)].
+
+%% Hits and last use, which a load may have noted.
+without_use(<<A:12/binary, _:32, B:16/binary, _:64, Rest/binary>>) ->
+    <<A/binary, 0:32, B/binary, 0:64, Rest/binary>>.
+
+content_without_use(#world{root = Root, key = Key}) ->
+    without_use(read(Root, file_name(Key))).
+
+ensure_deleted(#world{key = Key}) ->
+    case erllama_cache_store:delete(?STORE, Key) of
+        ok -> [];
+        Error -> [{delete, Error}]
+    end.
+
+resaved(#world{key = Key, ours = Ours, case_ = #case_{op = Op}} = World) ->
+    Delete = case Op of
+        evict -> ensure_deleted(World);
+        _ -> []
+    end,
+    Saved = save(World, meta(1), Ours),
+    Delete ++ [{saved_again, Saved} || Saved =/= {ok, Key}] ++
+        [loaded_again || not loads(Key, Ours)].
+
+delete_all(Ns, #world{root = Root, case_ = #case_{op = Op}}) ->
+    _ = [ok = erllama_cache_store:delete(?STORE, key(N)) || N <- Ns],
+    _ = [ok = prim_file:delete(filename:join(Root, "README")) || Op =:= scan],
+    Left = names(Root),
+    _ = [prim_file:delete(filename:join(Root, Name)) || Name <- Left],
+    [{left_behind, Left} || Left =/= []].
+
+%%% The first table: every call fails once
+
+faults(Base, Amount, Only) ->
+    true = ets:new(?MODULE, [named_table, public]) =:= ?MODULE,
+    ets:insert(?MODULE, [{violations, 0}, {dead, 0}, {oracle, []}]),
+    case Only of
+        [] ->
+            Cases = cases(Amount),
+            lists:foreach(fun(Case) -> fail_each(Base, Case, Amount) end, Cases),
+            print_table(length(Cases));
+        [Name, Kind, First, Action] ->
+            one(Base, case_of(Name), Kind, First, list_to_existing_atom(Action));
+        [Name] ->
+            fail_each(Base, case_of(Name), Amount),
+            print_table(1)
+    end,
+    Checked = oracle(Base),
+    Violations = ets:lookup_element(?MODULE, violations, 2),
+    io:format("~nViolations: ~b~n", [Violations]),
+    Checked andalso Violations =:= 0.
+
+one(Base, Case, Kind, First, Action) ->
+    World = setup(Case, root(Base), ?LARGE),
+    _ = without_fault(World),
+    N = list_to_integer(First),
+    Fault = case Kind of
+        "all" -> #fault{kind = any, first = N, last = ?FOREVER, action = Action};
+        _ -> #fault{kind = Kind, first = N, last = N, action = Action}
+    end,
+    {Report, Class, Wrong} = attempt(World, Fault),
+    io:format("~p~n~s: ~p~n", [Report, Class, Wrong]),
+    [violation(Case, Fault, Wrong) || Wrong =/= []],
+    teardown().
+
+%% Never the same one twice: what has been learnt of a root is kept by its inode.
+root(Base) ->
+    filename:join(Base, lists:concat(["root_", erlang:unique_integer([positive])])).
+
+fail_each(Base, Case, Amount) ->
+    Begun = erlang:monotonic_time(millisecond),
+    World = setup(Case, root(Base), ?LARGE),
+    %% Twice, for the library's first use of its threads has calls of its own.
+    _ = without_fault(World),
+    #{counts := Counts, total := Total} = without_fault(World),
+    Kinds = [{Kind, N} || {Kind, _} <- kinds(), N <- [maps:get(Kind, Counts)], N > 0],
+    Again = fun() -> again(World, Base) end,
+    Tried = lists:sum([
+        fail_kind(Again, Kind, N, Action, Amount)
+     || {Kind, N} <- Kinds, Action <- actions(Kind, Amount, Case)
+    ]),
+    Dead = lists:sum([
+        fail_from(Again, N, Action) || Action <- dead_actions(Amount, Case), N <- some(Total, Amount)
+    ]),
+    remember_good(World),
+    teardown(),
+    Took = erlang:monotonic_time(millisecond) - Begun,
+    io:format("  ~-34s ~4b calls ~6b faults ~4b dead disks ~6.1f s~n",
+              [name(Case), Total, Tried, Dead, Took / 1000]).
+
+%% There must be nothing to complain of then.
+without_fault(#world{case_ = Case} = World) ->
+    case attempt(World, ?NO_FAULT) of
+        {Report, ok, []} -> Report;
+        {_Report, _Class, Wrong} -> error({without_a_fault, name(Case), Wrong})
+    end.
+
+%% A root that has never refused a file without a name has to be new each time.
+again(#world{case_ = #case_{way = named_first} = Case, ours = Ours}, Base) ->
+    stop_store(),
+    setup(Case, root(Base), byte_size(Ours));
+again(World, _Base) ->
+    World.
+
+actions(Kind, Amount, #case_{size = Size}) ->
+    Errors = case {Amount, Size} of
+        {quick, large} -> [eio, eintr];
+        {quick, small} -> [eio, eintr, enospc];
+        {full, _} -> [Error || {Error, _} <- ?ERRORS]
+    end,
+    %% It does nothing that a signal could interrupt.
+    [Error || Error <- Errors, {Kind, Error} =/= {"fdopendir", eintr}] ++
+        [short || lists:member(Kind, ["read", "pread", "write", "writev", "pwrite", "pwritev"])].
+
+dead_actions(full, #case_{size = small}) -> [eio, erofs];
+dead_actions(_Amount, _Case) -> [eio].
+
+%% Quick: the first and the last ones only.
+some(Total, full) -> lists:seq(1, Total);
+some(Total, quick) when Total =< 8 -> lists:seq(1, Total);
+some(Total, quick) -> lists:seq(1, 4) ++ lists:seq(Total - 3, Total).
+
+%% As often as the call is reached; `N' is how often it was without a fault.
+fail_kind(Again, Kind, N, Action, full) ->
+    fail_until(Again, Kind, 1, N, Action);
+fail_kind(Again, Kind, N, Action, quick) ->
+    length([true = fail(Again(), Kind, M, Action) || M <- some(N, quick)]).
+
+fail_until(Again, Kind, M, N, Action) ->
+    case fail(Again(), Kind, M, Action) of
+        true -> 1 + fail_until(Again, Kind, M + 1, N, Action);
+        false when M > N -> 0;
+        false -> error({not_reached, Kind, M, N})
+    end.
+
+fail(#world{case_ = Case} = World, Kind, M, Action) ->
+    Fault = #fault{kind = Kind, first = M, last = M, action = Action},
+    note(Case, Fault),
+    {#{hits := Hits}, Class, Wrong} = attempt(World, Fault),
+    count(World, Fault, Hits > 0, Class, Wrong),
+    Hits > 0.
+
+%% All calls fail from the N-th on: the disk is dead, the file system read-only from now on.
+fail_from(Again, N, Action) ->
+    #world{case_ = Case} = World = Again(),
+    Fault = #fault{kind = any, first = N, last = ?FOREVER, action = Action},
+    note(Case, Fault),
+    {_Report, _Class, Wrong} = attempt(World, Fault),
+    ets:update_counter(?MODULE, dead, 1),
+    [violation(Case, Fault, Wrong) || Wrong =/= []],
+    1.
+
+count(#world{case_ = Case}, #fault{kind = Kind} = Fault, true, Class, Wrong) ->
+    Column = case Class of
+        ok -> 3;
+        error -> 4;
+        neither -> 5
+    end,
+    _ = ets:update_counter(?MODULE, {kind, Kind}, [{2, 1}, {Column, 1}], {{kind, Kind}, 0, 0, 0, 0}),
+    [violation(Case, Fault, Wrong) || Wrong =/= []];
+count(#world{case_ = Case}, Fault, false, _Class, Wrong) ->
+    [violation(Case, Fault, Wrong) || Wrong =/= []].
+
+%% Should the VM die, the last line of this is what it died of.
+note(Case, Fault) ->
+    ok = prim_file:write_file(control() ++ ".last", [name(Case), " ", describe(Fault), "\n"]).
+
+describe(#fault{kind = any, first = First, last = ?FOREVER, action = Action}) ->
+    io_lib:format("all ~b ~s", [First, Action]);
+describe(#fault{kind = Kind, first = First, action = Action}) ->
+    io_lib:format("~s ~b ~s", [Kind, First, Action]).
+
+violation(Case, Fault, Wrong) ->
+    ets:update_counter(?MODULE, violations, 1),
+    io:format("VIOLATION of ~s ~s:~n    ~p~n", [name(Case), describe(Fault), Wrong]).
+
+print_table(Cases) ->
+    io:format("~n~-24s ~8s ~8s ~8s~n", ["the n-th call fails", "tried", "ok", "error"]),
+    Rows = lists:sort([
+        {Kind, Tried, Ok, Error} || {{kind, Kind}, Tried, Ok, Error, _} <- ets:tab2list(?MODULE)
+    ]),
+    lists:foreach(fun({Kind, Tried, Ok, Error}) ->
+        io:format("~-24s ~8b ~8b ~8b~n", [Kind, Tried, Ok, Error])
+    end, Rows),
+    Sum = fun(N) -> lists:sum([element(N, Row) || Row <- Rows]) end,
+    io:format("~-24s ~8b ~8b ~8b   in ~b cases~n", ["all", Sum(2), Sum(3), Sum(4), Cases]),
+    io:format("~-24s ~8b~n", ["all calls from the n-th on", ets:lookup_element(?MODULE, dead, 2)]).
+
+%%% The oracle
+
+remember_good(#world{good = Good, key = Key}) ->
+    remember([{file_name(Key), Bytes} || {Name, Bytes} <- maps:to_list(Good), is_atom(Name)]),
+    remember([File || {Name, _} = File <- maps:to_list(Good), is_list(Name)]).
+
+%% Each content once: what a file has to be equal to has to be good.
+remember(Files) ->
+    [{oracle, Known}] = ets:lookup(?MODULE, oracle),
+    ets:insert(?MODULE, {oracle, lists:usort(Files ++ Known)}).
+
+oracle(Base) ->
+    Files = ets:lookup_element(?MODULE, oracle, 2),
+    Paths = [
+        begin
+            Dir = filename:join(Base, lists:concat(["good_", N])),
+            ok = file:make_dir(Dir),
+            write(Dir, Name, Bytes),
+            filename:join(Dir, Name)
+        end
+     || {N, {Name, Bytes}} <- lists:zip(lists:seq(1, length(Files)), Files)
+    ],
+    case Paths of
+        [] ->
+            true;
+        _ ->
+            os:putenv("KVC_KEY", binary_to_list(binary:encode_hex(secret()))),
+            Oracle = filename:join(os:getenv("FAULTS_TEST"), "kvc_oracle.py"),
+            Command = lists:join($\s, ["python3", Oracle, "check" | Paths]),
+            Output = os:cmd(lists:flatten(["env -u LD_PRELOAD ", Command])),
+            Ok = length([Line || "ok " ++ _ = Line <- string:split(Output, "\n", all)]),
+            io:format("~nThe independent reader: ~b of ~b distinct files are good.~n",
+                      [Ok, length(Paths)]),
+            _ = [io:put_chars(Output) || Ok =/= length(Paths)],
+            Ok =:= length(Paths)
+    end.
+
+%%% The second table: the VM ends at every call
+
+%% In a VM of its own. Status 111: the shim has ended it.
+victim(Root, Case, First, Action) ->
+    World0 = setup(Case, Root, ?LARGE_FOR_CRASHES),
+    World = prepare(World0),
+    Kept = [{ok, _} = save(World, meta(9), World#world.ours) || keeps(Case)],
+    acknowledge(Root, [before || Kept =/= []]),
+    quiet(Root),
+    arm(#fault{kind = any, first = First, last = First, action = Action}, is_named(Case)),
+    Result = perform(World),
+    acknowledge(Root, [done || class(Result) =:= ok]),
+    class(Result) =:= ok.
+
+%% Whether there is a file that nothing is done to.
+keeps(#case_{op = Op}) -> Op =/= scan andalso Op =/= evict.
+
+acknowledge(Root, What) ->
+    _ = [ok = prim_file:write_file(lists:concat([Root, ".", W]), <<>>) || W <- What],
+    ok.
+
+acknowledged(Root, What) ->
+    filelib:is_file(lists:concat([Root, ".", What])).
+
+crashes(Base, Amount, Only) ->
+    true = ets:new(?MODULE, [named_table, public]) =:= ?MODULE,
+    ets:insert(?MODULE, [{violations, 0}, {oracle, []}]),
+    case Only of
+        [Name, First, Action] ->
+            crash_one(Base, case_of(Name), list_to_integer(First), list_to_existing_atom(Action));
+        [Name] ->
+            crash_each(Base, case_of(Name));
+        [] ->
+            lists:foreach(fun(Case) -> crash_each(Base, Case) end, crash_cases(Amount))
+    end,
+    print_crashes(),
+    Checked = oracle(Base),
+    Violations = ets:lookup_element(?MODULE, violations, 2),
+    io:format("~nViolations: ~b~n", [Violations]),
+    Checked andalso Violations =:= 0.
+
+crash_each(Base, Case) ->
+    Begun = erlang:monotonic_time(millisecond),
+    World = setup(Case, root(Base), ?LARGE_FOR_CRASHES),
+    Judge = judge_of(Case, World),
+    %% No call is the 0-th.
+    Whole = root(Base),
+    {0, #{hits := 0, total := Total}} = spawn_victim(Whole, Case, 0, exit_before),
+    true = acknowledged(Whole, done),
+    check_crash(Judge, Whole, 0, exit_before, none),
+    Points = [{N, Action} || N <- lists:seq(1, Total), Action <- [exit_before, exit_after]],
+    Run = fun({N, Action}) ->
+        Root = root(Base),
+        {Root, N, Action, spawn_victim(Root, Case, N, Action)}
+    end,
+    lists:foreach(fun({Root, N, Action, Ended}) ->
+        {?CRASHED, #{hit_kind := Kind}} = Ended,
+        check_crash(Judge, Root, N, Action, Kind)
+    end, in_parallel(Run, Points)),
+    remember_good(World),
+    teardown(),
+    Took = erlang:monotonic_time(millisecond) - Begun,
+    io:format("  ~-34s ~4b calls ~6b crashes ~6.1f s~n",
+              [name(Case), Total, length(Points), Took / 1000]).
+
+crash_one(Base, Case, N, Action) ->
+    Judge = judge_of(Case, setup(Case, root(Base), ?LARGE_FOR_CRASHES)),
+    Root = root(Base),
+    {Status, #{hit_kind := Kind}} = spawn_victim(Root, Case, N, Action),
+    io:format("status ~b, at ~s: ~p~n", [Status, Kind, names(Root)]),
+    check_crash(Judge, Root, N, Action, Kind),
+    teardown().
+
+judge_of(#case_{op = scan}, World) -> World;
+judge_of(_Case, World) -> stop_store(), World.
+
+%% As many at a time as there are processors.
+in_parallel(Fun, Points) ->
+    Parent = self(),
+    Workers = erlang:system_info(logical_processors_available),
+    Jobs = case Workers of
+        unknown -> 2;
+        _ -> max(1, Workers)
+    end,
+    collect(Fun, Parent, Points, Jobs, 0, []).
+
+collect(_Fun, _Parent, [], _Jobs, 0, Done) ->
+    Done;
+collect(Fun, Parent, [Point | Rest], Jobs, Running, Done) when Running < Jobs ->
+    _ = spawn_link(fun() -> Parent ! {done, Fun(Point)} end),
+    collect(Fun, Parent, Rest, Jobs, Running + 1, Done);
+collect(Fun, Parent, Points, Jobs, Running, Done) ->
+    receive
+        {done, Result} -> collect(Fun, Parent, Points, Jobs, Running - 1, [Result | Done]);
+        {'EXIT', _, Reason} when Reason =/= normal -> error(Reason)
+    end.
+
+spawn_victim(Root, Case, N, Action) ->
+    Control = Root ++ ".control",
+    Args = ["victim", Root, name(Case), integer_to_list(N), atom_to_list(Action)],
+    Port = open_port({spawn_executable, os:getenv("FAULTS_VICTIM")}, [
+        {args, Args}, {env, [{"IOFAULT", Control}]}, exit_status, stderr_to_stdout, binary
+    ]),
+    {Status, Output} = ended(Port, []),
+    Report = report(Control),
+    _ = [io:put_chars(Output) || Status =/= ?CRASHED, Status =/= 0],
+    {Status, Report}.
+
+ended(Port, Output) ->
+    receive
+        {Port, {data, Data}} -> ended(Port, [Output | Data]);
+        {Port, {exit_status, Status}} -> {Status, Output}
+    end.
+
+%% What a victim's shim has left.
+report(Control) ->
+    {ok, Bytes} = prim_file:read_file(Control),
+    ok = prim_file:delete(Control),
+    Length = 8 * (?WORD_COUNTS + ?MOST_KINDS),
+    <<Words:Length/binary, Names/binary>> = Bytes,
+    [_, _, _, _, _, _, Hits, HitKind, Total | _] = [Word || <<Word:64/native>> <= Words],
+    <<Name:?NAME_SIZE/binary, _/binary>> = binary:part(
+        Names, HitKind * ?NAME_SIZE, byte_size(Names) - HitKind * ?NAME_SIZE
+    ),
+    #{hits => Hits, total => Total, hit_kind => hd(string:split(binary_to_list(Name), [0]))}.
+
+check_crash(Judge, Root, N, Action, Kind) ->
+    Wrong = left_by_crash(Judge#world{root = Root}),
+    _ = [ets:update_counter(?MODULE, {crash, Kind, Action}, 1, {{crash, Kind, Action}, 0})
+         || Kind =/= none],
+    case Wrong of
+        [] ->
+            ok;
+        _ ->
+            ets:update_counter(?MODULE, violations, 1),
+            io:format("VIOLATION of ~s ~b ~s, at ~s:~n    ~p~n",
+                      [name(Judge#world.case_), N, Action, Kind, Wrong])
+    end,
+    ok = file:del_dir_r(Root),
+    _ = [prim_file:delete(Root ++ Suffix) || Suffix <- [".before", ".done"]],
+    ok.
+
+%% What is there after the VM's end, before and after a store has been started on it.
+left_by_crash(#world{case_ = Case, root = Root, key = Key, good = Good, ours = Ours} = World) ->
+    #case_{op = Op, way = Way} = Case,
+    Done = acknowledged(Root, done),
+    Final = file_name(Key),
+    Names = names(Root),
+    Kept = lists:member(file_name(key(9)), Names),
+    Corrupt = [flip_last(maps:get(theirs, Good)) || finds(Way) =:= corrupt] ++
+        [<<(maps:get(theirs, Good))/binary, 0>> || Op =:= scan],
+    Contents = [{Name, read(Root, Name)} || Name <- Names, filename:extension(Name) =:= ".kvc"],
+    remember([File || {_, Bytes} = File <- Contents, not lists:member(Bytes, Corrupt)]),
+    NotWhole = [
+        {not_whole, Name}
+     || {Name, Bytes} <- Contents,
+        Name =:= Final, not lists:member(Bytes, Corrupt ++ maps:values(Good))
+    ],
+    Gap = [gap || Op =:= save, finds(Way) =/= nothing, not lists:member(Final, Names)],
+    Lost = [acknowledged_file_is_gone || acknowledged(Root, before), not Kept],
+    {ok, _} = start_store(World),
+    Swept = [{not_swept, Name} || Name <- names(Root), filename:extension(Name) =:= ".tmp"],
+    Loads = [wrong_load_of_kept || Kept, not loads(key(9), Ours)] ++ crash_loads(World, Done),
+    Deleted = case load(Key) of
+        {ok, _} -> ensure_deleted(World);
+        _ -> []
+    end,
+    Resaved = resaved(World),
+    stop_store(),
+    NotWhole ++ Gap ++ Lost ++ Swept ++ Loads ++ Deleted ++ Resaved.
+
+crash_loads(#world{case_ = #case_{op = scan}, ours = Ours}, _Done) ->
+    [{load_of, N} || N <- [2, 3], not loads(key(N), Ours)];
+crash_loads(#world{case_ = #case_{op = evict}, ours = Ours}, Done) ->
+    Loads = [{N, load(key(N))} || N <- [1, 2, 3, 4]],
+    %% One had to go, and no more than one.
+    [{loads, Loads} || length([N || {N, {ok, _}} <- Loads]) < 2] ++
+        [{load_of, N} || {N, Load} <- Loads, Load =/= {ok, Ours}, Load =/= {miss}] ++
+        [acknowledged_is_gone || Done, lists:keyfind(1, 1, Loads) =/= {1, {ok, Ours}}];
+crash_loads(#world{case_ = #case_{op = delete}, key = Key, ours = Ours}, Done) ->
+    Load = load(Key),
+    [{load, Load} || Load =/= {miss}, Done orelse Load =/= {ok, Ours}];
+crash_loads(#world{case_ = #case_{way = Way}, key = Key} = World, Done) ->
+    Saved = {ok, saved_payload(World)},
+    Allowed = case finds(Way) of
+        nothing -> [Saved | [{miss} || not Done]];
+        valid -> [Saved];
+        corrupt -> [Saved | [{corrupt} || not Done]]
+    end,
+    Load = load(Key),
+    [{load, Load, Done} || not lists:member(Load, Allowed)].
+
+print_crashes() ->
+    io:format("~n~-24s ~8s ~8s~n", ["the VM ends", "before", "after"]),
+    All = [{Kind, Action, N} || {{crash, Kind, Action}, N} <- ets:tab2list(?MODULE)],
+    Count = fun(Kind, Action) -> lists:sum([N || {K, A, N} <- All, K =:= Kind, A =:= Action]) end,
+    Kinds = lists:usort([Kind || {Kind, _, _} <- All]),
+    lists:foreach(fun(Kind) ->
+        io:format("~-24s ~8b ~8b~n", [Kind, Count(Kind, exit_before), Count(Kind, exit_after)])
+    end, Kinds),
+    Sum = fun(Action) -> lists:sum([N || {_, A, N} <- All, A =:= Action]) end,
+    io:format("~-24s ~8b ~8b~n", ["all", Sum(exit_before), Sum(exit_after)]).

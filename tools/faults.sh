@@ -1,0 +1,102 @@
+#!/bin/sh
+# Every I/O call fails once, and the VM ends at every I/O call.
+#
+#   faults   Each call of the NIF library that does I/O, in each operation (save, load, eviction, a
+#            store's start and others), fails once with each of six errors, or moves half of what it
+#            should; and every call from the n-th on fails. After each, the promises of
+#            docs/durability.md are looked for from outside.
+#   crashes  A VM ends before and after each I/O call of a save, an eviction, a deletion and a scan.
+#            Another VM then looks at what is left.
+#
+# c_src/iofault.c is preloaded into the VMs to make that happen, test/erllama_cache_faults.erl says
+# when, and judges. A table for each; the status is 1 when a promise has been broken, with what is
+# needed to see it again.
+#
+#   tools/faults.sh [faults|crashes [CASE [CALL N WHAT]]]
+#   tools/faults.sh faults save_small/adopt/disk linkat 1 eio      that one again
+#   tools/faults.sh crashes save_small/adopt/disk 7 exit_after
+#
+# FAULTS=quick tries less: three errors (two for large files), of a long run of calls the first and
+# last four, the cases that differ most, crashes of four cases.
+set -eu
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+lib="$here/_build/default/lib/erllama_cache_nif"
+out="$here/_build/faults"
+: "${FAULTS:=full}"
+
+fail() {
+    echo "faults: $*" >&2
+    exit 1
+}
+
+case $FAULTS in
+    quick | full) ;;
+    *) fail "FAULTS is quick or full, not '$FAULTS'" ;;
+esac
+[ "$(uname -s)" = Linux ] || fail "the shim is for Linux"
+
+# A call that the shim does not know would be one that never fails: each is either known to it or
+# listed here, as no I/O or as what Rust needs to print a panic.
+check_symbols() {
+    nm -D --defined-only "$out/iofault.so" | awk '{ print $3 }' | sort >"$out/known"
+    nm -D --undefined-only "$lib/priv/erllama_cache_nif.so" | awk '{ sub(/@.*/, "", $2); print $2 }' |
+        grep -Ev '^(_|enif_|pthread_|mem|bcmp$|strlen$|abort$)' |
+        grep -Ev '^(calloc|free|malloc|posix_memalign|realloc|mmap64|munmap)$' |
+        grep -Ev '^(clock_gettime|clock_nanosleep|dl_iterate_phdr|dlsym|getenv|geteuid|getrandom)$' |
+        grep -Ev '^(gettid|pause|sched_getaffinity|sched_yield|syscall|sysconf)$' |
+        grep -Ev '^(getcwd|lseek64|readlink|realpath|stat64|statx)$' |
+        sort | comm -13 "$out/known" - >"$out/unknown"
+    [ ! -s "$out/unknown" ] ||
+        fail "the library calls what c_src/iofault.c does not know:" "$(tr '\n' ' ' <"$out/unknown")"
+}
+
+mkdir -p "$out/ebin"
+${CC:-cc} -std=gnu11 -O1 -Wall -Wextra -Werror -U_FORTIFY_SOURCE -fPIC -shared \
+    -o "$out/iofault.so" "$here/c_src/iofault.c" -ldl
+check_symbols
+erlc +debug_info -Werror -o "$out/ebin" "$here/test/erllama_cache_test_util.erl" \
+    "$here/test/erllama_cache_faults.erl"
+
+# In memory if there is such a place: nothing here is about a disk, and there are thousands of syncs.
+if [ -w /dev/shm ]; then
+    base=$(mktemp -d /dev/shm/erllama_faults.XXXXXX)
+else
+    base=$(mktemp -d)
+fi
+trap 'rm -rf "$base"' EXIT
+trap 'exit 1' INT TERM
+
+# One scheduler of each kind is enough for an operation, and a VM of that size starts faster.
+cat >"$out/victim" <<END
+#!/bin/sh
+export LD_PRELOAD="$out/iofault.so" ERL_CRASH_DUMP_SECONDS=0
+exec erl -noinput -boot no_dot_erlang +S 1:1 +SDcpu 1:1 +SDio 3 +A 1 \\
+    -pa "$lib/ebin" "$out/ebin" -run erllama_cache_faults main -extra "\$@"
+END
+chmod +x "$out/victim"
+export FAULTS_VICTIM="$out/victim" FAULTS_TEST="$here/test"
+
+# run PART [ONLY...]
+run() {
+    part=$1
+    shift
+    echo "== $part"
+    status=0
+    IOFAULT="$base/control" LD_PRELOAD="$out/iofault.so" ERL_CRASH_DUMP_SECONDS=0 \
+        erl -noinput -boot no_dot_erlang -pa "$lib/ebin" "$out/ebin" \
+        -run erllama_cache_faults main -extra "$part" "$base" "$FAULTS" "$@" || status=$?
+    if [ "$status" -ne 0 ]; then
+        [ "$status" -eq 1 ] || [ ! -f "$base/control.last" ] ||
+            echo "faults: the VM ended at: $(cat "$base/control.last")" >&2
+        fail "$part: a promise has been broken"
+    fi
+    echo
+}
+
+if [ $# -gt 0 ]; then
+    run "$@"
+else
+    run faults
+    run crashes
+fi

@@ -1169,6 +1169,17 @@ mod failures {
         }
     }
 
+    /// Its owner may publish it between two calls of a sweeper, and then its name is gone.
+    #[test]
+    fn a_temporary_file_that_is_gone_is_not_told() {
+        let dir = root();
+        fs::write(dir.path().join(temporary_name(1)), b"half a fi").unwrap();
+        with(&[call(libc::SYS_unlinkat, libc::ENOENT)], || {
+            let found = scan(dir.path());
+            assert!(found.is_empty(), "{found:?}");
+        });
+    }
+
     /// What cannot be read is not corrupt: it is neither replaced, nor adopted, nor removed.
     #[test]
     fn a_failed_read_proves_nothing() {

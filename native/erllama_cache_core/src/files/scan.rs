@@ -144,6 +144,8 @@ impl Scan {
         }
         match sys::unlink_at(self.root.dir(), name) {
             Ok(()) => Some(Found::Swept),
+            // Published and closed since it was opened here.
+            Err(source) if source.raw_os_error() == Some(libc::ENOENT) => None,
             Err(source) => skipped(Error::Io {
                 call: "unlink",
                 source,

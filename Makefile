@@ -19,6 +19,7 @@ export FILE
 
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak soak-semaphore sanitize fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize faults bench-semaphore bench-save bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kill bench-semaphore bench-save bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -80,6 +81,8 @@ soak: setup all ## A store in every use at once, for an hour: make soak [SOAK=se
 	tools/soak.sh
 faults: setup all ## Each I/O call fails once, the VM ends at each one; FAULTS=quick does less
 	tools/faults.sh
+kill: setup all ## kill -9 of nodes in the middle of saves, KILLS=300 times on each of two roots
+	tools/kill.sh
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main

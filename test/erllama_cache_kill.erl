@@ -1,0 +1,515 @@
+%% Kills nodes in the middle of their saves, again and again, and looks at what is left.
+%%
+%% Two nodes, each an operating system process of its own, save the same keys into one root, with
+%% payloads that tell whose they are. One of them, or both, gets a `kill -9' at a moment that is
+%% drawn; the other goes on while the killed one starts again on the root. Then both are asked for
+%% every key. tools/kill.sh runs this; what it takes from the environment is said there.
+-module(erllama_cache_kill).
+
+-export([main/0, node_main/0, log/2]).
+
+-import(erllama_cache_test_util, [eventually/1, open_files/1, run_command/2]).
+
+-compile({no_auto_import, [round/1]}).
+
+-define(STORE, kill_store).
+-define(WRITER, erllama_cache_writer).
+-define(SAVERS, 8).
+%% How many keys a node is given at a time, and after how many milliseconds at most a kill comes.
+-define(BATCH, 48).
+-define(WINDOW, 300).
+%% How long a node takes to start, about: some are killed in that time.
+-define(STARTING, 400).
+%% After so many kills the oracle, which is slow, looks at files of no more bytes than these. Then
+%% all but so many are deleted.
+-define(STAGE, 25).
+-define(ORACLE_BYTES, 16 bsl 20).
+-define(KEPT, 200).
+%% Nothing that is waited for takes this long.
+-define(DEADLINE, 120000).
+
+%%% The one who kills
+
+%% A node, and which of its lives.
+-type whose() :: {1..2, pos_integer()}.
+
+-record(node, {
+    port :: port(),
+    state :: starting | idle | busy,
+    life :: pos_integer(),
+    %% What it has been given to save and has not answered: it may be in there twice.
+    open = [] :: [pos_integer()]
+}).
+
+-record(state, {
+    root :: file:filename(),
+    %% A shell: to start a program for each kill would give the killed the time to finish.
+    shell = open_port({spawn_executable, "/bin/sh"}, []) :: port(),
+    nodes = #{} :: #{1..2 => #node{}},
+    lives = 0 :: non_neg_integer(),
+    next = 1 :: pos_integer(),
+    %% Keys that somebody was told of as saved or as already there.
+    acknowledged = #{} :: #{pos_integer() => true},
+    %% Whose payload a key was first seen with. It stays that until it is deleted.
+    seen = #{} :: #{pos_integer() => whose()},
+    %% Not looked at since they were saved.
+    fresh = [] :: [pos_integer()],
+    %% What the killed were in the middle of.
+    cut = [] :: [{pos_integer(), whose()}],
+    counts = #{} :: #{atom() => non_neg_integer()}
+}).
+
+-spec main() -> no_return().
+main() ->
+    Kills = list_to_integer(os:getenv("KILLS", "300")),
+    Seed = list_to_integer(os:getenv("KILL_SEED", integer_to_list(seed()))),
+    io:format("~b kills, KILL_SEED=~b~n", [Kills, Seed]),
+    _ = rand:seed(exsss, Seed),
+    Begun = erlang:monotonic_time(millisecond),
+    try
+        S = finish(rounds(Kills, start(2, start(1, #state{root = os:getenv("KILL_ROOT")})))),
+        Took = erlang:monotonic_time(millisecond) - Begun,
+        print([{seconds, Took div 1000} | table(S)]),
+        assert_not_idle(Kills, S),
+        halt(0)
+    catch
+        Class:Reason:Stack ->
+            io:format("FAILED, KILL_SEED=~b~n~p~n", [Seed, {Class, Reason, Stack}]),
+            halt(1)
+    end.
+
+seed() ->
+    erlang:system_time() rem 1000000.
+
+rounds(Kills, S) ->
+    case count(kills, S) of
+        Killed when Killed >= Kills -> S;
+        _ -> rounds(Kills, round(S))
+    end.
+
+round(S0) ->
+    Victims = victims(),
+    S1 = kill(Victims, save_for(uniform(?WINDOW), S0)),
+    S2 = lists:foldl(fun start/2, S1, Victims),
+    S3 = kill_while_starting(hd(Victims), uniform(8), S2),
+    S4 = save_until(fun all_up/1, S3),
+    S5 = verify(settle(S4)),
+    case count(kills, S5) div ?STAGE > count(kills, S0) div ?STAGE of
+        true -> next_stage(oracle(S5));
+        false -> S5
+    end.
+
+victims() ->
+    case uniform(5) of
+        1 -> [1, 2];
+        _ -> [uniform(2)]
+    end.
+
+kill_while_starting(Id, 1, S0) ->
+    S1 = save_for(uniform(?STARTING), S0),
+    #{Id := #node{state = State}} = S1#state.nodes,
+    start(Id, add(killed_while_starting, length([Id || State =:= starting]), kill([Id], S1)));
+kill_while_starting(_Id, _, S) ->
+    S.
+
+uniform(N) ->
+    rand:uniform(N).
+
+all_up(#state{nodes = Nodes}) ->
+    [] =:= [Id || {Id, #node{state = starting}} <- maps:to_list(Nodes)].
+
+all_idle(#state{nodes = Nodes}) ->
+    [] =:= [Id || {Id, #node{state = State}} <- maps:to_list(Nodes), State =/= idle].
+
+%%% Saving
+
+save_for(Milliseconds, S) ->
+    Ref = make_ref(),
+    _ = erlang:send_after(Milliseconds, self(), Ref),
+    save_until_message(Ref, S).
+
+save_until_message(Ref, S0) ->
+    S = feed(S0),
+    receive
+        Ref -> S;
+        {Port, Message} when is_port(Port) -> save_until_message(Ref, heard(Port, Message, S))
+    after ?DEADLINE -> error({hung, S#state.nodes})
+    end.
+
+save_until(Done, S0) ->
+    case Done(S0) of
+        true -> S0;
+        false -> save_until(Done, wait(feed(S0)))
+    end.
+
+settle(S) ->
+    case all_idle(S) of
+        true -> S;
+        false -> settle(wait(S))
+    end.
+
+wait(S) ->
+    receive
+        {Port, Message} when is_port(Port) -> heard(Port, Message, S)
+    after ?DEADLINE -> error({hung, S#state.nodes})
+    end.
+
+%% The next keys, for all who run, when all of those are done with the last ones: they are to be at
+%% the same keys at the same time.
+feed(#state{nodes = Nodes, next = Next, fresh = Fresh} = S) ->
+    Up = [Id || {Id, #node{state = State}} <- maps:to_list(Nodes), State =/= starting],
+    Busy = [Id || Id <- Up, (maps:get(Id, Nodes))#node.state =:= busy],
+    case {Up, Busy} of
+        {[_ | _], []} ->
+            Numbers = lists:seq(Next, Next + ?BATCH - 1),
+            %% Some twice, so that savers of one node meet too.
+            Batch = lists:append([[N || _ <- lists:seq(0, length([x || N rem 5 =:= 0]))]
+                                  || N <- Numbers]),
+            Given = maps:map(fun
+                (Id, #node{port = Port} = Node) ->
+                    case lists:member(Id, Up) of
+                        true ->
+                            tell(Port, {save, Batch}),
+                            Node#node{state = busy, open = Batch};
+                        false ->
+                            Node
+                    end
+            end, Nodes),
+            S#state{nodes = Given, next = Next + ?BATCH, fresh = Numbers ++ Fresh};
+        _ ->
+            S
+    end.
+
+tell(Port, Term) ->
+    true = port_command(Port, term_to_binary(Term)),
+    ok.
+
+heard(Port, Message, #state{nodes = Nodes} = S) ->
+    [Id] = [Id || {Id, #node{port = P}} <- maps:to_list(Nodes), P =:= Port],
+    case Message of
+        {data, Data} -> handle(Id, binary_to_term(Data), S);
+        Other -> error({died_unasked, Id, Other})
+    end.
+
+handle(Id, {up, #{unnamed := Unnamed}}, S) ->
+    Unnamed = os:getenv("KILL_NAMED") =:= false,
+    update(Id, fun(#node{state = starting} = Node) -> Node#node{state = idle} end, S);
+handle(Id, {saved, N, Result}, S) ->
+    acknowledge(N, Result, update(Id, fun(#node{open = Open} = Node) ->
+        Node#node{open = lists:delete(N, Open)}
+    end, S));
+handle(Id, done, S) ->
+    update(Id, fun(#node{open = []} = Node) -> Node#node{state = idle} end, S);
+handle(Id, Other, _S) ->
+    error({from_node, Id, Other}).
+
+update(Id, Fun, #state{nodes = Nodes} = S) ->
+    S#state{nodes = Nodes#{Id := Fun(maps:get(Id, Nodes))}}.
+
+acknowledge(N, ok, S) -> acknowledged(N, add(saved, 1, S));
+acknowledge(N, {error, already_present}, S) -> acknowledged(N, add(already_present, 1, S));
+%% Two savers of one node: nothing is known of the key yet.
+acknowledge(N, {error, conflict}, S) when N rem 5 =:= 0 -> add(conflict, 1, S);
+acknowledge(N, Other, S) -> error({save, N, Other, S#state.nodes}).
+
+acknowledged(N, #state{acknowledged = Acknowledged} = S) ->
+    S#state{acknowledged = Acknowledged#{N => true}}.
+
+%%% Killing and starting
+
+start(Id, #state{nodes = Nodes, lives = Lives} = S) ->
+    Life = Lives + 1,
+    Port = open_port({spawn_executable, "/bin/sh"}, [
+        nouse_stdio, {packet, 4}, binary, exit_status, eof,
+        {env, [{"KILL_NODE", integer_to_list(Id)}, {"KILL_LIFE", integer_to_list(Life)},
+               {"ERL_CRASH_DUMP_SECONDS", "0"}]},
+        %% Helpers of a killed node say there that they have lost it.
+        {args, ["-c", "exec erl \"$@\" 2>>\"$KILL_STDERR\"", "sh", "-noinput", "-boot",
+                "start_clean", "-s", atom_to_list(?MODULE), "node_main", "-pa" | code_dirs()]}
+    ]),
+    S#state{nodes = Nodes#{Id => #node{port = Port, state = starting, life = Life}}, lives = Life}.
+
+code_dirs() ->
+    lists:usort([filename:dirname(filename:absname(code:which(Module)))
+                 || Module <- [?MODULE, ?WRITER]]).
+
+kill(Ids, #state{nodes = Nodes} = S) ->
+    Ports = [(maps:get(Id, Nodes))#node.port || Id <- Ids],
+    Pids = [[$\s, integer_to_list(Pid)] || Port <- Ports,
+                                           {os_pid, Pid} <- [erlang:port_info(Port, os_pid)]],
+    true = port_command(S#state.shell, ["kill -9", Pids, $\n]),
+    Dead = lists:foldl(fun(Port, Sofar) -> drain(Port, Sofar) end, S, Ports),
+    Killed = [{Id, maps:get(Id, Dead#state.nodes)} || Id <- Ids],
+    Busy = [Id || {Id, #node{open = [_ | _]}} <- Killed],
+    %% A node's savers take the keys in order: of those that it had not answered, the first ones are
+    %% what it was at.
+    Cut = [{N, {Id, Life}} || {Id, #node{open = Open, life = Life}} <- Killed,
+                              N <- lists:usort(lists:sublist(Open, ?SAVERS))],
+    Counts = [{kills, length(Ids)}, {in_a_save, length(Busy)}, {cut_off, length(Cut)},
+              {tmp_left, length(stale(Dead))}],
+    Left = Dead#state{nodes = maps:without(Ids, Dead#state.nodes), cut = Cut ++ Dead#state.cut},
+    lists:foldl(fun({What, N}, Sofar) -> add(What, N, Sofar) end, Left, Counts).
+
+%% What it could still say counts.
+drain(Port, S) ->
+    Gone = receive {Port, {exit_status, _}} -> true after ?DEADLINE -> error(not_killed) end,
+    drained(Port, Gone, S).
+
+drained(Port, true, S) ->
+    receive
+        {Port, eof} -> true = port_close(Port), S;
+        {Port, Message} -> drained(Port, true, heard(Port, Message, S))
+    after ?DEADLINE -> error(no_end)
+    end.
+
+%% Temporary files that nobody holds the lock of.
+stale(#state{root = Root}) ->
+    {ok, Locks} = file:read_file("/proc/locks"),
+    Tmps = filelib:wildcard("*.tmp", Root),
+    Inodes = [element(12, Info)
+              || Tmp <- Tmps, {ok, Info} <- [file:read_file_info(filename:join(Root, Tmp))]],
+    [Inode || Inode <- Inodes,
+              binary:match(Locks, list_to_binary(io_lib:format(":~b 0 EOF", [Inode]))) =:= nomatch].
+
+%%% Looking
+
+%% Both nodes say the same of every key; a key that was acknowledged is there, and with the payload
+%% that it was first seen with; one that was not is there as a whole, or not at all.
+verify(#state{fresh = Fresh, seen = Seen} = S) ->
+    Old = maps:keys(Seen),
+    Sample = [lists:nth(uniform(length(Old)), Old) || Old =/= [], _ <- lists:seq(1, 10)],
+    Verified = verify(lists:usort(Fresh ++ Sample), S#state{fresh = []}),
+    Verified#state{cut = []}.
+
+verify(Numbers, #state{nodes = Nodes, root = Root} = S) ->
+    #{1 := Node1, 2 := Node2} = Nodes,
+    {First, Said1} = ask_to_load(Node1, Numbers),
+    {Second, Said2} = ask_to_load(Node2, Numbers),
+    [error({nodes_differ, A, B}) || {A, B} <- lists:zip(First, Second), A =/= B],
+    Next = lists:foldl(fun judge/2, S, First),
+    Files = lists:sort(filelib:wildcard("*", Root)),
+    Expected = lists:sort([name(N) || N <- maps:keys(Next#state.seen)]),
+    Files =:= Expected orelse error({files, {Files -- Expected, Expected -- Files}}),
+    Adoptions = lists:sum([maps:get(adoptions, Said) || Said <- [Said1, Said2]]),
+    add(adopted, Adoptions, add(loads, 2 * length(Numbers), Next)).
+
+judge({N, {ok, Whose}}, #state{seen = Seen, cut = Cut} = S) ->
+    case Seen of
+        #{N := Whose} ->
+            S;
+        #{N := Other} ->
+            error({changed, N, Other, Whose});
+        #{} ->
+            There = length([N || lists:member({N, Whose}, Cut)]),
+            add(files, 1, add(cut_off_there, There, S#state{seen = Seen#{N => Whose}}))
+    end;
+judge({N, miss}, #state{seen = Seen, acknowledged = Acknowledged} = S) ->
+    Lost = maps:is_key(N, Seen) orelse maps:is_key(N, Acknowledged),
+    Lost andalso error({lost, N}),
+    add(absent, 1, S);
+judge({N, Other}, _S) ->
+    error({load, N, Other}).
+
+ask_to_load(#node{port = Port}, Numbers) ->
+    tell(Port, {load, Numbers}),
+    receive
+        {Port, {data, Data}} ->
+            {loaded, Loaded, Info} = binary_to_term(Data),
+            {Loaded, Info};
+        {Port, Other} ->
+            error({died_unasked, Other})
+    after ?DEADLINE -> error({hung, Port})
+    end.
+
+%% Those whose saves were cut off, and others.
+oracle(#state{root = Root, seen = Seen, cut = Cut} = S) ->
+    {First, Others} = lists:partition(fun(N) -> lists:keymember(N, 1, Cut) end, maps:keys(Seen)),
+    Files = up_to(?ORACLE_BYTES, [filename:join(Root, name(N)) || N <- First ++ shuffle(Others)]),
+    ok = oracle_agrees(Files),
+    add(checked, length(Files), S).
+
+up_to(Bytes, [File | Files]) when Bytes > 0 ->
+    [File | up_to(Bytes - filelib:file_size(File), Files)];
+up_to(_Bytes, _Files) -> [].
+
+shuffle(List) ->
+    [X || {_, X} <- lists:sort([{rand:uniform(), X} || X <- List])].
+
+oracle_agrees([]) ->
+    ok;
+oracle_agrees(Files) ->
+    {Some, Rest} = lists:split(min(50, length(Files)), Files),
+    case run_command("python3", [os:getenv("KILL_ORACLE"), "check" | Some]) of
+        {0, _} -> oracle_agrees(Rest);
+        {_, Said} -> error({oracle, [Line || "BAD" ++ _ = Line <- string:split(Said, "\n", all)]})
+    end.
+
+%% One node deletes, and the other one finds that out.
+next_stage(#state{seen = Seen, nodes = Nodes} = S) ->
+    io:format("  ~b kills, ~b files~n", [count(kills, S), count(files, S)]),
+    {_Kept, Delete} = lists:split(min(?KEPT, maps:size(Seen)), shuffle(maps:keys(Seen))),
+    #{1 := #node{port = Port}} = Nodes,
+    tell(Port, {delete, Delete}),
+    Next = S#state{seen = maps:without(Delete, Seen),
+                   acknowledged = maps:without(Delete, S#state.acknowledged)},
+    receive {Port, {data, Deleted}} -> deleted = binary_to_term(Deleted) end,
+    verify(lists:sublist(Delete, 50), Next).
+
+%% All of them once more, by nodes that have just started.
+finish(S0) ->
+    S1 = oracle(S0),
+    S2 = settle(start(2, start(1, kill([1, 2], S1)))),
+    S3 = verify(maps:keys(S2#state.seen), S2),
+    lists:foreach(fun(#node{port = Port}) -> port_close(Port) end, maps:values(S3#state.nodes)),
+    S3.
+
+%% A storm in which nobody was hit has proven nothing.
+assert_not_idle(Kills, S) ->
+    Hits = [{in_a_save, Kills div 3}, {cut_off_there, 1}, {absent, 1}, {adopted, 1}] ++
+        [{tmp_left, 1} || os:getenv("KILL_NAMED") =/= false],
+    Missed = [{What, count(What, S)} || Kills >= 20, {What, Least} <- Hits, count(What, S) < Least],
+    Missed =:= [] orelse error({hit_nothing, Missed}).
+
+add(What, N, #state{counts = Counts} = S) ->
+    S#state{counts = Counts#{What => maps:get(What, Counts, 0) + N}}.
+
+count(What, #state{counts = Counts}) ->
+    maps:get(What, Counts, 0).
+
+table(S) ->
+    [{What, count(What, S)}
+     || What <- [kills, in_a_save, cut_off, cut_off_there, killed_while_starting, tmp_left, files,
+                 saved, adopted, already_present, conflict, absent, checked, loads]].
+
+print(Rows) ->
+    [io:format("  ~-56s ~8b~n", [label(What), N]) || {What, N} <- Rows],
+    ok.
+
+label(seconds) -> "seconds";
+label(kills) -> "kills";
+label(in_a_save) -> "  of a node in the middle of its saves";
+label(cut_off) -> "    saves cut off";
+label(cut_off_there) -> "    of these, their file was published, and is whole";
+label(killed_while_starting) -> "  of a node that was starting";
+label(tmp_left) -> "  temporary files left behind, all swept by a start";
+label(files) -> "files, one for each key, none lost, none changed";
+label(saved) -> "  saves told {ok, Key}";
+label(adopted) -> "    of these, by adopting a file, at least";
+label(already_present) -> "  saves told already_present";
+label(conflict) -> "  saves told conflict, within one node";
+label(absent) -> "keys that nobody was told of, and that are nowhere";
+label(checked) -> "files checked by the oracle";
+label(loads) -> "loads, each byte compared, the same in both nodes".
+
+%%% What a killed one runs
+
+-spec node_main() -> no_return().
+node_main() ->
+    Port = open_port({fd, 3, 4}, [binary, {packet, 4}, eof]),
+    Root = os:getenv("KILL_ROOT"),
+    ok = logger:add_handler(?MODULE, ?MODULE, #{level => warning, config => #{port => Port}}),
+    {ok, Noise} = file:read_file(os:getenv("KILL_NOISE")),
+    Whose = {list_to_integer(os:getenv("KILL_NODE")), list_to_integer(os:getenv("KILL_LIFE"))},
+    {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root}),
+    {ok, _} = ?WRITER:start_link(#{host => erllama_cache_store, max_concurrent => ?SAVERS}),
+    {ok, Path} = erllama_cache_path:native(Root),
+    Unnamed = erllama_cache_nif:takes_unnamed(Path),
+    tell(Port, {up, #{unnamed => Unnamed}}),
+    serve(Port, Root, Whose, Noise).
+
+serve(Port, Root, Whose, Noise) ->
+    receive
+        {Port, {data, Data}} ->
+            case binary_to_term(Data) of
+                {save, Numbers} ->
+                    ok = save_all(Port, Whose, list_to_tuple(Numbers), Noise),
+                    tell(Port, done);
+                {load, Numbers} ->
+                    Loaded = [{N, load(N, Noise)} || N <- Numbers],
+                    tell(Port, {loaded, Loaded, nothing_held(Root)});
+                {delete, Numbers} ->
+                    _ = [ok = erllama_cache_store:delete(?STORE, key(N)) || N <- Numbers],
+                    tell(Port, deleted)
+            end,
+            serve(Port, Root, Whose, Noise);
+        {Port, eof} ->
+            halt(0)
+    end.
+
+save_all(Port, Whose, Numbers, Noise) ->
+    Next = atomics:new(1, []),
+    Savers = [spawn_monitor(fun() -> save_next(Port, Whose, Numbers, Next, Noise) end)
+              || _ <- lists:seq(1, ?SAVERS)],
+    _ = [receive {'DOWN', Monitor, process, Pid, normal} -> ok end || {Pid, Monitor} <- Savers],
+    ok.
+
+save_next(Port, Whose, Numbers, Next, Noise) ->
+    case atomics:add_get(Next, 1, 1) of
+        I when I =< tuple_size(Numbers) ->
+            N = element(I, Numbers),
+            Key = key(N),
+            Result = case ?WRITER:save(?STORE, disk, meta(N), payload(N, Whose, Noise)) of
+                {ok, Key} -> ok;
+                Other -> Other
+            end,
+            tell(Port, {saved, N, Result}),
+            save_next(Port, Whose, Numbers, Next, Noise);
+        _ ->
+            ok
+    end.
+
+load(N, Noise) ->
+    case erllama_cache_store:load(?STORE, key(N)) of
+        {ok, #{tokens := [N]}, <<Node:32, Life:32, _/binary>> = Payload} ->
+            case payload(N, {Node, Life}, Noise) of
+                Payload -> {ok, {Node, Life}};
+                _ -> wrong_bytes
+            end;
+        {ok, _, _} -> wrong_bytes;
+        Other -> Other
+    end.
+
+%% Between saves a node holds nothing, and it never had to replace a file: that would have been half
+%% a file under a final name.
+nothing_held(Root) ->
+    ok = eventually(fun() -> open_files(Root) =:= [] end),
+    #{current := 0, waiting := 0, inflight_bytes := 0, replacements := 0, adoptions := Adoptions} =
+        ?WRITER:info(),
+    ok = eventually(fun() -> maps:get(reservations, erllama_cache_store:info(?STORE)) =:= 0 end),
+    #{adoptions => Adoptions}.
+
+meta(N) ->
+    #{
+        save_reason => cold, quant_bits => 16, quant_type => f16, fingerprint => <<1:256>>,
+        fingerprint_mode => safe, ctx_params_hash => <<2:256>>, tokens => [N],
+        context_size => 4096
+    }.
+
+key(N) ->
+    {ok, Key} = erllama_cache_store:key(meta(N)),
+    Key.
+
+name(N) ->
+    filename:basename(erllama_cache_path:final("", key(N))).
+
+%% Says whose it is, and no part of it is like another.
+payload(N, {Node, Life} = Whose, Noise) ->
+    Size = size(N, erlang:phash2({N, Whose}, 1 bsl 20)),
+    At = erlang:phash2({at, N, Whose}, byte_size(Noise) - Size),
+    <<Node:32, Life:32, N:64, (binary:part(Noise, At, Size))/binary>>.
+
+%% One of each batch takes many slices, some are written in pieces or in one go, the others are what
+%% one call of the library does.
+size(N, Random) when N rem ?BATCH =:= 1 -> 1 bsl 20 + Random;
+size(N, Random) when N rem 8 =:= 1 -> 65536 + Random rem (250 * 1024);
+size(_N, Random) -> Random rem 20000.
+
+%% What a start finds corrupt, or cannot look at, nobody has put there.
+log(#{msg := {report, #{event := Event} = Report}}, #{config := #{port := Port}}) when
+    Event =:= corrupt_file_removed; Event =:= file_skipped
+->
+    tell(Port, {trouble, Report});
+log(#{level := Level} = Event, #{config := #{port := Port}}) when Level =:= error ->
+    tell(Port, {trouble, Event});
+log(_Event, _Config) ->
+    ok.

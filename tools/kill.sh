@@ -1,0 +1,97 @@
+#!/bin/sh
+# Proves that `kill -9` of a node costs nothing but the saves that it cuts off:
+#
+#     tools/kill.sh [plain|named...]
+#
+# Two VMs with 8 savers each save the same keys into one root. At random moments one of them, or both,
+# is killed, also while it starts; the other goes on, and the killed one starts again on the root. After
+# each kill both load every new key and some old ones, and every byte is compared: a key that anybody
+# was told is stored is there, is the same for both and stays the same; a save that was cut off left a
+# whole file or nothing; there is one file for each key, no temporary file, slot, reservation or open
+# file. test/kvc_oracle.py, which shares no code with the library, checks each file once.
+#
+#   plain   on the file system of $TMPDIR, where temporary files have no names
+#   named   on bindfs (FUSE), where they have names and locks, and a start sweeps what the killed left
+#
+# Without an argument: both. KILLS sets how many kills for each (300), KILL_SEED repeats a storm's
+# choices (the moments of the machine differ). `named` has to be root for the mount, in a namespace of
+# its own: nothing stays mounted, however it ends. Where it cannot run this fails, unless
+# KILL_MAY_MISS=named says that it may. On a failure the root is kept.
+set -eu
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+lib=$here/_build/default/lib/erllama_cache_nif
+
+fail() {
+    echo "kill: $*" >&2
+    exit 1
+}
+
+storm() { # NAME ROOT
+    echo "==== kill -9: $1 ===="
+    if ! KILL_ROOT=$2 KILL_NOISE=$work/noise KILL_STDERR=$work/stderr \
+        KILL_ORACLE=$here/test/kvc_oracle.py \
+        erl -noinput -boot start_clean -pa "$lib/ebin" "$work/beam" -s erllama_cache_kill main; then
+        trap - EXIT
+        cat "$work/stderr" >&2
+        fail "$1 failed; its root is ${3:-$2}"
+    fi
+}
+
+prepare() {
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    mkdir "$work/beam" "$work/root" "$work/mnt"
+    head -c 8388608 /dev/urandom >"$work/noise"
+    erlc -o "$work/beam" "$here/test/erllama_cache_test_util.erl" "$here/test/erllama_cache_kill.erl"
+}
+
+plain() {
+    prepare
+    storm plain "$work/root"
+}
+
+# In namespaces of its own: the file system's process ends with them too.
+named() {
+    prepare
+    bindfs "$work/root" "$work/mnt"
+    KILL_NAMED=1 storm named "$work/mnt" "$work/root"
+    umount "$work/mnt"
+}
+
+# Why `named` cannot run here, or nothing.
+missing() {
+    [ "$(id -u)" = 0 ] || { echo "it takes root"; return; }
+    [ -e /dev/fuse ] || { echo "there is no /dev/fuse"; return; }
+    command -v bindfs >/dev/null 2>&1 ||
+        DEBIAN_FRONTEND=noninteractive apt-get install -qq -y bindfs >/dev/null 2>&1 ||
+        { echo "bindfs is not there, and apt does not install it"; return; }
+    unshare --mount --pid --fork true 2>/dev/null || echo "namespaces are not allowed"
+}
+
+if [ "${KILL_INSIDE:-}" ]; then
+    named
+    exit
+fi
+
+[ -d "$lib/ebin" ] || fail "not compiled: run make first"
+[ -e /proc/locks ] || fail "needs Linux with /proc"
+missed=""
+[ $# -gt 0 ] || set -- plain named
+for storm in "$@"; do
+    case $storm in
+        plain) (plain) ;;
+        named)
+            why=$(missing)
+            if [ -z "$why" ]; then
+                KILL_INSIDE=1 unshare --mount --pid --fork --kill-child --mount-proc "$0"
+            elif [ "${KILL_MAY_MISS:-}" = named ]; then
+                echo "kill: named was not run: $why" && missed=" (not: named)"
+            else
+                fail "named cannot run: $why. KILL_MAY_MISS=named allows that"
+            fi
+            ;;
+        *) fail "no such storm: $storm" ;;
+    esac
+done
+echo "kill: nothing was lost, nothing was left$missed"

@@ -20,6 +20,7 @@ export FILE
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak soak-semaphore sanitize fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize faults bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kill bench-semaphore bench-save bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kill disks bench-semaphore bench-save bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -83,6 +84,9 @@ faults: setup all ## Each I/O call fails once, the VM ends at each one; FAULTS=q
 	tools/faults.sh
 kill: setup all ## kill -9 of nodes in the middle of saves, KILLS=300 times on each of two roots
 	tools/kill.sh
+
+disks: setup all ## Full disks, quota, FUSE, read-only: on real mounts, as root
+	tools/disks.sh
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main

@@ -1,0 +1,419 @@
+%% Saves on disks that are full, on loan, or going away. tools/disks.sh mounts them and runs each
+%% scenario in a VM of its own:
+%%
+%%     erl ... -s erllama_cache_disks main -extra SCENARIO ROOT...
+%%
+%% What is proven is printed as one line; a scenario that fails says where and ends with status 1.
+-module(erllama_cache_disks).
+-behaviour(erllama_cache_host).
+
+-export([main/0]).
+-export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
+
+-include_lib("stdlib/include/assert.hrl").
+
+-import(erllama_cache_test_util, [
+    files/1, open_files/1, file_of/2, meta/1, eventually/1, actor/0, tell/2, answer/2, kill/1,
+    run_command/2
+]).
+
+-define(STORE, disks_store).
+-define(OTHER, disks_other_store).
+-define(WRITER, erllama_cache_writer).
+-define(KIB, 1024).
+-define(MIB, (1 bsl 20)).
+
+-spec main() -> no_return().
+main() ->
+    [Scenario, Root | Args] = init:get_plain_arguments(),
+    %% What is expected to be logged here is no news.
+    ok = logger:set_primary_config(level, none),
+    try
+        {ok, _} = ?WRITER:start_link(#{host => ?MODULE}),
+        io:format("~ts~n", [scenario(list_to_atom(Scenario), Root, Args)]),
+        halt(0)
+    catch
+        Class:Reason:Stack ->
+            io:format("FAILED: ~p~n", [{Class, Reason, Stack}]),
+            halt(1)
+    end.
+
+%%% Full
+
+%% Whatever it is that runs out, and however large the saves are: an error says so, nothing is left
+%% of those that failed, all that were told `{ok, _}' are there, and once there is room it goes on.
+scenario(full, Root, [Tier, Reason]) ->
+    %% First what asks for its space beforehand, then what is written in one go, down to one page.
+    Sizes = [3 * ?MIB, 300 * ?KIB, 100 * ?KIB, 30 * ?KIB, 1],
+    full(Root, list_to_atom(Tier), list_to_atom(Reason), Sizes);
+scenario(no_inodes, Root, []) ->
+    full(Root, disk, enospc, [1, 30 * ?KIB, 3 * ?MIB]);
+
+%% A mount that is made read-only between saves, by whoever may, and back.
+scenario(read_only, Root, [Mount]) ->
+    start_store(?STORE, Root, #{}),
+    Keys = #{1 := Key} = maps:from_list([{N, save(N)} || N <- [1, 2]]),
+    ok = file:write_file(stale_name(Root), <<"half a f">>),
+    Before = files(Root),
+    remount("ro", Mount),
+    [?assertEqual({error, erofs}, try_save(N, Size)) || {N, Size} <- sizes(3)],
+    ?assertEqual({error, already_present}, try_save(1, 1)),
+    ?assertEqual({error, erofs}, erllama_cache_store:delete(?STORE, Key)),
+    assert_loads(Keys),
+    assert_nothing_held(Root),
+    %% One can start here too: it knows the files, and cannot sweep.
+    restart_store(?STORE, Root, #{}),
+    ?assertMatch(#{files := 2}, erllama_cache_store:info(?STORE)),
+    assert_loads(Keys),
+    ?assertEqual(Before, files(Root)),
+    remount("rw", Mount),
+    More = maps:from_list([{N, save(N, Size)} || {N, Size} <- sizes(3)]),
+    restart_store(?STORE, Root, #{}),
+    assert_loads(maps:merge(Keys, More)),
+    ?assertEqual(names(Root, maps:merge(Keys, More)), files(Root)),
+    ok = erllama_cache_store:delete(?STORE, Key),
+    "saves fail with erofs, loads go on, a store starts; after remount,rw all of it works";
+
+%% The kernel finds an error in the file system and makes it read-only, in the middle of saves: once
+%% between two slices, once between the last one and the publishing. By hand a mount cannot be made
+%% read-only while a file on it is open for writing, so this is how it happens.
+scenario(read_only_amid, Root, [Image, Mount]) ->
+    start_store(?STORE, Root, #{}),
+    Key = save(1),
+    _ = [
+        begin
+            broken_amid(Pause, Root, Key, Mount),
+            repair(Image, Mount),
+            assert_loads(#{1 => Key})
+        end
+     || Pause <- [fun paused_in_slices/2, fun paused_before_publishing/2]
+    ],
+    Keys = maps:from_list([{1, Key} | [{N, save(N, Size)} || {N, Size} <- sizes(2)]]),
+    assert_loads(Keys),
+    ?assertEqual(names(Root, Keys), files(Root)),
+    assert_nothing_held(Root),
+    "erofs between two slices and before publishing, nothing left; after a repair it goes on";
+
+%%% FUSE
+
+%% The way without O_TMPFILE: temporary files have names and locks.
+scenario(named, Root, [Under]) ->
+    ?assertEqual(false, erllama_cache_nif:takes_unnamed(list_to_binary(Root))),
+    start_store(?STORE, Root, #{}),
+    Keys = maps:from_list([{N, save(N, Size)} || {N, Size} <- sizes(1)]),
+    assert_loads(Keys),
+    named_save_in_the_open(Root),
+    named_adoption(Root),
+    named_replacement(Root, Under),
+    named_sweep(Root),
+    named_root_moved(Root),
+    assert_loads(Keys),
+    [ok = erllama_cache_store:delete(?STORE, Key) || Key <- maps:values(Keys)],
+    named_eviction(Root),
+    assert_nothing_held(Root),
+    "saved, loaded, adopted, replaced, evicted, swept but for a locked one, root moved away".
+
+full(Root, Tier, Reason, Sizes) ->
+    start_store(?STORE, Root, #{tier => Tier}),
+    Fill = fun(Size, Sofar) -> fill(Root, Tier, Size, Reason, Sofar) end,
+    Filled = lists:foldl(Fill, #{}, Sizes),
+    assert_loads(Filled),
+    %% In the background too.
+    {ok, Ref} = ?WRITER:save_async(?STORE, Tier, meta([0]), payload(0, 3 * ?MIB)),
+    receive {?WRITER, Ref, Result} -> ?assertEqual({error, Reason}, Result) end,
+    %% What is deleted is room.
+    Kept = maps:fold(fun
+        (N, Key, Sofar) when N rem 2 =:= 0 ->
+            ok = erllama_cache_store:delete(?STORE, Key),
+            maps:remove(N, Sofar);
+        (_, _, Sofar) ->
+            Sofar
+    end, Filled, Filled),
+    Again = maps:from_list([{N, save(N, 20 * ?KIB, Tier)} || N <- lists:seq(100001, 100003)]),
+    assert_loads(maps:merge(Kept, Again)),
+    %% A store that may take less than there is on the disk evicts, and saves never fail.
+    Bytes = maps:get(bytes, erllama_cache_store:info(?STORE)),
+    Bound = Bytes div 2,
+    restart_store(?STORE, Root, #{tier => Tier, max_bytes => Bound}),
+    Rest = [save(N, min(300 * ?KIB, Bound div 4), Tier) || N <- lists:seq(200001, 200040)],
+    #{bytes := Now, evictions := Evictions} = erllama_cache_store:info(?STORE),
+    ?assert(Now =< Bound),
+    ?assert(Evictions > 0),
+    ?assertMatch({ok, _, _}, erllama_cache_store:load(?STORE, lists:last(Rest))),
+    assert_nothing_held(Root),
+    io_lib:format("~b saves until ~w, nothing left; ~b deleted, saves work; ~b evicted, saves work",
+                  [maps:size(Filled), Reason, maps:size(Filled) - maps:size(Kept), Evictions]).
+
+%% Saves payloads of one size until there is no room for another one.
+fill(Root, Tier, Size, Reason, Keys) ->
+    N = maps:size(Keys) + 1,
+    Free = free(Root),
+    case ?WRITER:save(?STORE, Tier, meta([N]), payload(N, Size)) of
+        {ok, Key} ->
+            ?assert(N < 100000),
+            fill(Root, Tier, Size, Reason, Keys#{N => Key});
+        {error, Error} ->
+            ?assertEqual(Reason, Error),
+            ?assertEqual(names(Root, Keys), files(Root)),
+            assert_nothing_held(Root),
+            %% Nor is a byte of the disk.
+            eventually(fun() -> is_no_less(free(Root), Free) end),
+            Keys
+    end.
+
+%% Free blocks and inodes.
+free(Root) ->
+    {0, Said} = run_command("stat", ["-f", "-c", "%f %d", Root]),
+    [list_to_integer(Number) || Number <- string:lexemes(Said, " \n")].
+
+is_no_less([Blocks, Inodes], [BlocksBefore, InodesBefore]) ->
+    Blocks >= BlocksBefore andalso Inodes >= InodesBefore.
+
+%%% Read-only
+
+remount(How, Mount) ->
+    {0, _} = run_command("mount", ["-o", "remount," ++ How, Mount]),
+    ok.
+
+broken_amid(Pause, Root, Key, Mount) ->
+    Before = files(Root),
+    {0, Device} = run_command("findmnt", ["-no", "SOURCE", Mount]),
+    Sys = filename:join("/sys/fs/ext4", filename:basename(string:trim(Device))),
+    Result = Pause(Root, fun() ->
+        ok = file:write_file(filename:join(Sys, "trigger_fs_error"), "a test")
+    end),
+    ?assertEqual({error, erofs}, Result),
+    ?assertEqual(Before, files(Root)),
+    ?assertMatch({ok, _, _}, erllama_cache_store:load(?STORE, Key)),
+    [?assertEqual({error, erofs}, try_save(N, Size)) || {N, Size} <- sizes(50)],
+    assert_nothing_held(Root).
+
+%% What an operator does.
+repair(Image, Mount) ->
+    %% A file that has just been closed may keep the system busy for a moment.
+    eventually(fun() -> element(1, run_command("umount", [Mount])) =:= 0 end),
+    {Status, _} = run_command("e2fsck", ["-fy", Image]),
+    ?assert(Status =< 1),
+    {0, _} = run_command("mount", ["-o", "loop,errors=remount-ro", Image, Mount]),
+    ok.
+
+%% A large save, stopped with slices still to be written, while `Meanwhile' runs.
+paused_in_slices(Root, Meanwhile) ->
+    paused_in_slices(Root, Meanwhile, 100).
+
+paused_in_slices(Root, Meanwhile, N) ->
+    ?assert(N < 150),
+    Saver = actor(),
+    Saving = tell(Saver, fun() -> try_save(N, 24 * ?MIB) end),
+    eventually(fun() -> is_open_in(Root) orelse has(Root, N) end),
+    Turns = all_turns(),
+    {current_stacktrace, Stack} = process_info(Saver, current_stacktrace),
+    case [writing || {?WRITER, go_on, _, _} <- Stack] of
+        [writing] ->
+            Meanwhile(),
+            _ = erllama_cache_nif:release(Turns),
+            answer(Saver, Saving);
+        [] ->
+            %% It was faster than this process. A deletion would be lost if it were not on the disk.
+            _ = erllama_cache_nif:release(Turns),
+            {ok, Key} = answer(Saver, Saving),
+            ok = erllama_cache_store:delete(?STORE, Key),
+            {0, _} = run_command("sync", []),
+            paused_in_slices(Root, Meanwhile, N + 1)
+    end.
+
+%% Takes all turns: then no slice runs, and none begins.
+all_turns() ->
+    Guard = erllama_cache_nif:guard_new(persistent_term:get(erllama_cache_turn)),
+    Turns = max(1, erlang:system_info(dirty_io_schedulers) - 2),
+    Ref = make_ref(),
+    case erllama_cache_nif:acquire_or_queue(Guard, Turns, 0, Ref) of
+        ok -> Guard;
+        queued -> receive {Ref, granted} -> Guard end
+    end.
+
+has(Root, N) ->
+    {ok, Key} = erllama_cache_store:key(meta([N])),
+    filelib:is_regular(file_of(Root, Key)).
+
+is_open_in(Root) ->
+    open_files(Root ++ "/") =/= [].
+
+%% A large save that is written and synced, stopped before it is published: the host is asked then
+%% whether its reservation stands.
+paused_before_publishing(_Root, Meanwhile) ->
+    persistent_term:put(?MODULE, Meanwhile),
+    try
+        try_save(99, 3 * ?MIB)
+    after
+        persistent_term:erase(?MODULE)
+    end.
+
+%%% FUSE
+
+%% It is seen while it is written, locked, left alone by a start, and gone when its owner is killed.
+named_save_in_the_open(Root) ->
+    Before = files(Root),
+    Saver = actor(),
+    Result = paused_before_publishing(Root, fun() ->
+        [Tmp] = files(Root) -- Before,
+        ?assertEqual(".tmp", filename:extension(Tmp)),
+        start_store(?OTHER, Root, #{}),
+        ok = gen_server:stop(?OTHER),
+        ?assertEqual([Tmp], files(Root) -- Before)
+    end),
+    {ok, Key} = Result,
+    ?assertEqual([filename:basename(file_of(Root, Key))], files(Root) -- Before),
+    ok = erllama_cache_store:delete(?STORE, Key),
+    Self = self(),
+    persistent_term:put(?MODULE, fun() -> Self ! written, receive never -> ok end end),
+    _ = tell(Saver, fun() -> try_save(98, 3 * ?MIB) end),
+    receive written -> ok end,
+    persistent_term:erase(?MODULE),
+    ?assertMatch([_], files(Root) -- Before),
+    kill(Saver),
+    eventually(fun() -> files(Root) =:= Before end).
+
+named_adoption(Root) ->
+    start_store(?OTHER, Root, #{}),
+    #{adoptions := Adoptions} = ?WRITER:info(),
+    {ok, Key} = ?WRITER:save(?OTHER, disk, meta([60]), payload(60, ?MIB)),
+    ?assertEqual(Key, save(60, 10)),
+    ?assertMatch(#{adoptions := A} when A =:= Adoptions + 1, ?WRITER:info()),
+    Payload = payload(60, ?MIB),
+    ?assertMatch({ok, _, Payload}, erllama_cache_store:load(?STORE, Key)),
+    ok = gen_server:stop(?OTHER),
+    ok = erllama_cache_store:delete(?STORE, Key).
+
+%% A damaged file, and links to one that is somebody else's.
+named_replacement(Root, Under) ->
+    Outside = filename:join(filename:dirname(Under), "outside"),
+    {ok, Key} = erllama_cache_store:key(meta([70])),
+    File = file_of(Root, Key),
+    [
+        begin
+            ok = file:write_file(Outside, <<"somebody's">>),
+            ok = Make(File),
+            #{replacements := Before} = ?WRITER:info(),
+            ?assertEqual(Key, save(70, Size)),
+            ?assertMatch(#{replacements := After} when After =:= Before + 1, ?WRITER:info()),
+            Payload = payload(70, Size),
+            ?assertMatch({ok, _, Payload}, erllama_cache_store:load(?STORE, Key)),
+            ?assertEqual({ok, <<"somebody's">>}, file:read_file(Outside)),
+            ok = erllama_cache_store:delete(?STORE, Key)
+        end
+     || Size <- [100, 3 * ?MIB],
+        Make <- [
+            fun(Path) -> file:write_file(Path, <<"no KVC file at all">>) end,
+            fun(Path) -> file:make_symlink(Outside, Path) end,
+            fun(Path) -> file:make_symlink("nowhere", Path) end
+        ]
+    ],
+    ok = file:delete(Outside).
+
+named_sweep(Root) ->
+    Before = files(Root),
+    [Stale, Locked] = [stale_name(Root), stale_name(Root)],
+    [ok = file:write_file(File, <<"half a f">>) || File <- [Stale, Locked]],
+    Lock = open_port({spawn_executable, os:find_executable("flock")}, [
+        {args, [Locked, "sh", "-c", "echo locked; read x"]}, {line, 80}, exit_status
+    ]),
+    receive {Lock, {data, {eol, "locked"}}} -> ok end,
+    restart_store(?STORE, Root, #{}),
+    ?assertEqual([filename:basename(Locked)], files(Root) -- Before),
+    true = port_command(Lock, "\n"),
+    receive {Lock, {exit_status, _}} -> ok end,
+    restart_store(?STORE, Root, #{}),
+    ?assertEqual(Before, files(Root)).
+
+%% The root is moved away in the middle of a save and a link to another directory takes its place:
+%% the save ends where it began, its temporary name with it.
+named_root_moved(Root) ->
+    [Dir, Moved, Trap] = [filename:join(Root, Name) || Name <- ["root", "moved", "trap"]],
+    [ok = file:make_dir(D) || D <- [Dir, Trap]],
+    start_store(?OTHER, Dir, #{}),
+    persistent_term:put(?MODULE, fun() ->
+        [Tmp] = files(Dir),
+        ok = file:rename(Dir, Moved),
+        ok = file:make_symlink(Trap, Dir),
+        ok = file:write_file(filename:join(Trap, Tmp), <<"somebody's">>)
+    end),
+    {ok, Key} = ?WRITER:save(?OTHER, disk, meta([80]), payload(80, 3 * ?MIB)),
+    persistent_term:erase(?MODULE),
+    ?assertEqual([filename:basename(file_of(Moved, Key))], files(Moved)),
+    [Tmp] = files(Trap),
+    ?assertEqual({ok, <<"somebody's">>}, file:read_file(filename:join(Trap, Tmp))),
+    ok = gen_server:stop(?OTHER),
+    ok = file:delete(Dir),
+    [ok = file:del_dir_r(D) || D <- [Moved, Trap]].
+
+named_eviction(Root) ->
+    restart_store(?STORE, Root, #{max_bytes => 4 * ?MIB}),
+    Keys = [save(N, ?MIB) || N <- lists:seq(90, 97)],
+    #{files := Files, bytes := Bytes, evictions := Evictions} = erllama_cache_store:info(?STORE),
+    ?assertEqual(8, Files + Evictions),
+    ?assert(Bytes =< 4 * ?MIB),
+    ?assertEqual(Files, length(files(Root))),
+    ?assertMatch({ok, _, _}, erllama_cache_store:load(?STORE, lists:last(Keys))).
+
+%%% What all need
+
+start_store(Name, Root, Options) ->
+    {ok, _} = erllama_cache_store:start_link(Name, Options#{root => Root}),
+    ok.
+
+restart_store(Name, Root, Options) ->
+    ok = gen_server:stop(Name),
+    start_store(Name, Root, Options).
+
+%% One for each way in which a save writes.
+sizes(From) ->
+    lists:zip(lists:seq(From, From + 3), [1, 50 * ?KIB, 200 * ?KIB, 3 * ?MIB]).
+
+save(N) -> save(N, 20 * ?KIB).
+save(N, Size) -> save(N, Size, disk).
+save(N, Size, Tier) ->
+    {ok, Key} = ?WRITER:save(?STORE, Tier, meta([N]), payload(N, Size)),
+    Key.
+
+try_save(N, Size) ->
+    ?WRITER:save(?STORE, disk, meta([N]), payload(N, Size)).
+
+payload(N, Size) ->
+    binary:part(binary:copy(<<N:32, "not of any other number">>, Size div 27 + 1), 0, Size).
+
+%% Each by its own bytes: its length is what is there.
+assert_loads(Keys) ->
+    _ = maps:map(fun(N, Key) ->
+        {ok, _, Payload} = erllama_cache_store:load(?STORE, Key),
+        ?assert(Payload =:= payload(N, byte_size(Payload)))
+    end, Keys),
+    ok.
+
+assert_nothing_held(Root) ->
+    ?assertMatch(#{current := 0, waiting := 0, inflight_bytes := 0}, ?WRITER:info()),
+    ?assertMatch(#{reservations := 0}, erllama_cache_store:info(?STORE)),
+    eventually(fun() -> open_files(Root) =:= [] end).
+
+names(Root, Keys) ->
+    lists:sort([filename:basename(file_of(Root, Key)) || Key <- maps:values(Keys)]).
+
+stale_name(Root) ->
+    {ok, Key} = erllama_cache_store:key(meta([erlang:unique_integer([positive])])),
+    filename:rootname(file_of(Root, Key)) ++ ".0123456789abcdef.tmp".
+
+%%% The store as a host that can be stopped before a save is published.
+
+identify(Meta) -> erllama_cache_store:identify(Meta).
+reserve(Name, Tier, Key, Size) -> erllama_cache_store:reserve(Name, Tier, Key, Size).
+root(Name) -> erllama_cache_store:root(Name).
+check(Name, Key, Token) ->
+    Meanwhile = persistent_term:get(?MODULE, fun() -> ok end),
+    _ = Meanwhile(),
+    erllama_cache_store:check(Name, Key, Token).
+mark_published(Name, Key, Token, Root) ->
+    erllama_cache_store:mark_published(Name, Key, Token, Root).
+announce(Name, Key, Token, Size, Header, Tokens) ->
+    erllama_cache_store:announce(Name, Key, Token, Size, Header, Tokens).
+cancel(Name, Key, Token) -> erllama_cache_store:cancel(Name, Key, Token).
+count(Name, Event) -> erllama_cache_store:count(Name, Event).

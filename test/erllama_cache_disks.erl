@@ -5,13 +5,12 @@
 %%
 %% What is proven is printed as one line; a scenario that fails says where and ends with status 1.
 -module(erllama_cache_disks).
--behaviour(erllama_cache_host).
 
 -export([main/0]).
--export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 
 -include_lib("stdlib/include/assert.hrl").
 
+-import(erllama_cache_hooked_host, [with_hook/2, hold_turns/0, give_back/1]).
 -import(erllama_cache_test_util, [
     files/1, open_files/1, file_of/2, meta/1, eventually/1, actor/0, tell/2, answer/2, kill/1,
     run_command/2
@@ -29,7 +28,7 @@ main() ->
     %% What is expected to be logged here is no news.
     ok = logger:set_primary_config(level, none),
     try
-        {ok, _} = ?WRITER:start_link(#{host => ?MODULE}),
+        {ok, _} = ?WRITER:start_link(#{host => erllama_cache_hooked_host}),
         io:format("~ts~n", [scenario(list_to_atom(Scenario), Root, Args)]),
         halt(0)
     catch
@@ -206,30 +205,20 @@ paused_in_slices(Root, Meanwhile, N) ->
     Saver = actor(),
     Saving = tell(Saver, fun() -> try_save(N, 24 * ?MIB) end),
     eventually(fun() -> is_open_in(Root) orelse has(Root, N) end),
-    Turns = all_turns(),
+    Turns = hold_turns(),
     {current_stacktrace, Stack} = process_info(Saver, current_stacktrace),
     case [writing || {?WRITER, go_on, _, _} <- Stack] of
         [writing] ->
             Meanwhile(),
-            _ = erllama_cache_nif:release(Turns),
+            ok = give_back(Turns),
             answer(Saver, Saving);
         [] ->
             %% It was faster than this process. A deletion would be lost if it were not on the disk.
-            _ = erllama_cache_nif:release(Turns),
+            ok = give_back(Turns),
             {ok, Key} = answer(Saver, Saving),
             ok = erllama_cache_store:delete(?STORE, Key),
             {0, _} = run_command("sync", []),
             paused_in_slices(Root, Meanwhile, N + 1)
-    end.
-
-%% Takes all turns: then no slice runs, and none begins.
-all_turns() ->
-    Guard = erllama_cache_nif:guard_new(persistent_term:get(erllama_cache_turn)),
-    Turns = max(1, erlang:system_info(dirty_io_schedulers) - 2),
-    Ref = make_ref(),
-    case erllama_cache_nif:acquire_or_queue(Guard, Turns, 0, Ref) of
-        ok -> Guard;
-        queued -> receive {Ref, granted} -> Guard end
     end.
 
 has(Root, N) ->
@@ -242,12 +231,7 @@ is_open_in(Root) ->
 %% A large save that is written and synced, stopped before it is published: the host is asked then
 %% whether its reservation stands.
 paused_before_publishing(_Root, Meanwhile) ->
-    persistent_term:put(?MODULE, Meanwhile),
-    try
-        try_save(99, 3 * ?MIB)
-    after
-        persistent_term:erase(?MODULE)
-    end.
+    with_hook(Meanwhile, fun() -> try_save(99, 3 * ?MIB) end).
 
 %%% FUSE
 
@@ -266,10 +250,10 @@ named_save_in_the_open(Root) ->
     ?assertEqual([filename:basename(file_of(Root, Key))], files(Root) -- Before),
     ok = erllama_cache_store:delete(?STORE, Key),
     Self = self(),
-    persistent_term:put(?MODULE, fun() -> Self ! written, receive never -> ok end end),
-    _ = tell(Saver, fun() -> try_save(98, 3 * ?MIB) end),
-    receive written -> ok end,
-    persistent_term:erase(?MODULE),
+    with_hook(fun() -> Self ! written, receive never -> ok end end, fun() ->
+        _ = tell(Saver, fun() -> try_save(98, 3 * ?MIB) end),
+        receive written -> ok end
+    end),
     ?assertMatch([_], files(Root) -- Before),
     kill(Saver),
     eventually(fun() -> files(Root) =:= Before end).
@@ -332,14 +316,15 @@ named_root_moved(Root) ->
     [Dir, Moved, Trap] = [filename:join(Root, Name) || Name <- ["root", "moved", "trap"]],
     [ok = file:make_dir(D) || D <- [Dir, Trap]],
     start_store(?OTHER, Dir, #{}),
-    persistent_term:put(?MODULE, fun() ->
+    Swap = fun() ->
         [Tmp] = files(Dir),
         ok = file:rename(Dir, Moved),
         ok = file:make_symlink(Trap, Dir),
         ok = file:write_file(filename:join(Trap, Tmp), <<"somebody's">>)
+    end,
+    {ok, Key} = with_hook(Swap, fun() ->
+        ?WRITER:save(?OTHER, disk, meta([80]), payload(80, 3 * ?MIB))
     end),
-    {ok, Key} = ?WRITER:save(?OTHER, disk, meta([80]), payload(80, 3 * ?MIB)),
-    persistent_term:erase(?MODULE),
     ?assertEqual([filename:basename(file_of(Moved, Key))], files(Moved)),
     [Tmp] = files(Trap),
     ?assertEqual({ok, <<"somebody's">>}, file:read_file(filename:join(Trap, Tmp))),
@@ -401,19 +386,3 @@ names(Root, Keys) ->
 stale_name(Root) ->
     {ok, Key} = erllama_cache_store:key(meta([erlang:unique_integer([positive])])),
     filename:rootname(file_of(Root, Key)) ++ ".0123456789abcdef.tmp".
-
-%%% The store as a host that can be stopped before a save is published.
-
-identify(Meta) -> erllama_cache_store:identify(Meta).
-reserve(Name, Tier, Key, Size) -> erllama_cache_store:reserve(Name, Tier, Key, Size).
-root(Name) -> erllama_cache_store:root(Name).
-check(Name, Key, Token) ->
-    Meanwhile = persistent_term:get(?MODULE, fun() -> ok end),
-    _ = Meanwhile(),
-    erllama_cache_store:check(Name, Key, Token).
-mark_published(Name, Key, Token, Root) ->
-    erllama_cache_store:mark_published(Name, Key, Token, Root).
-announce(Name, Key, Token, Size, Header, Tokens) ->
-    erllama_cache_store:announce(Name, Key, Token, Size, Header, Tokens).
-cancel(Name, Key, Token) -> erllama_cache_store:cancel(Name, Key, Token).
-count(Name, Event) -> erllama_cache_store:count(Name, Event).

@@ -191,8 +191,9 @@ for name in "$@"; do
     DISKS_WORK=$top/$name
     mkdir -p "$DISKS_WORK/lib" "$DISKS_WORK/beam" "$DISKS_WORK/mnt"
     cp -RL "$lib/ebin" "$lib/priv" "$DISKS_WORK/lib"
-    erlc -o "$DISKS_WORK/beam" -pa "$lib/ebin" "$here/test/erllama_cache_test_util.erl" \
-        "$here/test/erllama_cache_disks.erl"
+    for module in test_util hooked_host disks; do
+        erlc -o "$DISKS_WORK/beam" -pa "$lib/ebin" "$here/test/erllama_cache_$module.erl"
+    done
     status=0
     said=$(DISKS_INSIDE=$name DISKS_WORK=$DISKS_WORK \
         unshare --mount --pid --fork --kill-child --mount-proc "$0" 2>&1) || status=$?

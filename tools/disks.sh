@@ -27,6 +27,7 @@ set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 lib=$here/_build/default/lib/erllama_cache_nif
+PATH="$PATH:/usr/sbin:/sbin"
 all="ext4 tmpfs memory inodes quota named named-full readonly broken"
 
 fail() {

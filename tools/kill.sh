@@ -27,36 +27,36 @@ fail() {
     exit 1
 }
 
-storm() { # NAME ROOT
-    echo "==== kill -9: $1 ===="
-    if ! KILL_ROOT=$2 KILL_NOISE=$work/noise KILL_STDERR=$work/stderr \
+# On the root it is given; $work has what else it needs.
+storm() { # ROOT
+    KILL_ROOT=$1 KILL_NOISE=$work/noise KILL_STDERR=$work/stderr \
         KILL_ORACLE=$here/test/kvc_oracle.py \
-        erl -noinput -boot start_clean -pa "$lib/ebin" "$work/beam" -s erllama_cache_kill main; then
-        trap - EXIT
-        cat "$work/stderr" >&2
-        fail "$1 failed; its root is ${3:-$2}"
-    fi
+        erl -noinput -boot start_clean -pa "$lib/ebin" "$work/beam" -s erllama_cache_kill main
 }
 
-prepare() {
+run() { # NAME
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     mkdir "$work/beam" "$work/root" "$work/mnt"
     head -c 8388608 /dev/urandom >"$work/noise"
-    erlc -o "$work/beam" "$here/test/erllama_cache_test_util.erl" "$here/test/erllama_cache_kill.erl"
-}
-
-plain() {
-    prepare
-    storm plain "$work/root"
-}
-
-# In namespaces of its own: the file system's process ends with them too.
-named() {
-    prepare
-    bindfs "$work/root" "$work/mnt"
-    KILL_NAMED=1 storm named "$work/mnt" "$work/root"
-    umount "$work/mnt"
+    for module in test_util kill; do
+        erlc -o "$work/beam" "$here/test/erllama_cache_$module.erl"
+    done
+    echo "==== kill -9: $1 ===="
+    status=0
+    case $1 in
+        plain) storm "$work/root" || status=$? ;;
+        # In namespaces of its own: the file system's process ends with them too.
+        named)
+            KILL_INSIDE=$work unshare --mount --pid --fork --kill-child --mount-proc "$0" ||
+                status=$?
+            ;;
+    esac
+    if [ "$status" -ne 0 ]; then
+        trap - EXIT
+        cat "$work/stderr" >&2 || true
+        fail "$1 failed; its root is $work/root"
+    fi
 }
 
 # Why `named` cannot run here, or nothing.
@@ -70,7 +70,9 @@ missing() {
 }
 
 if [ "${KILL_INSIDE:-}" ]; then
-    named
+    work=$KILL_INSIDE
+    bindfs "$work/root" "$work/mnt"
+    KILL_NAMED=1 storm "$work/mnt"
     exit
 fi
 
@@ -80,13 +82,14 @@ missed=""
 [ $# -gt 0 ] || set -- plain named
 for storm in "$@"; do
     case $storm in
-        plain) (plain) ;;
+        plain) (run plain) ;;
         named)
             why=$(missing)
             if [ -z "$why" ]; then
-                KILL_INSIDE=1 unshare --mount --pid --fork --kill-child --mount-proc "$0"
+                (run named)
             elif [ "${KILL_MAY_MISS:-}" = named ]; then
-                echo "kill: named was not run: $why" && missed=" (not: named)"
+                echo "kill: named was not run: $why"
+                missed=" (not run: named)"
             else
                 fail "named cannot run: $why. KILL_MAY_MISS=named allows that"
             fi

@@ -17,6 +17,8 @@
 -define(SAVERS, 8).
 %% How many keys a node is given at a time, and after how many milliseconds at most a kill comes.
 -define(BATCH, 48).
+%% Less while another one starts: that takes long, and all that is saved will be looked at.
+-define(SMALL_BATCH, 12).
 -define(WINDOW, 300).
 %% How long a node takes to start, about: some are killed in that time.
 -define(STARTING, 400).
@@ -161,7 +163,11 @@ feed(#state{nodes = Nodes, next = Next, fresh = Fresh} = S) ->
     Busy = [Id || Id <- Up, (maps:get(Id, Nodes))#node.state =:= busy],
     case {Up, Busy} of
         {[_ | _], []} ->
-            Numbers = lists:seq(Next, Next + ?BATCH - 1),
+            Size = case maps:size(Nodes) =:= length(Up) of
+                true -> ?BATCH;
+                false -> ?SMALL_BATCH
+            end,
+            Numbers = lists:seq(Next, Next + Size - 1),
             %% Some twice, so that savers of one node meet too.
             Batch = lists:append([[N || _ <- lists:seq(0, length([x || N rem 5 =:= 0]))]
                                   || N <- Numbers]),
@@ -175,7 +181,7 @@ feed(#state{nodes = Nodes, next = Next, fresh = Fresh} = S) ->
                             Node
                     end
             end, Nodes),
-            S#state{nodes = Given, next = Next + ?BATCH, fresh = Numbers ++ Fresh};
+            S#state{nodes = Given, next = Next + Size, fresh = Numbers ++ Fresh};
         _ ->
             S
     end.
@@ -283,8 +289,8 @@ verify(#state{fresh = Fresh, seen = Seen} = S) ->
 
 verify(Numbers, #state{nodes = Nodes, root = Root} = S) ->
     #{1 := Node1, 2 := Node2} = Nodes,
-    {First, Said1} = ask_to_load(Node1, Numbers),
-    {Second, Said2} = ask_to_load(Node2, Numbers),
+    [tell(Port, {load, Numbers}) || #node{port = Port} <- [Node1, Node2]],
+    [{First, Said1}, {Second, Said2}] = [loaded(Node) || Node <- [Node1, Node2]],
     [error({nodes_differ, A, B}) || {A, B} <- lists:zip(First, Second), A =/= B],
     Next = lists:foldl(fun judge/2, S, First),
     Files = lists:sort(filelib:wildcard("*", Root)),
@@ -310,8 +316,7 @@ judge({N, miss}, #state{seen = Seen, acknowledged = Acknowledged} = S) ->
 judge({N, Other}, _S) ->
     error({load, N, Other}).
 
-ask_to_load(#node{port = Port}, Numbers) ->
-    tell(Port, {load, Numbers}),
+loaded(#node{port = Port}) ->
     receive
         {Port, {data, Data}} ->
             {loaded, Loaded, Info} = binary_to_term(Data),

@@ -1,0 +1,271 @@
+%% What the documentation shows works: the examples of the modules' pages, the README's Erlang from
+%% the dependency to the last line, and all Erlang of the other pages.
+%%
+%% An example that matches a pattern is checked by it. The README's Elixir is run by
+%% elixir_check.exs, its shell commands by tools/readme.sh.
+-module(erllama_cache_docs_tests).
+
+-include_lib("eunit/include/eunit.hrl").
+
+-define(PUBLIC, [erllama_cache_writer, erllama_cache_store, erllama_cache_metrics]).
+
+%%% The modules' pages
+
+modules_test_() ->
+    [
+        {lists:concat([Module, ": ", hd(string:split(Example, "\n"))]),
+         {timeout, 60, fun() -> example(Example) end}}
+     || Module <- ?PUBLIC, Example <- examples(source(Module))
+    ].
+
+%% Whoever adds an exported function writes an example of it.
+each_function_has_an_example_test_() ->
+    [
+        {lists:concat([Module, ":", Function]), ?_assert(mentioned(Module, Function))}
+     || Module <- ?PUBLIC, Function <- documented(Module)
+    ].
+
+documented(Module) ->
+    {ok, Code} = file:read_file(source(Module)),
+    %% What is not for users says so.
+    Private = [binary_to_list(Name) || [Name] <- matches(
+        "^%% @private\n(?:%%.*\n|-spec(?:.|\n)*?\\.\n)*([a-z_]+)\\(", Code)],
+    Callbacks = ["init", "handle_call", "handle_cast", "handle_info", "terminate"],
+    Exported = [atom_to_list(Name) || {Name, _} <- Module:module_info(exports)],
+    lists:usort(Exported) -- ["module_info", "test" | Callbacks ++ Private].
+
+mentioned(Module, Function) ->
+    Call = lists:concat([Module, ":", Function, "("]),
+    Reference = lists:concat([Module, ":", Function, "/"]),
+    Child = lists:concat(["{", Module, ", ", Function, ","]),
+    lists:any(
+        fun(Example) ->
+            lists:any(fun(Text) -> string:find(Example, Text) =/= nomatch end,
+                      [Call, Reference, Child])
+        end,
+        examples(source(Module))
+    ).
+
+source(Module) ->
+    proplists:get_value(source, Module:module_info(compile)).
+
+examples(File) ->
+    {ok, Code} = file:read_file(File),
+    [
+        unicode:characters_to_list(re:replace(Block, "^%% ?", "", [multiline, global]))
+     || [Block] <- matches("^%% ```\n((?:%%.*\n)*?)%% '''", Code)
+    ].
+
+%% Each begins with nothing done but what it takes for granted: a writer and a store, unless it
+%% starts them itself, and values for the variables that it does not bind.
+example(Example) ->
+    with_root(fun(Root) ->
+        start_unless(Example, "{ok, Pid} = erllama_cache_writer:start_link", fun start_writer/0),
+        start_unless(Example, "{ok, _} = erllama_cache_store:start_link", fun() ->
+            start_store(Root)
+        end),
+        Payload = <<"the model's state">>,
+        Meta = erllama_cache_test_util:meta([1, 15043, 3186]),
+        Given = #{
+            'Meta' => Meta, 'Payload' => Payload,
+            'Fingerprint' => maps:get(fingerprint, Meta),
+            'CtxParamsHash' => maps:get(ctx_params_hash, Meta)
+        },
+        Unbound = maps:filter(fun(Name, _) -> not binds(Example, Name) end, Given),
+        evaluate(in(Root, Example), maps:merge(Unbound, stored_key(Example, Meta, Payload)))
+    end).
+
+binds(Example, Name) ->
+    mentions(Example, lists:concat([Name, " = "])).
+
+mentions(Text, Part) ->
+    string:find(Text, Part) =/= nomatch.
+
+start_unless(Example, Part, Start) ->
+    mentions(Example, Part) orelse Start(),
+    ok.
+
+start_writer() ->
+    {ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store, max_concurrent => 4}).
+
+start_store(Root) ->
+    {ok, _} = erllama_cache_store:start_link(my_store, #{root => Root}).
+
+%% What an example calls Key and does not get itself is stored.
+stored_key(Example, Meta, Payload) ->
+    case mentions(Example, ", Key)") andalso not mentions(Example, "{ok, Key}") of
+        true ->
+            {ok, Key} = erllama_cache_writer:save(my_store, disk, Meta, Payload),
+            #{'Key' => Key};
+        false ->
+            #{}
+    end.
+
+%%% The README
+
+readme_test_() ->
+    {timeout, 60, fun readme/0}.
+
+readme() ->
+    with_root(fun(Root) ->
+        %% In the order of a reader.
+        [Deps, SysConfig, Session, ByHand, Async, WithSlot] = fenced("README.md", "erlang"),
+        {deps, [{erllama_cache_nif, {git, _, _}}]} = term(Deps),
+        [{erllama_cache_nif, Environment}] = term(in(Root, SysConfig)),
+        with_environment(Environment, fun() ->
+            Bound = evaluate(in(Root, Session), #{}),
+            ok = application:stop(erllama_cache_nif),
+            Rebound = evaluate(in(Root, ByHand), Bound),
+            lists:foldl(fun evaluate/2, Rebound, [Async, WithSlot])
+        end)
+    end).
+
+with_environment(Environment, Fun) ->
+    _ = application:load(erllama_cache_nif),
+    Before = application:get_all_env(erllama_cache_nif),
+    %% That an application stops is not worth a line on the terminal.
+    ok = logger:set_module_level(application_controller, warning),
+    try
+        [ok = application:set_env(erllama_cache_nif, Key, Value) || {Key, Value} <- Environment],
+        Fun()
+    after
+        _ = application:stop(erllama_cache_nif),
+        ok = logger:unset_module_level(application_controller),
+        [ok = application:unset_env(erllama_cache_nif, Key) || {Key, _} <- Environment],
+        [ok = application:set_env(erllama_cache_nif, Key, Value) || {Key, Value} <- Before]
+    end.
+
+%%% The other pages
+
+pages_test_() ->
+    Pages = ["CONTRIBUTING.md" | [filename:join("docs", filename:basename(Page))
+                                  || Page <- filelib:wildcard(in_project("docs/*.md"))]],
+    [
+        {lists:concat([Page, ": ", hd(string:split(Block, "\n"))]), fun() -> page_block(Block) end}
+     || Page <- Pages, Block <- fenced(Page, "erlang")
+    ].
+
+%% In a node with a writer and a store.
+page_block(Block) ->
+    with_root(fun(Root) ->
+        start_writer(),
+        start_store(Root),
+        case Block of
+            "1> " ++ _ -> session(Block);
+            "handle(" ++ _ -> handler(Block);
+            _ -> evaluate(Block, page_bindings())
+        end
+    end).
+
+page_bindings() ->
+    #{'Node' => node(), 'Meta' => erllama_cache_test_util:meta(), 'Payload' => <<"state">>}.
+
+%% Lines at a prompt, each followed by what the shell prints; `...' there stands for anything.
+session(Block) ->
+    Steps = matches("^[0-9]+> (.*)\n((?:(?![0-9]+> ).*\n)*)", Block),
+    ?assertNotEqual([], Steps),
+    lists:foreach(
+        fun([Line, Expected]) ->
+            {value, Value, _} = erl_eval:exprs(parse(tokens(Line)), erl_eval:new_bindings()),
+            Printed = unicode:characters_to_list(io_lib:format("~0tp", [Value])),
+            Trimmed = string:trim(Expected),
+            alike(Trimmed, Printed) orelse ?assertEqual({Line, Trimmed}, {Line, Printed})
+        end,
+        Steps
+    ).
+
+%% A map is printed in another order by each release, and its values are this machine's: so its keys
+%% have to be there. Coverage loads modules that come from no file.
+alike(_Expected, "cover_compiled") ->
+    true;
+alike(<<"#{", _/binary>> = Expected, Printed) ->
+    Names = [Name || [Name] <- matches("([a-z_]+) =>", Expected)],
+    Names =/= [] andalso lists:all(fun(Name) -> mentions(Printed, [Name, " =>"]) end, Names);
+alike(Expected, Printed) ->
+    Quoted = re:replace(Expected, "[][()\\\\{}.*+?^$|]", "\\\\&", [global, {return, list}]),
+    Pattern = string:replace(Quoted, "\\.\\.\\.", ".*", all),
+    re:run(Printed, ["^", Pattern, "$"], [unicode]) =/= nomatch.
+
+%% A clause of an HTTP handler, which is called.
+handler(Block) ->
+    {ok, {function, At, handle, 1, Clauses}} = erl_parse:parse_form(tokens(Block)),
+    {value, Handle, _} = erl_eval:expr({'fun', At, {clauses, Clauses}}, erl_eval:new_bindings()),
+    ?assertMatch({200, [{"content-type", _}], [_ | _]}, Handle(<<"/metrics">>)).
+
+%%% Text and code
+
+%% With a directory, and afterwards without it, the servers and what was told to the logger.
+with_root(Fun) ->
+    Unique = erlang:unique_integer([positive]),
+    Root = lists:concat(["/tmp/erllama_cache_docs.", os:getpid(), ".", Unique]),
+    ok = file:make_dir(Root),
+    try
+        Fun(Root)
+    after
+        stop(my_store),
+        stop(erllama_cache_writer),
+        _ = logger:remove_handler_filter(default, cache),
+        ok = file:del_dir_r(Root)
+    end.
+
+%% The directories that the examples name are not this machine's.
+in(Root, Text) ->
+    lists:flatten(
+        string:replace(string:replace(Text, "/var/cache/kv", Root, all), "/tmp/kv", Root, all)
+    ).
+
+%% The blocks of a page in a language, indented ones too.
+fenced(Page, Language) ->
+    {ok, Text} = file:read_file(in_project(Page)),
+    [
+        unicode:characters_to_list(Block)
+     || [_Indent, Block] <- matches("^( *)```" ++ Language ++ "\n((?:.*\n)*?)\\1```$", Text)
+    ].
+
+in_project(Path) ->
+    filename:join(filename:dirname(filename:dirname(source(erllama_cache_writer))), Path).
+
+matches(Pattern, Text) ->
+    case re:run(Text, Pattern, [global, multiline, unicode, {capture, all_but_first, binary}]) of
+        {match, Matches} -> Matches;
+        nomatch -> []
+    end.
+
+term(Text) ->
+    {ok, Term} = erl_parse:parse_term(tokens(Text)),
+    Term.
+
+%% One form after the other, as a shell does; what is bound then.
+evaluate(Text, Given) ->
+    Bound = lists:foldl(
+        fun(Form, Bindings) ->
+            {value, _, Next} = erl_eval:exprs(parse(Form), Bindings),
+            Next
+        end,
+        maps:fold(fun erl_eval:add_binding/3, erl_eval:new_bindings(), Given),
+        split(tokens(Text), [])
+    ),
+    maps:from_list(erl_eval:bindings(Bound)).
+
+tokens(Text) ->
+    {ok, Tokens, _} = erl_scan:string(unicode:characters_to_list(Text)),
+    Tokens.
+
+parse(Tokens) ->
+    {ok, Expressions} = erl_parse:parse_exprs(Tokens),
+    Expressions.
+
+%% At each dot. The last one may be missing, as it is in `{ok, Key} = f(),'.
+split([], []) -> [];
+split([], Form) -> [lists:reverse([{dot, 0} | Form])];
+split([{dot, _} = Dot | Rest], Form) -> [lists:reverse([Dot | Form]) | split(Rest, [])];
+split([Token | Rest], Form) -> split(Rest, [Token | Form]).
+
+stop(Name) ->
+    case whereis(Name) of
+        undefined ->
+            ok;
+        Pid ->
+            true = unlink(Pid),
+            gen_server:stop(Pid)
+    end.

@@ -116,7 +116,8 @@ expected_size(Info, Payload) ->
     Tags = [32, 1, 1, 32, 4, 4 * length(maps:get(tokens, Info)), 33] ++ [
         byte_size(Text)
      || Key <- [hostname, erllama_version, save_reason_detail],
-        (Text = maps:get(Key, Info)) =/= <<>>
+        Text <- [maps:get(Key, Info)],
+        Text =/= <<>>
     ],
     ?FIXED_LEN + 4 + byte_size(maps:get(prompt_text, Info)) + 4 +
         lists:sum([1 + 4 + Length || Length <- Tags]) + byte_size(Payload).

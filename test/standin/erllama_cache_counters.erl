@@ -22,5 +22,5 @@ all() ->
     Counters = persistent_term:get(?MODULE),
     maps:from_list([
         {Slot, Count}
-     || Slot <- lists:seq(1, ?SLOTS), (Count = counters:get(Counters, Slot)) > 0
+     || Slot <- lists:seq(1, ?SLOTS), Count <- [counters:get(Counters, Slot)], Count > 0
     ]).

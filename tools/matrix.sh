@@ -1,15 +1,25 @@
 #!/bin/sh
-# Builds and tests on the Erlang/OTP of other Debian releases, each in a root of its own:
+# Proves that it builds without a warning and passes its tests on the Erlang/OTP and the Elixir of
+# other Debian releases, each in a root of its own:
 #
-#     tools/matrix.sh [RELEASE...]
+#     tools/matrix.sh [--roots] [RELEASE...]
 #
-# Without an argument: trixie (OTP 27) and forky (the newest OTP that Debian has). It needs root,
-# and Debian or Ubuntu for debootstrap; packages come from where apt on this machine has its own from.
-# Rust is this machine's. Roots are kept in _build/matrix (or $MATRIX_DIR) for the next time.
+# Without a release: trixie (OTP 27) and forky (the newest OTP that Debian has). With --roots it
+# makes the roots with all that the tests need, and runs none.
+#
+# It needs root, and Debian or Ubuntu for debootstrap; packages come from where apt on this machine
+# has its own from. Rust is this machine's. Roots are kept in _build/matrix (or $MATRIX_DIR) for the
+# next time. $MATRIX_TARGET is the make target that is run, test-beam if it is not set.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 roots=${MATRIX_DIR:-$here/_build/matrix}
+target=${MATRIX_TARGET:-test-beam}
+roots_only=
+if [ "${1:-}" = --roots ]; then
+    roots_only=yes
+    shift
+fi
 releases=${*:-trixie forky}
 cargo_home=${CARGO_HOME:-$HOME/.cargo}
 rustup_home=${RUSTUP_HOME:-$HOME/.rustup}
@@ -49,7 +59,7 @@ create() { # RELEASE ROOT
 }
 
 # What runs in a mount namespace of its own, so that nothing stays mounted, however it ends.
-inside() { # ROOT
+inside() { # ROOT COMMANDS
     mount --bind "$1" "$1"
     mount -t proc proc "$1/proc"
     mount --rbind /dev "$1/dev"
@@ -60,25 +70,44 @@ inside() { # ROOT
     cp /etc/resolv.conf "$1/etc/resolv.conf"
     chroot "$1" env -i HOME="$HOME" CARGO_HOME="$cargo_home" RUSTUP_HOME="$rustup_home" \
         PATH="$cargo_home/bin:/usr/sbin:/usr/bin:/sbin:/bin" LC_ALL=C.UTF-8 CI=true \
-        sh -eu -c '
-            cd /src
-            tools/setup.sh
-            erl -noinput -eval "io:format(\"OTP ~s~n\", [erlang:system_info(otp_release)]), halt()."
-            make test-beam'
+        sh -eu -c "cd /src; $2"
 }
 
 if [ "${MATRIX_INSIDE:-}" ]; then
-    inside "$MATRIX_INSIDE"
+    inside "$MATRIX_INSIDE" "$1"
     exit
 fi
 
+run() { # ROOT COMMANDS
+    MATRIX_INSIDE=$1 unshare --mount "$0" "$2"
+}
+
+now() {
+    date +%s
+}
+
+table=
 for release in $releases; do
     root=$roots/$release
+    begun=$(now)
     echo "==== $release ===="
     [ -e "$root/.complete" ] || create "$release" "$root"
     # What git knows, as it is here now. What was built there stays, for the next time.
     mkdir -p "$root/src"
     (cd "$here" && git ls-files -z | xargs -0 cp --parents -t "$root/src")
-    MATRIX_INSIDE=$root unshare --mount "$0"
+    run "$root" tools/setup.sh
+    otp=$(run "$root" 'erl -noinput -eval \
+        "io:put_chars(erlang:system_info(otp_release)), halt()."')
+    elixir=$(run "$root" 'elixir --short-version')
+    made=$(now)
+    if [ -z "$roots_only" ]; then
+        run "$root" "make $target"
+    fi
+    table="$table$(printf '%-8s  %3s  %-8s  %4d s  %4d s' \
+        "$release" "$otp" "$elixir" $((made - begun)) $(($(now) - made)))
+"
 done
-echo "matrix: $releases passed"
+
+printf '\n%-8s  %3s  %-8s  %6s  %6s\n' release OTP Elixir root "${roots_only:+no }tests"
+printf '%s' "$table"
+[ -n "$roots_only" ] || echo "matrix: $target passed on each"

@@ -21,6 +21,7 @@ export FILE
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize faults bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kill bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kill disks bench-semaphore bench-save bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save chunks rustdoc bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -55,12 +56,13 @@ elixir: ## The tests of the example in Elixir
 matrix: setup ## All of those on OTP 27 and on Debian's newest OTP, in roots of their own
 	tools/matrix.sh
 
-check: setup ## Formatting, lints, warnings as errors, xref, dialyzer
+check: setup ## Formatting, lints, warnings as errors, xref, dialyzer, documentation
 	cd $(NATIVE) && cargo fmt --all --check
 	cd $(NATIVE) && cargo clippy --locked --workspace --all-targets -- -D warnings
 	rebar3 as check compile
 	rebar3 xref
 	rebar3 as check dialyzer
+	$(MAKE) edoc chunks rustdoc
 
 cover: ## Run the Erlang tests with coverage, report in _build/test/cover
 	rebar3 do eunit --cover, ct --cover, cover --verbose
@@ -87,6 +89,13 @@ kill: setup all ## kill -9 of nodes in the middle of saves, KILLS=300 times on e
 
 disks: setup all ## Full disks, quota, FUSE, read-only: on real mounts, as root
 	tools/disks.sh
+chunks: all ## What h/1,2,3 of the shell show, beside the compiled modules
+	@$(call strict,rebar3 as chunks edoc)
+	erl -noinput -pa "$(EBIN)" -eval \
+	  '{ok, Docs} = code:get_doc(erllama_cache_writer), [_ | _] = shell_docs:render(erllama_cache_writer, save, 4, Docs), halt(0).'
+
+rustdoc: ## The reference of the Rust crates, in native/target/doc
+	cd $(NATIVE) && RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main
@@ -98,8 +107,12 @@ bench-build:
 	cd $(NATIVE) && cargo build --locked --release -p erllama_cache_bench
 	rebar3 as bench compile
 
+# EDoc succeeds whatever it warns of.
+strict = out=$$($(1) 2>&1); status=$$?; printf '%s\n' "$$out"; \
+  [ $$status -eq 0 ] && ! printf '%s\n' "$$out" | grep -qi warning
+
 edoc: ## Write the API documentation to doc/
-	rebar3 edoc
+	@$(call strict,rebar3 edoc)
 
 clean: ## Remove what was compiled, but keep cargo's cache
 	rm -rf _build/*/lib/erllama_cache_nif priv/erllama_cache_nif.so

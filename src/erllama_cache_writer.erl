@@ -519,7 +519,12 @@ state(Function, Args) ->
 
 %%% Saving
 
-%% @doc As {@link save/5} with 30 seconds.
+%% @doc Saves `Payload' under the key that `Meta' makes, and returns when it is on the disk:
+%% {@link save/5}, with 30 seconds to wait for a slot.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_writer:save(my_store, disk, Meta, Payload).
+%% '''
 -spec save(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
            erllama_cache_meta:build_meta(), binary()) ->
     {ok, key()} | {error, term()}.

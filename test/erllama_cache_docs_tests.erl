@@ -25,6 +25,28 @@ each_function_has_an_example_test_() ->
      || Module <- ?PUBLIC, Function <- documented(Module)
     ].
 
+%% EDoc makes a link of anything.
+each_link_leads_somewhere_test_() ->
+    [
+        {lists:concat([Module, ": ", Link]), ?_assert(leads_somewhere(Module, Link))}
+     || Module <- ?PUBLIC, Link <- links(Module)
+    ].
+
+links(Module) ->
+    {ok, Code} = file:read_file(source(Module)),
+    lists:usort([binary_to_list(Link) || [Link] <- matches("\\{@link ([^} ]+)\\}", Code)]).
+
+leads_somewhere(Module, Link) ->
+    case string:lexemes(Link, ":/") of
+        [Other] -> exports(list_to_atom(Other), module_info, "0");
+        [Function, Arity] -> exports(Module, list_to_atom(Function), Arity);
+        [Other, Function, Arity] -> exports(list_to_atom(Other), list_to_atom(Function), Arity)
+    end.
+
+exports(Module, Function, Arity) ->
+    {module, Module} = code:ensure_loaded(Module),
+    erlang:function_exported(Module, Function, list_to_integer(Arity)).
+
 documented(Module) ->
     {ok, Code} = file:read_file(source(Module)),
     %% What is not for users says so.

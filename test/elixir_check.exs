@@ -1,6 +1,58 @@
 # Elixir calls the writer and the store as it calls any Erlang module. What a save does is the
 # business of the Erlang tests; this checks that nothing about it needs to be Erlang.
-ExUnit.start()
+ExUnit.start(capture_log: true)
+
+# The README's Elixir, as it stands there: the dependency, the configuration, and what is done then.
+defmodule ReadmeCheck do
+  use ExUnit.Case
+
+  @readme Path.join(__DIR__, "../README.md")
+  @app :erllama_cache_nif
+
+  setup do
+    root = Path.join(System.tmp_dir!(), "readme_check_#{System.pid()}")
+    File.mkdir!(root)
+
+    on_exit(fn ->
+      _ = Application.stop(@app)
+      for {key, _} <- Application.get_all_env(@app), do: Application.delete_env(@app, key)
+      File.rm_rf!(root)
+    end)
+
+    # The directory that the README names is not this machine's.
+    blocks =
+      for [_, code] <- Regex.scan(~r/^```elixir\n(.*?)^```$/ms, File.read!(@readme)) do
+        String.replace(code, "/tmp/kv", root)
+      end
+
+    {:ok, root: root, blocks: blocks}
+  end
+
+  test "the dependency is this application", %{blocks: [deps | _]} do
+    assert {:defp, _, [{:deps, _, nil}, [do: list]]} = Code.string_to_quoted!(deps)
+    assert {[erllama_cache_nif: [path: _]], _} = Code.eval_quoted(list)
+  end
+
+  test "configured, the application does what is shown", %{root: root, blocks: blocks} do
+    [_deps, config, session, _by_hand] = blocks
+    file = Path.join(root, "config.exs")
+    File.write!(file, config)
+    Application.put_all_env(Config.Reader.read!(file))
+    File.rm!(file)
+    {:ok, _} = Application.ensure_all_started(@app)
+
+    {_, bindings} = Code.eval_string(session)
+    # It has deleted what it saved.
+    assert :erllama_cache_store.load(:my_store, bindings[:key]) == :miss
+    assert :erllama_cache_writer.max_concurrent() == 4
+  end
+
+  test "by hand it does the same", %{blocks: blocks} do
+    [_deps, _config, session, by_hand] = blocks
+    {_, _} = Code.eval_string(by_hand <> session)
+    for server <- [:erllama_cache_writer, :my_store], do: GenServer.stop(server)
+  end
+end
 
 defmodule ElixirCheck do
   use ExUnit.Case

@@ -175,9 +175,32 @@ page_block(Block) ->
         case Block of
             "1> " ++ _ -> session(Block);
             "handle(" ++ _ -> handler(Block);
+            "ok = logger:" ++ _ -> logging(in(Root, Block), filename:join(Root, "cache.log"));
             _ -> evaluate(Block, page_bindings())
         end
     end).
+
+%% Of one event of ours and one of somebody else, one is stopped, or one goes to the file.
+logging(Block, File) ->
+    _ = evaluate(Block, #{}),
+    case logger:get_handler_config(cache) of
+        {ok, _} ->
+            {ok, #{level := Level}} = logger:get_handler_config(default),
+            ok = logger:set_handler_config(default, level, none),
+            ok = logger:log(warning, #{event => ours}, #{domain => [erllama_cache]}),
+            ok = logger:log(warning, #{event => theirs}, #{}),
+            ok = logger:set_handler_config(default, level, Level),
+            ok = logger_std_h:filesync(cache),
+            {ok, Text} = file:read_file(File),
+            ?assertMatch({_, _}, binary:match(Text, <<"ours">>)),
+            ?assertEqual(nomatch, binary:match(Text, <<"theirs">>));
+        {error, _} ->
+            {ok, #{filters := Filters}} = logger:get_handler_config(default),
+            {Filter, Argument} = proplists:get_value(cache, Filters),
+            Event = fun(Meta) -> #{level => warning, msg => {report, #{}}, meta => Meta} end,
+            ?assertEqual(stop, Filter(Event(#{domain => [erllama_cache]}), Argument)),
+            ?assertEqual(ignore, Filter(Event(#{}), Argument))
+    end.
 
 page_bindings() ->
     #{'Node' => node(), 'Meta' => erllama_cache_test_util:meta(), 'Payload' => <<"state">>}.
@@ -227,13 +250,16 @@ with_root(Fun) ->
         stop(my_store),
         stop(erllama_cache_writer),
         _ = logger:remove_handler_filter(default, cache),
+        _ = logger:remove_handler(cache),
         ok = file:del_dir_r(Root)
     end.
 
 %% The directories that the examples name are not this machine's.
 in(Root, Text) ->
-    lists:flatten(
-        string:replace(string:replace(Text, "/var/cache/kv", Root, all), "/tmp/kv", Root, all)
+    lists:foldl(
+        fun(Dir, Sofar) -> lists:flatten(string:replace(Sofar, Dir, Root, all)) end,
+        Text,
+        ["/var/cache/kv", "/tmp/kv", "/var/log"]
     ).
 
 %% The blocks of a page in a language, indented ones too.

@@ -16,7 +16,12 @@ metrics_test_() ->
         {histograms_add_up, fun histograms_add_up/1},
         {text_for_prometheus, fun text_for_prometheus/1},
         {a_slow_save_is_logged, fun a_slow_save_is_logged/1},
-        {a_start_is_logged, fun a_start_is_logged/1}
+        {a_start_is_logged, fun a_start_is_logged/1},
+        {a_root_that_needs_names_is_logged, fun a_root_that_needs_names_is_logged/1},
+        {what_a_start_finds_is_logged, fun what_a_start_finds_is_logged/1},
+        {an_eviction_that_fails_is_logged, fun an_eviction_that_fails_is_logged/1},
+        {a_save_that_goes_well_logs_nothing, fun a_save_that_goes_well_logs_nothing/1},
+        {the_pages_metrics_are_there, fun the_pages_metrics_are_there/1}
      ]
     ]}.
 
@@ -116,7 +121,7 @@ a_slow_save_is_logged(Root) ->
         {ok, Saved} = save(1, binary:copy(<<7>>, 64 bsl 20)),
         Saved
     end),
-    #{save_ms := Took} = logged(slow_save, fun(Event) ->
+    #{save_ms := Took} = logged(slow_save, warning, fun(Event) ->
         ?assertMatch(
             #{tier_srv := ?STORE, key := Key, payload_bytes := 67108864, waited_ms := _}, Event
         )
@@ -127,11 +132,141 @@ a_slow_save_is_logged(Root) ->
 a_start_is_logged(Root) ->
     {ok, Key} = save(1, <<"payload">>),
     Size = filelib:file_size(path(Root, Key)),
-    ok = gen_server:stop(?STORE),
-    with_log(fun() -> {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root}) end),
-    logged(store_scanned, fun(Event) ->
+    restart_logged(#{root => Root}),
+    logged(store_scanned, info, fun(Event) ->
         ?assertMatch(#{store := ?STORE, root := Root, files := 1, bytes := Size, ms := _}, Event)
     end).
+
+%% The system's own file systems have no files without a name.
+a_root_that_needs_names_is_logged(_Root) ->
+    Root = "/proc/self/task",
+    case filelib:is_dir(Root) of
+        true ->
+            restart_logged(#{root => Root}),
+            logged(root_needs_names, notice, fun(Event) ->
+                ?assertMatch(#{store := ?STORE, root := Root}, Event)
+            end);
+        false ->
+            ok
+    end.
+
+what_a_start_finds_is_logged(Root) ->
+    {ok, Key} = save(1, <<"payload">>),
+    {ok, File} = file:read_file(path(Root, Key)),
+    {Damaged, Later} = {path(Root, <<1:256>>), path(Root, <<2:256>>)},
+    ok = file:write_file(Damaged, <<"damaged">>),
+    <<Magic:3/binary, 1, Rest/binary>> = File,
+    ok = file:write_file(Later, [Magic, 2, Rest]),
+    restart_logged(#{root => Root}),
+    logged(corrupt_file_removed, warning, fun(Event) ->
+        ?assertMatch(#{store := ?STORE, file := Damaged, reason := truncated}, Event)
+    end),
+    logged(file_skipped, warning, fun(Event) ->
+        ?assertMatch(#{store := ?STORE, file := Later, reason := {corrupt, unsupported_version}},
+                     Event)
+    end),
+    ?assertEqual({false, true}, {filelib:is_file(Damaged), filelib:is_file(Later)}).
+
+an_eviction_that_fails_is_logged(Root) ->
+    Payload = binary:copy(<<7>>, 4096),
+    {ok, Key} = save(1, Payload),
+    Path = path(Root, Key),
+    restart_logged(#{root => Root, max_bytes => filelib:file_size(Path) + 1000}),
+    ok = file:delete(Path),
+    ok = file:make_dir(Path),
+    with_log(fun() -> {error, no_room} = save(2, Payload) end),
+    logged(file_skipped, warning, fun(Event) ->
+        ?assertMatch(#{store := ?STORE, file := Path, reason := _}, Event)
+    end).
+
+a_save_that_goes_well_logs_nothing(_Root) ->
+    with_log(fun() ->
+        {ok, Key} = save(1, <<"payload">>),
+        {ok, _, _} = erllama_cache_store:load(?STORE, Key),
+        {error, already_present} = save(1, <<"payload">>),
+        ok = erllama_cache_store:delete(?STORE, Key)
+    end),
+    nothing_logged().
+
+restart_logged(Options) ->
+    ok = gen_server:stop(?STORE),
+    with_log(fun() -> {ok, _} = erllama_cache_store:start_link(?STORE, Options) end).
+
+%% What the page for operators names is what there is: metrics here, events of the log below.
+the_pages_metrics_are_there(_Root) ->
+    Text = iolist_to_binary(erllama_cache_metrics:format([?STORE])),
+    Named = lists:append([in_backticks(Cell) || Cell <- first_cells("metric")]),
+    ?assert(length(Named) >= 10),
+    [
+        ?assertEqual({Name, match},
+                     {Name, re:run(Text, ["^# TYPE erllama_cache_", Name, " "],
+                                   [multiline, {capture, none}])})
+     || Name <- Named
+    ].
+
+the_pages_events_are_there_test() ->
+    Named = lists:append([in_backticks(Cell) || Cell <- first_cells("`event`")]),
+    Sources = filelib:wildcard(filename:join(filename:dirname(source()), "*.erl")),
+    Logged = [Event || Source <- Sources, Event <- events(Source)],
+    ?assertEqual(lists:usort(Logged), lists:sort(Named)).
+
+events(Source) ->
+    {ok, Code} = file:read_file(Source),
+    [Event || [Event] <- matches("event => ([a-z_]+)", Code)].
+
+%% The first cells of a table of docs/operations.md, chosen by how its head begins.
+first_cells(Head) ->
+    Page = filename:join([filename:dirname(source()), "..", "docs", "operations.md"]),
+    {ok, Text} = file:read_file(Page),
+    [Rows] = lists:append(matches(["^\\| ", Head, ".*\n\\|[-|]+\n((?:\\|.*\n)+)"], Text)),
+    [Cell || [Cell] <- matches("^\\| (.*?) \\|", Rows)].
+
+in_backticks(Cell) ->
+    [Name || [Name] <- matches("`([a-z_]+)`", Cell)].
+
+matches(Pattern, Text) ->
+    case re:run(Text, Pattern, [global, multiline, {capture, all_but_first, binary}]) of
+        {match, Matches} -> Matches;
+        nomatch -> []
+    end.
+
+source() ->
+    proplists:get_value(source, ?WRITER:module_info(compile)).
+
+%% In a node of its own, whose disk fails: that is, functions that are found before the C library's.
+a_failed_sync_is_counted_test_() ->
+    {timeout, 60, fun a_failed_sync_is_counted/0}.
+
+a_failed_sync_is_counted() ->
+    Root = filename:join("/tmp", "erllama_cache_sync." ++ os:getpid()),
+    ok = file:make_dir(Root),
+    {Source, Library} = {filename:join(Root, "sync.c"), filename:join(Root, "sync.so")},
+    ok = file:write_file(Source, "#include <errno.h>\n"
+                                 "int fdatasync(int fd) { (void)fd; errno = EIO; return -1; }\n"
+                                 "int fsync(int fd) { return fdatasync(fd); }\n"),
+    Run = fun erllama_cache_test_util:run_command/2,
+    Preloaded = os:getenv("LD_PRELOAD", ""),
+    Script = lists:concat([
+        "{ok, _} = erllama_cache_store:start_link(s, #{root => \"", Root, "\"}), "
+        "{ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store}), "
+        "{error, eio} = erllama_cache_writer:save(s, disk, ",
+        io_lib:format("~0p", [meta(1)]), ", <<>>), "
+        "#{sync_failures := 1, save_errors := 1, current := 0} = erllama_cache_writer:info(), "
+        "Text = iolist_to_binary(erllama_cache_metrics:format()), "
+        "{_, _} = binary:match(Text, <<\"\\nerllama_cache_sync_failures_total 1\\n\">>), "
+        "halt(0)."
+    ]),
+    try
+        ?assertEqual({0, []}, Run("cc", ["-shared", "-fPIC", "-o", Library, Source])),
+        ?assertEqual({0, []}, Run("env", [
+            lists:concat(["LD_PRELOAD=", Preloaded, ":", Library]),
+            filename:join([code:root_dir(), "bin", "erl"]), "-noinput",
+            "-pa", filename:join(code:lib_dir(erllama_cache_nif), "ebin"), "-eval", Script
+        ])),
+        ?assertEqual([], filelib:wildcard(filename:join(Root, "*.{kvc,tmp}")))
+    after
+        ok = file:del_dir_r(Root)
+    end.
 
 %% Runs something with this process as a log handler.
 with_log(Fun) ->
@@ -149,17 +284,24 @@ with_log(Fun) ->
         ok = logger:set_primary_config(level, Level)
     end.
 
-log(#{msg := {report, Report}, meta := #{domain := [erllama_cache]}}, #{config := #{to := To}}) ->
-    To ! {logged, Report};
+log(#{level := Level, msg := {report, Report}, meta := #{domain := [erllama_cache]}},
+    #{config := #{to := To}}) ->
+    To ! {logged, Level, Report};
 log(_Event, _Config) ->
     ok.
 
-logged(Name, Check) ->
+logged(Name, Level, Check) ->
     receive
-        {logged, #{event := Name} = Event} ->
+        {logged, Level, #{event := Name} = Event} ->
             Check(Event),
             Event
-    after 0 -> error({not_logged, Name})
+    after 0 -> error({not_logged, Name, Level})
+    end.
+
+nothing_logged() ->
+    receive
+        {logged, _, Event} -> error({logged, Event})
+    after 0 -> ok
     end.
 
 %% No documented reason is told as the system's unknown error.

@@ -22,6 +22,7 @@ export FILE
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kill bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kill disks bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save chunks rustdoc bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save dropin chunks rustdoc bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -89,6 +90,9 @@ kill: setup all ## kill -9 of nodes in the middle of saves, KILLS=300 times on e
 
 disks: setup all ## Full disks, quota, FUSE, read-only: on real mounts, as root
 	tools/disks.sh
+dropin: setup all ## Put it into a project that stands in for erllama, and take it out again
+	tools/dropin.sh
+
 chunks: all ## What h/1,2,3 of the shell show, beside the compiled modules
 	@$(call strict,rebar3 as chunks edoc)
 	erl -noinput -pa "$(EBIN)" -eval \

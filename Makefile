@@ -52,7 +52,8 @@ test-beam: ## Those of them that need Erlang or Elixir, warnings being errors
 # A store's directory has to be there before the store is.
 elixir: ## The tests of the example in Elixir
 	root=$$(mktemp -d) && trap 'rm -rf "$$root"' EXIT && cd examples/elixir_kv && \
-	  KV_ROOT="$$root" MIX_REBAR3="$$(command -v rebar3)" ELIXIR_ERL_OPTIONS="+fnu" mix test
+	  mix format --check-formatted && KV_ROOT="$$root" MIX_REBAR3="$$(command -v rebar3)" \
+	  ELIXIR_ERL_OPTIONS="+fnu" mix test --warnings-as-errors
 
 matrix: setup ## All of those on OTP 27 and on Debian's newest OTP, in roots of their own
 	tools/matrix.sh

@@ -1,5 +1,3 @@
 import Config
 
-config :erllama_cache_nif,
-  stores: [kv: %{root: System.get_env("KV_ROOT", "/tmp/elixir_kv"), max_bytes: 1_000_000_000}],
-  max_concurrent: 4
+config :erllama_cache_nif, max_concurrent: 4

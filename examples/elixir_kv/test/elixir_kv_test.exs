@@ -1,9 +1,9 @@
 defmodule ElixirKVTest do
-  use ExUnit.Case
+  # No test finds what another has saved: each has a model of its own.
+  use ExUnit.Case, async: true
 
   @tokens [1, 15043, 3186]
 
-  # A model of its own for each test, so that no test finds what another has saved.
   setup do
     model = %{
       fingerprint: :crypto.strong_rand_bytes(32),
@@ -13,14 +13,14 @@ defmodule ElixirKVTest do
       context_size: 4096
     }
 
-    {:ok, model: model}
+    %{model: model}
   end
 
   test "what was saved is loaded", %{model: model} do
     assert ElixirKV.load(model, @tokens) == :miss
     assert ElixirKV.save(model, @tokens, "the model's state") == :ok
     assert ElixirKV.load(model, @tokens) == {:ok, "the model's state"}
-    assert ElixirKV.load(model, [1 | @tokens]) == :miss
+    assert ElixirKV.load(model, [0 | @tokens]) == :miss
   end
 
   test "saving again is no error and changes nothing", %{model: model} do
@@ -36,8 +36,31 @@ defmodule ElixirKVTest do
     assert ElixirKV.load(model, @tokens) == {:ok, state}
   end
 
-  test "an error has words", %{model: model} do
-    assert ElixirKV.save(%{model | quant_bits: 256}, @tokens, "x") ==
-             {:error, "the build_meta's quant_bits has the wrong type or size"}
+  test "a save in the background that takes too long is there or is not", %{model: model} do
+    state = :crypto.strong_rand_bytes(8_000_000)
+    ref = ElixirKV.save_async(model, @tokens, state)
+
+    case ElixirKV.await(ref, 0) do
+      :ok ->
+        assert ElixirKV.load(model, @tokens) == {:ok, state}
+
+      {:error, error} ->
+        assert error.reason == :cancelled
+        assert ElixirKV.load(model, @tokens) == :miss
+    end
+
+    refute_received {:erllama_cache_writer, ^ref, _}
+  end
+
+  test "an error can be matched, read and raised", %{model: model} do
+    words = "the build_meta's quant_bits has the wrong type or size"
+    wrong = %{model | quant_bits: 256}
+
+    assert {:error, %ElixirKV.Error{reason: {:invalid_meta, :quant_bits}} = error} =
+             ElixirKV.save(wrong, @tokens, "x")
+
+    assert Exception.message(error) == words
+    assert_raise ElixirKV.Error, words, fn -> raise error end
+    assert {:error, ^error} = ElixirKV.load(wrong, @tokens)
   end
 end

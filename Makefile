@@ -23,6 +23,7 @@ export FILE
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kill disks bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save chunks rustdoc bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save dropin chunks rustdoc bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save dropin chunks rustdoc bench-plots bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -101,6 +102,9 @@ chunks: all ## What h/1,2,3 of the shell show, beside the compiled modules
 
 rustdoc: ## The reference of the Rust crates, in native/target/doc
 	cd $(NATIVE) && RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace
+
+bench-plots: ## Draw the pictures from what bench-save and bench-semaphore have measured
+	tools/plots.sh
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main

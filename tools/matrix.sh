@@ -9,7 +9,8 @@
 #
 # It needs root, and Debian or Ubuntu for debootstrap; packages come from where apt on this machine
 # has its own from. Rust is this machine's. Roots are kept in _build/matrix (or $MATRIX_DIR) for the
-# next time. $MATRIX_TARGET is the make target that is run, test-beam if it is not set.
+# next time. $MATRIX_TARGET is the make target that is run, test-beam if it is not set;
+# $PROPER_SEQUENCES is passed on.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -70,6 +71,7 @@ inside() { # ROOT COMMANDS
     cp /etc/resolv.conf "$1/etc/resolv.conf"
     chroot "$1" env -i HOME="$HOME" CARGO_HOME="$cargo_home" RUSTUP_HOME="$rustup_home" \
         PATH="$cargo_home/bin:/usr/sbin:/usr/bin:/sbin:/bin" LC_ALL=C.UTF-8 CI=true \
+        ${PROPER_SEQUENCES:+PROPER_SEQUENCES="$PROPER_SEQUENCES"} \
         sh -eu -c "cd /src; $2"
 }
 

@@ -35,7 +35,7 @@ pub enum Error {
 impl Error {
     /// Whether it proves that a file is not worth keeping, as against telling that nothing could be
     /// found out.
-    pub(crate) fn condemns(&self) -> bool {
+    pub fn condemns(&self) -> bool {
         matches!(
             self,
             Error::Corrupt(_) | Error::NotRegular | Error::Unauthenticated

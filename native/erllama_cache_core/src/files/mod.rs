@@ -2,6 +2,7 @@
 //! and deleting them.
 
 mod group;
+mod look;
 mod root;
 mod scan;
 mod slice;
@@ -9,6 +10,7 @@ mod stored;
 mod sys;
 mod tmp;
 
+pub use look::{Abandoned, Name, Names, Stored};
 pub use root::Root;
 pub use scan::{Found, Scan};
 pub use slice::{Progress, Slice};

@@ -1,16 +1,13 @@
 //! A first look at a root: which files it has, by their headers alone.
 
-use std::ffi::CString;
+use std::ffi::CStr;
 
-use super::root::Root;
+use super::look::{Abandoned, Name, Names, Stored};
+use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
-use super::stored::open_regular;
 use super::sys;
-use super::tmp::is_temporary_name;
 use crate::error::{Context, Error};
-use crate::kvc::{
-    Corrupt, DigestMode, FIXED_LEN, Header, Key, ReadAt, ReadError, read_exact_at, read_prefix,
-};
+use crate::kvc::{Corrupt, DigestMode, Header, Key};
 
 /// What a scan found under one name. Other names are nobody's business here and are not told.
 #[derive(Debug)]
@@ -46,7 +43,7 @@ pub enum Found {
 #[derive(Debug)]
 pub struct Scan {
     root: Root,
-    names: sys::Names,
+    names: Names,
     keyed_only: bool,
 }
 
@@ -57,7 +54,7 @@ impl Scan {
     /// # Errors
     /// [`Error::Io`].
     pub fn open(root: Root, keyed_only: bool) -> Result<Scan, Error> {
-        let names = sys::Names::of(root.dir()).call("opendir")?;
+        let names = root.names()?;
         Ok(Scan {
             root,
             names,
@@ -70,11 +67,11 @@ impl Scan {
     /// # Errors
     /// [`Error::Io`] when the directory itself cannot be read.
     pub fn step(&mut self, found: &mut Vec<Found>, slice: &Slice) -> Result<Progress<()>, Error> {
-        while let Some(name) = self.names.next().call("readdir")? {
-            if let Some(key) = Key::from_file_name(name.as_bytes()) {
-                found.extend(self.look(key, &name));
-            } else if is_temporary_name(name.as_bytes()) {
-                found.extend(self.sweep(&name));
+        while let Some(name) = self.names.next().transpose()? {
+            match name {
+                Name::Final(key) => found.extend(self.look(key)),
+                Name::Temporary(name) => found.extend(self.sweep(&name)),
+                Name::Other(_) => {}
             }
             if slice.is_over() {
                 return Ok(Progress::More);
@@ -83,87 +80,57 @@ impl Scan {
         Ok(Progress::Done(()))
     }
 
-    fn look(&self, key: Key, name: &CString) -> Option<Found> {
+    fn look(&self, key: Key) -> Option<Found> {
         let skipped = |error| {
             Some(Found::Skipped {
                 key: Some(key),
                 error,
             })
         };
-        let (file, stat) = match open_regular(&self.root, name, libc::O_RDONLY) {
-            Ok(Some(opened)) => opened,
+        let name = final_name(&key);
+        let stored = match Stored::open(&self.root, &name) {
+            Ok(Some(stored)) => stored,
             // Gone since its name was read.
             Ok(None) => return None,
             Err(error) => return skipped(error),
         };
-        match read_header(&file, stat.len) {
-            Ok(_) if self.keyed_only && !has_keyed_digest(&file, stat.len) => {
+        match stored.header() {
+            Ok(_) if self.keyed_only && !has_keyed_digest(&stored) => {
                 skipped(Error::Unauthenticated)
             }
             Ok(header) => Some(Found::File {
                 key,
                 header,
-                file_len: stat.len,
+                file_len: stored.len(),
             }),
             // Written by a later version, perhaps: that is no proof of anything.
-            Err(ReadError::Corrupt(corrupt @ Corrupt::UnsupportedVersion)) => {
-                skipped(corrupt.into())
+            Err(error @ Error::Corrupt(Corrupt::UnsupportedVersion)) => skipped(error),
+            Err(Error::Corrupt(corrupt)) => {
+                match sys::unlink_at(self.root.dir(), &name).call("unlink") {
+                    Ok(()) => Some(Found::Removed { key, corrupt }),
+                    Err(error) => skipped(error),
+                }
             }
-            Err(ReadError::Corrupt(corrupt)) => match sys::unlink_at(self.root.dir(), name) {
-                Ok(()) => Some(Found::Removed { key, corrupt }),
-                Err(source) => skipped(Error::Io {
-                    call: "unlink",
-                    source,
-                }),
-            },
-            Err(ReadError::Io(source)) => skipped(Error::Io {
-                call: "pread",
-                source,
-            }),
+            Err(error) => skipped(error),
         }
     }
 
     /// Removes a temporary file unless somebody holds its lock: then it is being written.
-    fn sweep(&self, name: &CString) -> Option<Found> {
-        let skipped = |error| Some(Found::Skipped { key: None, error });
-        // To write, for some network file systems lock nothing else.
-        let file = match open_regular(&self.root, name, libc::O_RDWR) {
-            Ok(Some((file, _))) => file,
-            Ok(None) => return None,
-            Err(error) => return skipped(error),
-        };
-        match sys::try_lock(&file) {
-            Ok(true) => {}
-            Ok(false) => return None,
-            Err(source) => {
-                return skipped(Error::Io {
-                    call: "flock",
-                    source,
-                });
-            }
-        }
-        match sys::unlink_at(self.root.dir(), name) {
-            Ok(()) => Some(Found::Swept),
-            // Published and closed since it was opened here.
-            Err(source) if source.raw_os_error() == Some(libc::ENOENT) => None,
-            Err(source) => skipped(Error::Io {
-                call: "unlink",
-                source,
-            }),
+    fn sweep(&self, name: &CStr) -> Option<Found> {
+        match Abandoned::open(&self.root, name) {
+            Ok(Some(file)) => match file.remove(&self.root) {
+                Ok(true) => Some(Found::Swept),
+                Ok(false) => None,
+                Err(error) => Some(Found::Skipped { key: None, error }),
+            },
+            Ok(None) => None,
+            Err(error) => Some(Found::Skipped { key: None, error }),
         }
     }
 }
 
-fn has_keyed_digest<R: ReadAt>(file: &R, len: u64) -> bool {
-    read_prefix(file, len)
+fn has_keyed_digest(stored: &Stored) -> bool {
+    stored
+        .prefix()
         .is_ok_and(|prefix| matches!(prefix.digest(), Some((DigestMode::Keyed, _))))
-}
-
-fn read_header<R: ReadAt>(file: &R, len: u64) -> Result<Header, ReadError> {
-    if len < FIXED_LEN as u64 {
-        return Err(ReadError::Corrupt(Corrupt::Truncated));
-    }
-    let mut fixed = [0; FIXED_LEN];
-    read_exact_at(file, &mut fixed, 0)?;
-    Header::parse(&fixed, len).map_err(ReadError::Corrupt)
 }

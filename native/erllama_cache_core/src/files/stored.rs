@@ -5,6 +5,7 @@ use std::io;
 use std::mem;
 use std::os::unix::fs::FileExt;
 
+use super::look::Stored;
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
 use super::sys;
@@ -70,6 +71,8 @@ struct Payload {
     file: File,
     prefix: ParsedPrefix,
     proof: Proof,
+    /// Beside a digest, for who wants to know both.
+    crc: Option<Crc32c>,
     /// Bytes that were read.
     done: u64,
 }
@@ -114,6 +117,7 @@ impl Payload {
             file,
             prefix,
             proof,
+            crc: None,
             done: 0,
         })
     }
@@ -139,7 +143,7 @@ impl Payload {
                 parts.finish(digester);
                 (rest, rest_at)
             }
-            Proof::Crc(_) => (block, offset),
+            Proof::Crc(_) => (&mut *block, offset),
         };
         let (rest, mut at) = rest;
         for piece in rest.chunks_mut(READ_PIECE) {
@@ -147,11 +151,19 @@ impl Payload {
             self.proof.update(piece);
             at += piece.len() as u64;
         }
+        if let Some(crc) = &mut self.crc {
+            crc.update(block);
+        }
         Ok(())
     }
 
     /// Whether all that was read has come to what the prefix says.
     fn verdict(&mut self) -> Result<(), Error> {
+        if let Some(crc) = self.crc.take()
+            && crc.finish() != self.prefix.header().crc32c
+        {
+            return Err(Corrupt::CrcMismatch.into());
+        }
         let proof = mem::replace(&mut self.proof, Proof::Crc(Crc32c::new()));
         match (proof, self.prefix.digest()) {
             (Proof::Crc(crc), _) if crc.finish() == self.prefix.header().crc32c => Ok(()),
@@ -180,11 +192,16 @@ pub fn fits_memory(len: u64) -> bool {
     sys::physical_memory().is_none_or(|memory| len <= memory)
 }
 
-/// A check of a stored file in slices, through a small buffer.
+/// How much [`Check::read`] gives at a time: enough parts for two threads.
+const PIECE: u64 = 16 * PART as u64;
+
+/// A check of a stored file, in slices through a small buffer or in pieces that its caller sees.
 #[derive(Debug)]
 pub struct Check {
     payload: Payload,
     file_len: u64,
+    /// What [`Check::read`] gave last.
+    piece: Vec<u8>,
 }
 
 impl Check {
@@ -211,7 +228,51 @@ impl Check {
         Ok(Some(Check {
             payload,
             file_len: stat.len,
+            piece: Vec::new(),
         }))
+    }
+
+    /// Begins as [`Check::open`] does, with a file that is open already. Where a digest can be
+    /// checked the checksum is checked as well: who looks into a directory by hand wants to know
+    /// what every reader would say, those too that know no digest.
+    ///
+    /// # Errors
+    /// As [`Check::open`].
+    pub fn of(stored: &Stored, key: Option<&Key>, secret: Option<&Secret>) -> Result<Check, Error> {
+        let file = stored.file().try_clone().call("dup")?;
+        let mut payload = Payload::begin(file, stored.len(), secret)?;
+        if key.is_some_and(|key| *key != payload.prefix.key()) {
+            return Err(Corrupt::KeyMismatch.into());
+        }
+        if matches!(payload.proof, Proof::Digest(..)) {
+            payload.crc = Some(Crc32c::new());
+        }
+        Ok(Check {
+            payload,
+            file_len: stored.len(),
+            piece: Vec::new(),
+        })
+    }
+
+    /// The next piece of the payload, of some megabytes; `None` when there are no more and all of
+    /// them together are what was saved. Not to be trusted before that. For use instead of
+    /// [`Check::step`].
+    ///
+    /// # Errors
+    /// As [`Check::open`].
+    pub fn read(&mut self) -> Result<Option<&[u8]>, Error> {
+        let payload = &mut self.payload;
+        let start = payload.prefix.header().payload_offset;
+        // At most `PIECE`, so it fits a usize.
+        let next = (payload.len() - payload.done).min(PIECE) as usize;
+        if next == 0 {
+            payload.verdict()?;
+            return Ok(None);
+        }
+        self.piece.resize(next, 0);
+        payload.read_block(&mut self.piece, start + payload.done)?;
+        payload.done += next as u64;
+        Ok(Some(&self.piece))
     }
 
     /// Goes on with the payload.
@@ -297,6 +358,7 @@ impl Loader {
             Some(Box::new(Check {
                 payload: Payload::begin(again, stat.len, secret)?,
                 file_len: stat.len,
+                piece: Vec::new(),
             }))
         } else {
             None

@@ -1,0 +1,195 @@
+//! Looking into a root without changing anything in it; and removing what was looked at, if it still
+//! is that.
+
+use std::ffi::{CStr, CString};
+use std::fs::File;
+
+use super::root::Root;
+use super::stored::open_regular;
+use super::sys;
+use super::tmp::is_temporary_name;
+use crate::error::{Context, Error};
+use crate::kvc::{
+    Corrupt, FIXED_LEN, Header, Key, ParsedPrefix, ReadError, read_exact_at, read_prefix,
+};
+
+/// A name in a root.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Name {
+    /// The name of this key's file.
+    Final(Key),
+    /// The name of a temporary file.
+    Temporary(CString),
+    /// None of this library's.
+    Other(CString),
+}
+
+impl Name {
+    /// What a name is by its looks alone.
+    pub fn of(name: CString) -> Name {
+        match Key::from_file_name(name.as_bytes()) {
+            Some(key) => Name::Final(key),
+            None if is_temporary_name(name.as_bytes()) => Name::Temporary(name),
+            None => Name::Other(name),
+        }
+    }
+}
+
+/// A root's names, in no order.
+#[derive(Debug)]
+pub struct Names(sys::Names);
+
+impl Iterator for Names {
+    type Item = Result<Name, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            match self.0.next().call("readdir").transpose()? {
+                Ok(name) if matches!(name.as_bytes(), b"." | b"..") => {}
+                result => return Some(result.map(Name::of)),
+            }
+        }
+    }
+}
+
+impl Root {
+    /// All names in it, but for the directory's own and its parent's.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn names(&self) -> Result<Names, Error> {
+        sys::Names::of(self.dir()).call("opendir").map(Names)
+    }
+}
+
+/// A regular file in a root, open to be read, whatever its name.
+#[derive(Debug)]
+pub struct Stored {
+    name: CString,
+    file: File,
+    stat: sys::Stat,
+}
+
+impl Stored {
+    /// Opens `name`, without following a link and without waiting for whoever writes into a FIFO.
+    /// `None` when there is no such name.
+    ///
+    /// # Errors
+    /// [`Error::NotRegular`], [`Error::Io`].
+    pub fn open(root: &Root, name: &CStr) -> Result<Option<Stored>, Error> {
+        let opened = open_regular(root, name, libc::O_RDONLY)?;
+        Ok(opened.map(|(file, stat)| Stored {
+            name: name.to_owned(),
+            file,
+            stat,
+        }))
+    }
+
+    /// The file's length in bytes.
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "an empty file is corrupt, not empty"
+    )]
+    pub fn len(&self) -> u64 {
+        self.stat.len
+    }
+
+    /// Reads the fields of fixed size, and compares them with the file's length.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`], [`Error::Io`].
+    pub fn header(&self) -> Result<Header, Error> {
+        if self.stat.len < FIXED_LEN as u64 {
+            return Err(Corrupt::Truncated.into());
+        }
+        let mut fixed = [0; FIXED_LEN];
+        read_exact_at(&self.file, &mut fixed, 0)?;
+        Ok(Header::parse(&fixed, self.stat.len)?)
+    }
+
+    /// Reads all that comes before the payload.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`], [`Error::Io`].
+    pub fn prefix(&self) -> Result<ParsedPrefix, Error> {
+        read_prefix(&self.file, self.stat.len).map_err(ReadError::into)
+    }
+
+    /// Removes the name by which it was opened, if it still is this file's; `false` if not. Between
+    /// the look and the removal is a moment in which somebody may replace it: what is lost then is
+    /// a file that has just been saved, as if it had been evicted.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn remove(&self, root: &Root) -> Result<bool, Error> {
+        match sys::stat_at(root.dir(), &self.name) {
+            // While this file is open nobody else gets its number.
+            Ok(there) if there.is_same_file(&self.stat) => {}
+            Ok(_) => return Ok(false),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
+            Err(error) => return Err(error).call("fstatat"),
+        }
+        match sys::unlink_at(root.dir(), &self.name) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error).call("unlink"),
+        }
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+/// A temporary file that nobody works on any more. As long as this value lives its lock is held, so
+/// nobody begins to.
+#[derive(Debug)]
+pub struct Abandoned {
+    name: CString,
+    len: u64,
+    /// Holds the lock.
+    _file: File,
+}
+
+impl Abandoned {
+    /// Opens the temporary file `name`. `None` when it is gone, or when somebody holds its lock: then
+    /// it is being written.
+    ///
+    /// # Errors
+    /// [`Error::NotRegular`], [`Error::Io`].
+    pub fn open(root: &Root, name: &CStr) -> Result<Option<Abandoned>, Error> {
+        // To write, for some network file systems lock nothing else.
+        let Some((file, stat)) = open_regular(root, name, libc::O_RDWR)? else {
+            return Ok(None);
+        };
+        if !sys::try_lock(&file).call("flock")? {
+            return Ok(None);
+        }
+        Ok(Some(Abandoned {
+            name: name.to_owned(),
+            len: stat.len,
+            _file: file,
+        }))
+    }
+
+    /// The file's length in bytes.
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "nobody asks whether it is empty"
+    )]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Removes it; `false` when its owner had published and closed it since its name was read.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn remove(self, root: &Root) -> Result<bool, Error> {
+        match sys::unlink_at(root.dir(), &self.name) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error).call("unlink"),
+        }
+    }
+}

@@ -24,6 +24,7 @@ export FILE
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save chunks rustdoc bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save dropin chunks rustdoc bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save dropin chunks rustdoc bench-plots bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kvc bench-semaphore bench-save bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -39,7 +40,7 @@ demo: setup all ## Save a file into a cache, watch it happen: make demo [FILE=pa
 
 # The NIF crates have no tests of their own: outside a VM they do not link. Erlang tests them.
 test: setup ## Run all tests: Rust, EUnit, Common Test, Elixir
-	cd $(NATIVE) && cargo test --locked -p erllama_cache_core
+	cd $(NATIVE) && cargo test --locked -p erllama_cache_core -p kvc
 	$(MAKE) test-beam
 
 test-beam: ## Those of them that need Erlang or Elixir, warnings being errors
@@ -105,6 +106,9 @@ rustdoc: ## The reference of the Rust crates, in native/target/doc
 
 bench-plots: ## Draw the pictures from what bench-save and bench-semaphore have measured
 	tools/plots.sh
+kvc: ## Build kvc, which looks into directories of saved states, and say where it is
+	cd $(NATIVE) && cargo build --locked --release -p kvc
+	@echo "$(CARGO_TARGET_DIR)/release/kvc"
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main

@@ -1,0 +1,93 @@
+//! `kvc`: what is in a directory of saved KV states, and whether it is sound.
+//!
+//! One module for each subcommand. What reads and judges files is the core's; what is here chooses,
+//! prints and asks. Nothing but `prune` and `verify --delete-bad` changes a directory, and both remove
+//! through the core, which does not follow links and removes only what was looked at.
+
+mod completions;
+mod dir;
+mod extract;
+mod help;
+mod json;
+mod ls;
+mod out;
+mod prune;
+mod secret;
+mod show;
+mod stats;
+mod tally;
+mod text;
+mod verify;
+
+use std::process::ExitCode;
+
+use anstream::ColorChoice;
+use clap::{Parser, Subcommand, ValueEnum};
+
+use out::Out;
+use tally::{Tally, complain};
+
+#[derive(Debug, Parser)]
+#[command(name = "kvc", version, styles = help::STYLES, after_help = help::exit_codes())]
+/// Look into directories of saved KV states: list, check, shrink, extract
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Colours: `auto` is on a terminal, unless NO_COLOR is set
+    #[arg(long, value_name = "WHEN", global = true, default_value = "auto")]
+    color: Color,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Color {
+    Auto,
+    Always,
+    Never,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Ls(ls::Args),
+    Show(show::Args),
+    Verify(verify::Args),
+    Stats(stats::Args),
+    Prune(prune::Args),
+    Extract(extract::Args),
+    Completions(completions::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.color {
+        Color::Auto => ColorChoice::Auto,
+        Color::Always => ColorChoice::Always,
+        Color::Never => ColorChoice::Never,
+    }
+    .write_global();
+    match run(cli.command) {
+        Ok(tally) => tally.exit_code(),
+        Err(error) => {
+            complain(format_args!("{error:#}"));
+            Tally::failed().exit_code()
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<Tally> {
+    if let Command::Extract(args) = command {
+        // Bytes, not text.
+        return extract::run(&args, &mut Out::bytes());
+    }
+    let mut out = Out::text();
+    let tally = match command {
+        Command::Ls(args) => ls::run(&args, &mut out)?,
+        Command::Show(args) => show::run(&args, &mut out)?,
+        Command::Verify(args) => verify::run(&args, &mut out)?,
+        Command::Stats(args) => stats::run(&args, &mut out)?,
+        Command::Prune(args) => prune::run(&args, &mut out)?,
+        Command::Completions(args) => completions::run(&args, &mut out)?,
+        Command::Extract(_) => Tally::default(),
+    };
+    out.finish()?;
+    Ok(tally)
+}

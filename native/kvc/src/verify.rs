@@ -1,0 +1,493 @@
+//! `kvc verify`.
+
+use std::collections::BTreeMap;
+use std::ffi::CString;
+use std::fmt::{self, Display};
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::bail;
+use erllama_cache_core::Error;
+use erllama_cache_core::digest::Secret;
+use erllama_cache_core::files::{Check, Name};
+use erllama_cache_core::kvc::{DigestMode, Key};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+
+use crate::dir::{Dir, file_name, locate};
+use crate::help;
+use crate::json::{self, Text};
+use crate::out::Out;
+use crate::secret::KeyFile;
+use crate::tally::{Judgement, Tally, complain, complain_of};
+use crate::text::{self, BAD, DOUBT, FAINT, GOOD, Shown};
+
+/// Check files to their last byte
+///
+/// Reads each file whole, on all cores: its checksum (CRC-32C), its digest (BLAKE3) if it has one,
+/// its lengths, and whether its key is that of its name. Of a directory, all files under keys' names
+/// are checked. Nothing is changed, unless by --delete-bad. A running node is not disturbed.
+///
+/// A file that could not be read, or that a later version has written, is `unknown`, not bad.
+#[derive(Debug, clap::Args)]
+#[command(after_help = help::examples(&[
+    ("kvc verify /var/cache/kv", "all files of a directory"),
+    ("kvc verify --key-file secret /var/cache/kv", "whether this node has made them, too"),
+    ("kvc verify --delete-bad /var/cache/kv", "ask whether to remove what is bad"),
+    ("kvc verify --quiet backup/*.kvc && echo sound", "in a script"),
+]))]
+pub(crate) struct Args {
+    /// Directories and files; files need not be named by their keys
+    #[arg(required = true, value_name = "DIR|FILE")]
+    paths: Vec<PathBuf>,
+    #[command(flatten)]
+    key_file: KeyFile,
+    /// Remove files that are bad, after asking. The exit code is still 1
+    #[arg(long)]
+    delete_bad: bool,
+    /// Don't ask
+    #[arg(long, short, requires = "delete_bad")]
+    yes: bool,
+    /// How many files to check at once
+    #[arg(long, short, value_name = "N", default_value_t = cores())]
+    jobs: NonZeroUsize,
+    /// Nothing about what is sound, and no progress
+    #[arg(long, short, conflicts_with = "verbose")]
+    quiet: bool,
+    /// A line for each file, where otherwise there is a progress bar
+    #[arg(long, short)]
+    verbose: bool,
+    /// A JSON object to a line for each file
+    #[arg(long, conflicts_with_all = ["quiet", "verbose"])]
+    json: bool,
+}
+
+fn cores() -> NonZeroUsize {
+    thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
+}
+
+pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
+    let secret = args.key_file.read()?;
+    let mut sum = Sum::default();
+    let targets = targets(&args.paths, &mut sum.tally);
+    let style = Style::of(args);
+    let bar = bar(&targets, style);
+    let begun = Instant::now();
+
+    let mut bad = Vec::new();
+    check_all(
+        &targets,
+        secret.as_ref(),
+        args.jobs,
+        &bar,
+        |target, found| {
+            sum.add(&found);
+            if sum.tally.bad > 0 {
+                bar.set_message(format!("  {BAD}{} bad{BAD:#}", sum.tally.bad));
+            }
+            if matches!(found, Found::Error(ref error) if Judgement::of(error) == Judgement::Bad) {
+                bad.push(target);
+            }
+            // The bar is in the way of what is written to the same terminal.
+            bar.suspend(|| {
+                tell(target, &found, style, out)?;
+                if style == Style::Bar {
+                    out.flush()
+                } else {
+                    Ok(())
+                }
+            })
+        },
+    )?;
+    bar.finish_and_clear();
+
+    if matches!(style, Style::Bar | Style::Lines) {
+        summary(&sum, begun, out)?;
+    }
+    if args.delete_bad && !bad.is_empty() {
+        out.flush()?;
+        delete(&bad, secret.as_ref(), args.yes, &mut sum.tally)?;
+    }
+    Ok(sum.tally)
+}
+
+/// How much is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    /// What is not sound, above a bar.
+    Bar,
+    /// A line for each file.
+    Lines,
+    /// What is not sound.
+    Quiet,
+    Json,
+}
+
+impl Style {
+    fn of(args: &Args) -> Style {
+        match args {
+            Args { json: true, .. } => Style::Json,
+            Args { quiet: true, .. } => Style::Quiet,
+            Args { verbose: true, .. } => Style::Lines,
+            _ if Out::is_terminal() && io::stderr().is_terminal() => Style::Bar,
+            _ => Style::Lines,
+        }
+    }
+}
+
+/// A file to check.
+#[derive(Debug)]
+struct Target {
+    dir: Arc<Dir>,
+    name: CString,
+    /// The key that its name says.
+    key: Option<Key>,
+    path: PathBuf,
+    /// Whether it was named on the command line: then it has to be there.
+    is_named: bool,
+}
+
+/// What cannot even be named is told and counted.
+fn targets(paths: &[PathBuf], tally: &mut Tally) -> Vec<Target> {
+    let mut targets = Vec::new();
+    for path in paths {
+        match expand(path) {
+            Ok(more) => targets.extend(more),
+            Err(error) => {
+                tally.unknown += 1;
+                complain(format_args!("{error:#}"));
+            }
+        }
+    }
+    targets
+}
+
+fn expand(path: &Path) -> anyhow::Result<Vec<Target>> {
+    let target = |dir: &Arc<Dir>, name: CString, key, is_named| Target {
+        path: dir.join(&name),
+        dir: Arc::clone(dir),
+        name,
+        key,
+        is_named,
+    };
+    if !path.is_dir() {
+        let (dir, name) = locate(path)?;
+        let key = match Name::of(name.clone()) {
+            Name::Final(key) => Some(key),
+            Name::Temporary(_) | Name::Other(_) => None,
+        };
+        return Ok(vec![target(&Arc::new(dir), name, key, true)]);
+    }
+    let dir = Arc::new(Dir::open(path)?);
+    let keys = dir.list()?.keys;
+    Ok(keys
+        .iter()
+        .map(|key| target(&dir, file_name(key), Some(*key), false))
+        .collect())
+}
+
+/// What came of a file.
+#[derive(Debug)]
+enum Found {
+    Sound(Checked),
+    Error(Error),
+    /// It was in the directory when that was read, and was removed since.
+    Gone,
+}
+
+/// What was checked of a sound file, beside its checksum and its lengths.
+#[derive(Clone, Copy, Debug)]
+struct Checked {
+    bytes: u64,
+    digest: DigestCheck,
+    key: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DigestCheck {
+    Right,
+    None,
+    /// Keyed with a secret that was not given.
+    NotChecked,
+}
+
+impl Target {
+    fn check(&self, secret: Option<&Secret>, progress: impl Fn(u64)) -> Found {
+        match self.try_check(secret, progress) {
+            Ok(checked) => Found::Sound(checked),
+            Err(Error::Io { source, .. })
+                if source.kind() == io::ErrorKind::NotFound && !self.is_named =>
+            {
+                Found::Gone
+            }
+            Err(error) => Found::Error(error),
+        }
+    }
+
+    fn try_check(&self, secret: Option<&Secret>, progress: impl Fn(u64)) -> Result<Checked, Error> {
+        let stored = self.dir.open_named(&self.name)?;
+        let mut check = Check::of(&stored, self.key.as_ref(), secret)?;
+        progress(check.prefix().header().payload_offset);
+        while let Some(piece) = check.read()? {
+            progress(piece.len() as u64);
+        }
+        Ok(Checked {
+            bytes: stored.len(),
+            digest: match (check.prefix().digest(), secret) {
+                (None, _) => DigestCheck::None,
+                (Some((DigestMode::Keyed, _)), None) => DigestCheck::NotChecked,
+                _ => DigestCheck::Right,
+            },
+            key: self.key.is_some(),
+        })
+    }
+}
+
+/// Checks files on several threads, and hands what is found to `found`, in the order of the targets.
+fn check_all<'a>(
+    targets: &'a [Target],
+    secret: Option<&Secret>,
+    jobs: NonZeroUsize,
+    bar: &ProgressBar,
+    mut found: impl FnMut(&'a Target, Found) -> io::Result<()>,
+) -> io::Result<()> {
+    let next = AtomicUsize::new(0);
+    let (tell, told) = mpsc::channel();
+    thread::scope(|scope| {
+        for _ in 0..jobs.get().min(targets.len()) {
+            let (next, tell) = (&next, tell.clone());
+            scope.spawn(move || {
+                while let Some((n, target)) = {
+                    let n = next.fetch_add(1, Ordering::Relaxed);
+                    targets.get(n).map(|target| (n, target))
+                } {
+                    let found = target.check(secret, |bytes| bar.inc(bytes));
+                    // Nobody listens after an error of the output: then nothing is worth doing.
+                    if tell.send((n, target, found)).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(tell);
+        // What came before its turn.
+        let mut early = BTreeMap::new();
+        let mut turn = 0;
+        for (n, target, result) in told {
+            early.insert(n, (target, result));
+            while let Some((target, result)) = early.remove(&turn) {
+                found(target, result)?;
+                turn += 1;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn bar(targets: &[Target], style: Style) -> ProgressBar {
+    if style != Style::Bar {
+        return ProgressBar::hidden();
+    }
+    // A file that cannot be looked at will be told of when its turn comes.
+    let size = |target: &Target| fs::symlink_metadata(&target.path).map_or(0, |data| data.len());
+    let bytes = targets.iter().map(size).sum();
+    let template = "{wide_bar:.cyan} {binary_bytes}/{binary_total_bytes}  \
+                    {binary_bytes_per_sec}  {eta} left{msg}";
+    let bar = ProgressBar::with_draw_target(Some(bytes), ProgressDrawTarget::stderr());
+    // The template is right: the tests draw it.
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.progress_chars("━╸─"));
+    }
+    bar
+}
+
+fn tell(target: &Target, found: &Found, style: Style, out: &mut Out) -> io::Result<()> {
+    if style == Style::Json {
+        return match Shape::of(target, found) {
+            Some(shape) => json::line(out, &shape),
+            None => Ok(()),
+        };
+    }
+    let path = Shown::path(&target.path);
+    match found {
+        Found::Sound(checked) if style == Style::Lines => {
+            writeln!(out, "{path}: {GOOD}ok{GOOD:#} {FAINT}({checked}){FAINT:#}")
+        }
+        Found::Sound(_) | Found::Gone => Ok(()),
+        Found::Error(error) => match Judgement::of(error) {
+            Judgement::Bad => writeln!(out, "{path}: {BAD}bad{BAD:#}: {error}"),
+            Judgement::Unknown => writeln!(out, "{path}: {DOUBT}unknown{DOUBT:#}: {error}"),
+        },
+    }
+}
+
+impl Display for Checked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("crc")?;
+        match self.digest {
+            DigestCheck::Right => f.write_str(", digest")?,
+            DigestCheck::None => {}
+            DigestCheck::NotChecked => f.write_str(", digest not checked: keyed")?,
+        }
+        f.write_str(if self.key {
+            ", key"
+        } else {
+            ", name is no key's"
+        })
+    }
+}
+
+#[derive(Serialize)]
+struct Shape<'a> {
+    file: Text<'a>,
+    status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    digest: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key: Option<&'static str>,
+}
+
+impl<'a> Shape<'a> {
+    fn of(target: &'a Target, found: &Found) -> Option<Shape<'a>> {
+        let file = Text::path(&target.path);
+        match found {
+            Found::Gone => None,
+            Found::Sound(checked) => Some(Shape {
+                file,
+                status: "ok",
+                error: None,
+                bytes: Some(checked.bytes),
+                digest: Some(match checked.digest {
+                    DigestCheck::Right => "ok",
+                    DigestCheck::None => "none",
+                    DigestCheck::NotChecked => "not_checked",
+                }),
+                key: Some(if checked.key { "ok" } else { "not_in_name" }),
+            }),
+            Found::Error(error) => Some(Shape {
+                file,
+                status: match Judgement::of(error) {
+                    Judgement::Bad => "bad",
+                    Judgement::Unknown => "unknown",
+                },
+                error: Some(error.to_string()),
+                bytes: None,
+                digest: None,
+                key: None,
+            }),
+        }
+    }
+}
+
+/// What all came to.
+#[derive(Debug, Default)]
+struct Sum {
+    sound: u64,
+    bytes: u64,
+    not_checked: u64,
+    tally: Tally,
+}
+
+impl Sum {
+    fn add(&mut self, found: &Found) {
+        match found {
+            Found::Sound(checked) => {
+                self.sound += 1;
+                self.bytes += checked.bytes;
+                self.not_checked += u64::from(checked.digest == DigestCheck::NotChecked);
+            }
+            Found::Error(error) => self.tally.count(Judgement::of(error)),
+            Found::Gone => {}
+        }
+    }
+}
+
+fn summary(sum: &Sum, begun: Instant, out: &mut Out) -> io::Result<()> {
+    let took = begun.elapsed().as_secs_f64();
+    write!(
+        out,
+        "{GOOD}{} ok{GOOD:#} ({}, {}/s)",
+        text::files(sum.sound),
+        text::size(sum.bytes),
+        // A float becomes an integer by saturation.
+        text::size((sum.bytes as f64 / took.max(1e-9)) as u64),
+    )?;
+    match sum.tally.bad {
+        0 => write!(out, ", 0 bad")?,
+        bad => write!(out, ", {BAD}{bad} bad{BAD:#}")?,
+    }
+    if sum.tally.unknown > 0 {
+        write!(out, ", {DOUBT}{} unknown{DOUBT:#}", sum.tally.unknown)?;
+    }
+    writeln!(out)?;
+    if sum.not_checked > 0 {
+        let files = text::files(sum.not_checked);
+        writeln!(
+            out,
+            "{DOUBT}{files} with keyed digests{DOUBT:#}, which need --key-file: only the checksum was checked"
+        )?;
+    }
+    Ok(())
+}
+
+/// Removes what is bad. It is checked once more right before: a node may have replaced it since.
+fn delete(
+    bad: &[&Target],
+    secret: Option<&Secret>,
+    yes: bool,
+    tally: &mut Tally,
+) -> anyhow::Result<()> {
+    if !yes && !consent(bad.len())? {
+        complain("nothing removed");
+        return Ok(());
+    }
+    for target in bad {
+        match target.delete(secret) {
+            Ok(true) => complain_of(&target.path, "removed"),
+            Ok(false) => complain_of(&target.path, "not removed: it has been replaced or is gone"),
+            Err(error) => {
+                tally.unknown += 1;
+                complain_of(&target.path, format_args!("not removed: {error}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Target {
+    fn delete(&self, secret: Option<&Secret>) -> Result<bool, Error> {
+        let stored = self.dir.open_named(&self.name)?;
+        let again = Check::of(&stored, self.key.as_ref(), secret).and_then(|mut check| {
+            while check.read()?.is_some() {}
+            Ok(())
+        });
+        match again {
+            Err(error) if Judgement::of(&error) == Judgement::Bad => stored.remove(&self.dir.root),
+            Err(error) => Err(error),
+            Ok(()) => Ok(false),
+        }
+    }
+}
+
+/// Whoever does not answer does not consent.
+fn consent(files: usize) -> anyhow::Result<bool> {
+    let mut stderr = io::stderr();
+    write!(stderr, "Remove {}? [y/N] ", text::files(files as u64))?;
+    stderr.flush()?;
+    let mut answer = String::new();
+    if io::stdin().read_line(&mut answer).is_err() {
+        bail!("standard input: not an answer");
+    }
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}

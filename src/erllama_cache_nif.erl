@@ -149,7 +149,8 @@ sync_failures() -> ?NOT_LOADED.
 
 %% How many resource objects of each type live: for tests that look for what is left behind.
 -spec live_objects() ->
-    #{semaphore | guard | secret | courier | tmp | load | check | scan => non_neg_integer()}.
+    #{semaphore | guard | secret | courier | handle | tmp | load | check | scan =>
+        non_neg_integer()}.
 live_objects() -> ?NOT_LOADED.
 
 %% Keeps a secret where nothing prints it.

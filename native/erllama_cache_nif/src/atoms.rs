@@ -57,6 +57,7 @@ rustler::atoms! {
     guard,
     secret,
     courier,
+    handle,
     tmp,
     load,
     check,

@@ -4,21 +4,28 @@
 use rustler::{Encoder, Env, LocalPid, Resource, ResourceArc, Term};
 
 use crate::atoms;
+use crate::live::{Kind, Live};
 
-struct Handle(LocalPid);
+struct Handle {
+    pid: LocalPid,
+    _live: Live,
+}
 
 #[rustler::resource_impl]
 impl Resource for Handle {}
 
 #[rustler::nif]
 fn handle_new(pid: LocalPid) -> ResourceArc<Handle> {
-    ResourceArc::new(Handle(pid))
+    ResourceArc::new(Handle {
+        pid,
+        _live: Live::new(Kind::Handle),
+    })
 }
 
 #[rustler::nif]
 fn handle_pid<'a>(env: Env<'a>, reference: Term<'a>) -> Term<'a> {
     match reference.decode::<&Handle>() {
-        Ok(handle) => handle.0.encode(env),
+        Ok(handle) => handle.pid.encode(env),
         Err(_) => atoms::none().encode(env),
     }
 }

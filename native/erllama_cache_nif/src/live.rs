@@ -22,7 +22,7 @@ macro_rules! types {
 }
 
 types! {
-    Semaphore semaphore Guard guard Secret secret Courier courier
+    Semaphore semaphore Guard guard Secret secret Courier courier Handle handle
     Tmp tmp Load load Check check Scan scan
 }
 

@@ -9,7 +9,7 @@
 
 async_test_() ->
     {foreach, fun setup/0, fun teardown/1, [
-        fun(Root) -> {atom_to_list(Name), fun() -> Test(Root) end} end
+        fun(Root) -> {atom_to_list(Name), {timeout, 60, fun() -> Test(Root) end}} end
      || {Name, Test} <- tests()
     ]}.
 

@@ -10,7 +10,7 @@
 
 metrics_test_() ->
     {foreach, fun setup/0, fun teardown/1, [
-        fun(Root) -> {atom_to_list(Name), fun() -> Test(Root) end} end
+        fun(Root) -> {atom_to_list(Name), {timeout, 60, fun() -> Test(Root) end}} end
      || {Name, Test} <- [
         {saves_are_counted, fun saves_are_counted/1},
         {histograms_add_up, fun histograms_add_up/1},

@@ -25,6 +25,7 @@ export FILE
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save dropin chunks rustdoc bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save dropin chunks rustdoc bench-plots bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kvc bench-semaphore bench-save bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak soak-semaphore sanitize valgrind fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -80,6 +81,9 @@ soak-semaphore: setup ## The semaphore's state machine for 50,000 sequences (min
 
 sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under AddressSanitizer
 	tools/sanitize.sh
+
+valgrind: setup ## The NIF in a VM under memcheck, with all Erlang tests (long)
+	tools/sanitize.sh valgrind
 
 fuzz: setup ## What reads files, on bytes that a fuzzer makes up: make fuzz [FUZZ_RUNS=n]
 	tools/fuzz.sh

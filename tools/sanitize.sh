@@ -3,7 +3,13 @@
 #
 #   ThreadSanitizer   the core's semaphore, shared by threads: data races
 #   AddressSanitizer  the core's tests: memory errors and leaks
-#   AddressSanitizer  the NIF library inside the VM: memory errors
+#   AddressSanitizer  the NIF library inside the VM, under all of the Erlang tests: memory errors
+#   valgrind          the same with the library as it is shipped, on request: it takes long
+#
+#   tools/sanitize.sh [thread] [address] [nif] [valgrind]    the first three if none is named
+#
+#   MODULES, SUITES   which of the Erlang tests (all)
+#   PROPER_SEQUENCES  how long its state machines run (300; 20 under valgrind)
 #
 # One line for each that finds nothing; the first that finds something ends this with its report
 # and a status that is not 0. The sanitizers need Rust's nightly toolchain, which is installed when
@@ -13,12 +19,12 @@ set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 PATH="$PATH:${CARGO_HOME:-${HOME:-/}/.cargo}/bin"
 
-# Of the Erlang tests, those that drive the semaphore and the files.
-eunit="prop_semaphore_tests prop_kvc_tests erllama_cache_store_tests"
-suites="erllama_cache_semaphore_SUITE"
-# Enough sequences to see every step in every state.
-: "${PROPER_SEQUENCES:=300}"
-export PROPER_SEQUENCES
+modules() {
+    (cd "$here/test" && for file in "$@"; do basename "$file" .erl; done)
+}
+
+eunit=${MODULES-$(cd "$here/test" && modules ./*_tests.erl)}
+suites=${SUITES-$(cd "$here/test" && modules ./*_SUITE.erl)}
 
 out="$here/native/target/sanitize"
 lib="$out/lib/erllama_cache_nif"
@@ -43,17 +49,26 @@ as_root() {
 
 # What is missing and how to get it, or nothing.
 need_nightly() {
-    if ! cargo +nightly --version >/dev/null 2>&1 || ! [ -d "$(rust_src)" ]; then
-        has rustup || fail "missing: Rust's nightly toolchain and its source (rust-src). \
-rustup installs them: https://rustup.rs"
-        echo "sanitize: installing by rustup: nightly, rust-src"
-        rustup toolchain install nightly --profile minimal --component rust-src ||
-            fail "missing: rustup toolchain install nightly --component rust-src"
+    if ! cargo +nightly --version >/dev/null 2>&1; then
+        has rustup || fail "missing: Rust's nightly toolchain. \
+rustup installs it: https://rustup.rs"
+        echo "sanitize: installing by rustup: nightly"
+        rustup toolchain install nightly --profile minimal ||
+            fail "missing: rustup toolchain install nightly"
     fi
 }
 
 # ThreadSanitizer needs a standard library that is instrumented too: it does not know the locks of
 # one that is not, and takes what they guard for races.
+need_rust_src() {
+    if ! [ -d "$(rust_src)" ]; then
+        has rustup || fail "missing: the source of Rust's standard library (rust-src)"
+        echo "sanitize: installing by rustup: rust-src"
+        rustup component add rust-src --toolchain nightly ||
+            fail "missing: rustup component add rust-src --toolchain nightly"
+    fi
+}
+
 rust_src() {
     echo "$(rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib/src/rust/library/std"
 }
@@ -112,41 +127,73 @@ core() {
     core_tests address --lib --tests
 }
 
-# The application with an instrumented library, apart from the one that is in use.
 build_nif() {
     (
         cd "$here/native"
         CARGO_TARGET_DIR="$out/address" RUSTFLAGS="-Zsanitizer=address" \
             cargo +nightly build --locked --target "$host" -p erllama_cache_nif
     )
+    lay_out "$out/address/$host/debug/liberllama_cache_nif.so"
+}
+
+build_shipped_nif() {
+    make -C "$here/c_src"
+    lay_out "$here/priv/erllama_cache_nif.so"
+}
+
+# lay_out LIBRARY: the application with this library, apart from the one that is in use.
+lay_out() {
+    built=$1
     rm -rf "$lib"
     mkdir -p "$lib/ebin" "$lib/priv" "$lib/test"
-    cp "$out/address/$host/debug/liberllama_cache_nif.so" "$lib/priv/erllama_cache_nif.so"
+    cp "$built" "$lib/priv/erllama_cache_nif.so"
     cp "$here/src/erllama_cache_nif.app.src" "$lib/ebin/erllama_cache_nif.app"
+    # The vectors and the oracle.
+    cp -R "$here/test/." "$lib/test"
     erlc +debug_info -o "$lib/ebin" "$here"/src/*.erl
     erlc +debug_info +nowarn_export_all -pa "$lib/ebin" -o "$lib/test" \
         "$here"/test/standin/*.erl "$here"/test/*.erl
 }
 
-# The VM is not instrumented: its own allocators are not looked into, and what it still refers to
-# when it halts would all be called a leak.
-nif_in_vm() {
-    rm -rf "$reports" "$out/ct"
-    mkdir -p "$reports" "$out/ct"
-    cd "$out"
-    export ERL_CRASH_DUMP_SECONDS=0
+# What runs the tests inside a VM, and ends with a status. Time has another pace there.
+write_runner() {
+    cat >"$out/sanitize_runner.erl" <<'END'
+-module(sanitize_runner).
+-export([main/0]).
+
+main() ->
+    {Modules, ["and" | Suites]} =
+        lists:splitwith(fun(Word) -> Word =/= "and" end, init:get_plain_arguments()),
+    EUnit = [list_to_atom(Module) || Module <- Modules] -- [''],
+    Passed = EUnit =:= [] orelse eunit:test(EUnit, [verbose]) =:= ok,
+    Failed = Suites =/= [] andalso suites(Suites),
+    io:format("EUnit passed: ~p, failed of Common Test: ~p~n", [Passed, Failed]),
+    halt(case Passed andalso Failed =:= false of true -> 0; false -> 1 end).
+
+suites([First | _] = Suites) ->
+    Dir = filename:dirname(code:which(list_to_atom(First))),
+    Result = ct:run_test([
+        {suite, Suites}, {dir, Dir}, {auto_compile, false}, {logdir, "ct"},
+        {multiply_timetraps, 20}
+    ]),
+    io:format("Common Test: ~p~n", [Result]),
+    case Result of
+        {Passed, 0, {_SkippedByUser, 0}} when Passed > 0 -> false;
+        _ -> Result
+    end.
+END
+    erlc -o "$out" "$out/sanitize_runner.erl"
+}
+
+# The VM is not instrumented: what it still refers to when it halts would all be called a leak.
+# With its own allocators off, each binary is a block of malloc's, and a step beyond it is seen.
+nif_under_asan() {
+    fresh_reports
     export ASAN_OPTIONS="detect_leaks=0:log_path=$reports/report"
     ended=0
     # shellcheck disable=SC2086  # lists of words are split on purpose
-    LD_PRELOAD="$libasan" erl -noshell -pa "$lib/ebin" "$lib/test" -eval '
-        {EUnit, ["and" | Suites]} =
-            lists:splitwith(fun(Word) -> Word =/= "and" end, init:get_plain_arguments()),
-        ok = eunit:test([list_to_atom(Module) || Module <- EUnit]),
-        {_Passed, 0, {_Skipped, 0}} = ct:run_test([
-            {suite, Suites}, {dir, filename:dirname(code:which(list_to_atom(hd(Suites))))},
-            {auto_compile, false}, {logdir, "ct"}, {multiply_timetraps, 5}
-        ]),
-        halt(0).' -extra $eunit and $suites || ended=$?
+    LD_PRELOAD="$libasan" erl -noinput -pa "$lib/ebin" "$lib/test" "$out" \
+        -run sanitize_runner main -extra $eunit and $suites || ended=$?
     # Of a VM that a test has started, too.
     if [ -n "$(ls "$reports")" ]; then
         cat "$reports"/*
@@ -155,15 +202,112 @@ nif_in_vm() {
     return "$ended"
 }
 
-need_nightly
-need_libasan
-host=$(rustc +nightly -vV | sed -n 's/^host: //p')
-mkdir -p "$out"
+fresh_reports() {
+    rm -rf "$reports" "$out/ct"
+    mkdir -p "$reports" "$out/ct"
+    cd "$out"
+    export ERL_CRASH_DUMP_SECONDS=0
+    export ERL_FLAGS="+Mea min"
+}
 
-run thread threads
-echo "sanitize: ThreadSanitizer finds nothing in the core's semaphore"
-run address core
-echo "sanitize: AddressSanitizer finds nothing in the core"
-run build build_nif
-run nif nif_in_vm
-echo "sanitize: AddressSanitizer finds nothing in the NIF library inside the VM"
+# memcheck on the library as it is shipped. The JIT writes code that valgrind has translated already,
+# and into a file of its own, hence --smc-check=all; without it the VM crashes.
+#
+# Whether a value is initialised is not asked: what the JIT keeps in memory looks to valgrind as if
+# nobody had set it, and so does every term that the library gets. Invalid reads and writes, also of
+# freed memory, and wrong frees are what is looked for. Compiled Erlang has its stack in a process's
+# heap, where valgrind takes what is below it for forbidden: an address inside a block that is there is
+# no error. The VMs that tests start run without valgrind: they would not answer in time.
+nif_under_valgrind() {
+    fresh_reports
+    ROOTDIR=$(erl -noinput -eval 'io:format("~s", [code:root_dir()]), halt().')
+    BINDIR="$ROOTDIR/erts-$(erl -noinput -eval \
+        'io:format("~s", [erlang:system_info(version)]), halt().')/bin"
+    export ROOTDIR BINDIR EMU=beam PROGNAME=erl
+    # A VM for each: the longer one runs like that, the likelier its own code stumbles over what
+    # valgrind makes of the stack.
+    ended=0
+    for module in $eunit; do
+        vm_under_valgrind "$module" and || ended=$?
+    done
+    for suite in $suites; do
+        vm_under_valgrind and "$suite" || ended=$?
+    done
+    # What has no frame of the library is the VM's own.
+    ours=$(awk -v RS='==[0-9]+== \n' '
+        / (at|by) 0x/ && /erllama_cache_nif\.so/ && !/ inside a block of size [0-9,]+ alloc/
+    ' "$reports"/report.*)
+    if [ -n "$ours" ]; then
+        echo "$ours"
+        return 1
+    fi
+    return "$ended"
+}
+
+vm_under_valgrind() {
+    valgrind --smc-check=all --undef-value-errors=no --error-limit=no --num-callers=40 \
+        --fair-sched=try --max-stackframe=1000000 --suppressions="$here/tools/valgrind.supp" \
+        --log-file="$reports/report.%p" \
+        "$BINDIR/beam.smp" -Mea min -- -root "$ROOTDIR" -bindir "$BINDIR" -progname erl -- \
+        -home "${HOME:-/}" -- -noshell -noinput -pa "$lib/ebin" "$lib/test" "$out" \
+        -run sanitize_runner main -extra "$@"
+}
+
+need_valgrind() {
+    if ! has valgrind && has apt-get; then
+        echo "sanitize: installing by apt: valgrind"
+        as_root apt-get -q update
+        as_root env DEBIAN_FRONTEND=noninteractive \
+            apt-get -q -y --no-install-recommends install valgrind
+    fi
+    has valgrind || fail "missing: valgrind: https://valgrind.org or your package manager"
+}
+
+sequences() {
+    PROPER_SEQUENCES="${PROPER_SEQUENCES:-$1}"
+    export PROPER_SEQUENCES
+}
+
+thread() {
+    need_rust_src
+    run thread threads
+    echo "sanitize: ThreadSanitizer finds nothing in the core's semaphore"
+}
+
+address() {
+    run address core
+    echo "sanitize: AddressSanitizer finds nothing in the core"
+}
+
+nif() {
+    need_libasan
+    # Enough to see every step in every state.
+    sequences 300
+    run build build_nif
+    run runner write_runner
+    run nif nif_under_asan
+    echo "sanitize: AddressSanitizer finds nothing in the NIF library inside the VM"
+}
+
+valgrind_nif() {
+    need_valgrind
+    sequences 20
+    run build build_shipped_nif
+    run runner write_runner
+    run valgrind nif_under_valgrind
+    echo "sanitize: valgrind finds nothing in the NIF library inside the VM"
+}
+
+mkdir -p "$out"
+[ $# -gt 0 ] || set -- thread address nif
+case "$*" in
+    valgrind) ;;
+    *) need_nightly; host=$(rustc +nightly -vV | sed -n 's/^host: //p') ;;
+esac
+for part in "$@"; do
+    case $part in
+        thread | address | nif) "$part" ;;
+        valgrind) valgrind_nif ;;
+        *) fail "no such part: $part" ;;
+    esac
+done

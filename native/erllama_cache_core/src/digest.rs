@@ -37,7 +37,7 @@ pub(crate) const PART: usize = 256 * 1024;
 /// A digest in the making. Feed it the payload, then the prefix's
 /// [`digest_view`](crate::kvc::Prefix::digest_view).
 ///
-/// BLAKE3 is a tree, so its parts can be hashed at the same time: [`Parts`] does that for two
+/// BLAKE3 is a tree, so its parts can be hashed at the same time: `Parts` does that for two
 /// threads.
 pub struct Digester {
     secret: Option<Secret>,

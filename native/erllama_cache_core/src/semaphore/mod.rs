@@ -3,7 +3,7 @@
 //!
 //! # How it works
 //!
-//! The count, the limit and two flags share one [atomic word](word). A process that finds a free
+//! The count, the limit and two flags share one atomic word (`word.rs`). A process that finds a free
 //! slot and nobody queued takes it with one compare-and-swap; a release with nobody queued is one
 //! subtraction. Neither takes a lock that another process could hold.
 //!

@@ -26,6 +26,7 @@ export FILE
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save dropin chunks rustdoc bench-plots bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kvc bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak soak-semaphore sanitize valgrind fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save readme dropin chunks rustdoc bench-plots bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -97,6 +98,9 @@ kill: setup all ## kill -9 of nodes in the middle of saves, KILLS=300 times on e
 
 disks: setup all ## Full disks, quota, FUSE, read-only: on real mounts, as root
 	tools/disks.sh
+readme: setup all ## Run the commands that the README shows, in a clean copy
+	tools/readme.sh
+
 dropin: setup all ## Put it into a project that stands in for erllama, and take it out again
 	tools/dropin.sh
 

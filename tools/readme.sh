@@ -1,0 +1,145 @@
+#!/bin/sh
+# Proves that the commands of README.md and docs/*.md work, as they stand there, in a clean copy of the
+# project: each command of the README's indented blocks and of the pages' text is looked up below, in
+# `do_it`, which runs it or says who does. One that is not known there is an error, so whoever adds one
+# says how it is checked; and so is a target that the Makefile does not have.
+#
+# The sessions in Erlang and Elixir that go with them are taken from the README's fences, and have to
+# end without an exception. Prints a table at the end. docs/kvc.md has a test of its own.
+set -eu
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+copy=$work/erllama_cache_nif
+readme=$here/README.md
+begun=$(date +%s)
+
+fail() {
+    echo "readme: $*" >&2
+    exit 1
+}
+
+# What git knows, as it is here now, and cargo's cache, so that the dependencies are not built anew.
+mkdir -p "$copy/native/target"
+(cd "$here" && git ls-files -z | xargs -0 cp --parents -t "$copy")
+if [ -d "$here/native/target/release" ]; then
+    cp -a "$here/native/target/release" "$copy/native/target/"
+fi
+
+# The N-th fence of a language that is not indented, with a directory of ours for the one that is named there.
+fence() { # LANGUAGE N
+    awk -v fence='```'"$1" -v want="$2" '
+        $0 == "```" { inside = 0 }
+        inside && n == want
+        $0 == fence { inside = 1; n++ }' "$readme" | sed "s|/tmp/kv|$work/kv|g"
+}
+
+# A paragraph at a time: code may go on in the next line.
+in_backticks() { # PAGE
+    awk 'BEGIN { RS = ""; FS = "`" }
+        { for (n = 2; n <= NF; n += 2) { gsub(/[ \n]+/, " ", $n); print $n } }' "$1"
+}
+
+# One command a line, without comments: lines that are indented by four and at a shell's prompt where
+# there is one; and what stands between backticks and begins with the name of a program.
+commands() {
+    awk '/^ *```/ { fenced = !fenced } !fenced' "$readme" >"$work/text"
+    for page in "$here"/docs/*.md; do
+        [ "$page" = "$here/docs/kvc.md" ] || awk '/^ *```/ { f = !f } !f' "$page"
+    done >"$work/pages"
+    sed -n -e 's/^ \{4,\}\$ //p' -e 's/^    \([a-z]\)/\1/p' "$work/text" | sed 's/  *#.*//'
+    in_backticks "$work/text" |
+        grep -E '^(make$|(make|mkdir|erl|mix|head|cargo|rebar3|kvc|git|sh|python3) )' || true
+    in_backticks "$work/pages" | grep -E '^(make|install|cargo|rebar3|kvc|git) ' || true
+}
+
+# A session in a real shell. It prints what is raised and goes on, so that is what is looked for.
+erlang() { # SESSION COMMAND...
+    session=$1
+    shift
+    printf '%s\nthe_end.\nhalt().\n' "$session" | "$@" >"$work/session" 2>&1 || true
+    cat "$work/session"
+    grep -q '^\(.*> \)\?the_end$' "$work/session" &&
+        ! grep -qE '^(.*> )?\* |\*\* ' "$work/session"
+}
+
+in_mix_project() { # COMMAND...
+    mkdir -p "$work/mix/config"
+    fence elixir 1 | sed "s|\"../erllama_cache_nif\"|\"$copy\"|" >"$work/deps"
+    fence elixir 2 >"$work/mix/config/config.exs"
+    fence elixir 3 >"$work/mix/save.exs"
+    {
+        echo 'defmodule Readme.MixProject do'
+        echo '  use Mix.Project'
+        echo '  def project, do: [app: :readme, version: "0.1.0", deps: deps()]'
+        cat "$work/deps"
+        echo 'end'
+    } >"$work/mix/mix.exs"
+    (cd "$work/mix" && MIX_REBAR3="$(command -v rebar3)" ELIXIR_ERL_OPTIONS="+fnu" "$@")
+}
+
+elsewhere() { # WHO
+    echo "$1" >"$work/who"
+}
+
+target() { # COMMAND WHO
+    target=${1#make }
+    grep -q "^${target%% *}:" "$here/Makefile" || fail "there is no target for: $1"
+    elsewhere "$2"
+}
+
+# Runs a command, or says who does.
+do_it() { # COMMAND
+    cd "$copy"
+    case $1 in
+        make | "make demo" | "make edoc" | "make chunks") $1 ;;
+        "make demo FILE=path") make demo FILE="$copy/README.md" ;;
+        "make bench-"*) target "$1" "by hand, on a machine at rest" ;;
+        "make kvc" | kvc\ * | cargo\ install\ *) elsewhere "the tests of kvc" ;;
+        "make "[a-z]*) target "$1" "a step of its own" ;;
+        "rebar3 compile") elsewhere "make dropin" ;;
+        "install -d -m 700 -o node /var/cache/kv") install -d -m 700 -o "$(id -un)" "$work/cache" ;;
+        "mkdir -p /tmp/kv") mkdir -p "$work/kv" ;;
+        "erl -pa _build/default/lib/erllama_cache_nif/ebin -config sys")
+            fence erlang 1 >sys.config
+            # shellcheck disable=SC2086  # a command in words
+            erlang "$(fence erlang 2)" $1
+            ;;
+        "erl -pa _build/default/lib/erllama_cache_nif/ebin")
+            make chunks
+            # shellcheck disable=SC2086
+            erlang "$(sed -n 's/^ *1> //p' "$work/text")" $1
+            grep -q 'Payload :: binary()' "$work/session" || fail "the shell shows no documentation"
+            ;;
+        "mix run save.exs") in_mix_project mix run save.exs ;;
+        "erl +SDio N") erl +SDio 4 -noinput -eval 'halt().' ;;
+        "head -c 32 /dev/urandom > secret && chmod 600 secret")
+            sh -eu -c "$1"
+            erl -noinput -pa _build/default/lib/erllama_cache_nif/ebin -eval '
+                {ok, _} = erllama_cache_store:start_link(s, #{root => ".", mac_key => {file, "secret"}}),
+                halt(0).'
+            ;;
+        *) fail "nobody has said how this is checked: $1" ;;
+    esac
+}
+
+commands | awk '!seen[$0]++' >"$work/commands"
+# A reader compiles first.
+(echo make; grep -vx make "$work/commands") >"$work/ordered"
+while IFS= read -r command; do
+    echo passed >"$work/who"
+    # Not as a condition: `set -e` would not hold in there.
+    set +e
+    (set -e; do_it "$command") >"$work/log" 2>&1 </dev/null
+    status=$?
+    set -e
+    if [ "$status" -ne 0 ]; then
+        cat "$work/log" >&2
+        fail "failed: $command"
+    fi
+    printf '%-66s  %s\n' "$command" "$(cat "$work/who")" >>"$work/table"
+done <"$work/ordered"
+
+cat "$work/table"
+echo "readme: its commands work, tried in $(($(date +%s) - begun)) s"

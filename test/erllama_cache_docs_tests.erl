@@ -160,12 +160,48 @@ with_environment(Environment, Fun) ->
 %%% The other pages
 
 pages_test_() ->
-    Pages = ["CONTRIBUTING.md" | [filename:join("docs", filename:basename(Page))
-                                  || Page <- filelib:wildcard(in_project("docs/*.md"))]],
     [
         {lists:concat([Page, ": ", hd(string:split(Block, "\n"))]), fun() -> page_block(Block) end}
-     || Page <- Pages, Block <- fenced(Page, "erlang")
+     || Page <- ["CONTRIBUTING.md" | pages()], Block <- fenced(Page, "erlang")
     ].
+
+pages() ->
+    [filename:join("docs", filename:basename(Page))
+     || Page <- filelib:wildcard(in_project("docs/*.md"))].
+
+%% To files of the project, pictures too, and to headings.
+links_test_() ->
+    [
+        {lists:concat([Page, ": ", Target]), ?_assert(is_there(Page, Target))}
+     || Page <- ["README.md", "CONTRIBUTING.md" | pages()],
+        Link <- targets(Page),
+        Target <- [binary_to_list(Link)],
+        not lists:prefix("http", Target)
+    ].
+
+targets(Page) ->
+    {ok, Text} = file:read_file(in_project(Page)),
+    lists:usort(lists:append(matches("\\]\\(([^) ]+)\\)", Text))).
+
+is_there(Page, "#" ++ Heading) ->
+    has_heading(Page, Heading);
+is_there(Page, Target) ->
+    [Path | Heading] = string:split(Target, "#"),
+    File = filename:join(filename:dirname(Page), Path),
+    filelib:is_file(in_project(File)) andalso
+        (Heading =:= [] orelse has_heading(File, hd(Heading))).
+
+%% As it is made into a link: in lower case, with hyphens, without punctuation.
+has_heading(Page, Wanted) ->
+    {ok, Text} = file:read_file(in_project(Page)),
+    lists:any(
+        fun([Heading]) ->
+            Kept = re:replace(string:lowercase(Heading), "[^\\w -]", "", [global, unicode]),
+            Name = re:replace(Kept, " ", "-", [global, unicode, {return, list}]),
+            Name =:= Wanted
+        end,
+        matches("^#+ (.*)$", Text)
+    ).
 
 %% In a node with a writer and a store.
 page_block(Block) ->

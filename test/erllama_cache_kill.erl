@@ -17,8 +17,10 @@
 -define(SAVERS, 8).
 %% How many keys a node is given at a time, and after how many milliseconds at most a kill comes.
 -define(BATCH, 48).
-%% Less while another one starts: that takes long, and all that is saved will be looked at.
+%% Less while another one starts, with pauses that grow by so many milliseconds: that can take long,
+%% and all that is saved will be looked at.
 -define(SMALL_BATCH, 12).
+-define(PAUSE, 10).
 -define(WINDOW, 300).
 %% How long a node takes to start, about: some are killed in that time.
 -define(STARTING, 400).
@@ -50,6 +52,8 @@
     nodes = #{} :: #{1..2 => #node{}},
     lives = 0 :: non_neg_integer(),
     next = 1 :: pos_integer(),
+    %% Small batches since a node was started.
+    small = 0 :: non_neg_integer(),
     %% Keys that somebody was told of as saved or as already there.
     acknowledged = #{} :: #{pos_integer() => true},
     %% Whose payload a key was first seen with. It stays that until it is deleted.
@@ -163,9 +167,9 @@ feed(#state{nodes = Nodes, next = Next, fresh = Fresh} = S) ->
     Busy = [Id || Id <- Up, (maps:get(Id, Nodes))#node.state =:= busy],
     case {Up, Busy} of
         {[_ | _], []} ->
-            Size = case maps:size(Nodes) =:= length(Up) of
-                true -> ?BATCH;
-                false -> ?SMALL_BATCH
+            {Size, Small} = case maps:size(Nodes) =:= length(Up) of
+                true -> {?BATCH, 0};
+                false -> {?SMALL_BATCH, paused(S#state.small)}
             end,
             Numbers = lists:seq(Next, Next + Size - 1),
             %% Some twice, so that savers of one node meet too.
@@ -181,9 +185,14 @@ feed(#state{nodes = Nodes, next = Next, fresh = Fresh} = S) ->
                             Node
                     end
             end, Nodes),
-            S#state{nodes = Given, next = Next + Size, fresh = Numbers ++ Fresh};
+            S#state{nodes = Given, next = Next + Size, small = Small, fresh = Numbers ++ Fresh};
         _ ->
             S
+    end.
+
+paused(Small) ->
+    receive
+    after ?PAUSE * Small -> Small + 1
     end.
 
 tell(Port, Term) ->

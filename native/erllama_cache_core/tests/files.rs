@@ -753,6 +753,71 @@ fn a_scan_leaves_a_locked_temporary_file() {
     assert_empty(dir.path());
 }
 
+/// Several nodes may share a root: while one starts, a save in another may replace what the first
+/// one has just found to be corrupt.
+#[test]
+fn a_scan_removes_nothing_but_what_it_found_corrupt() {
+    let dir = root();
+    let dir = dir.path();
+    let corrupt = dir.join("corrupt");
+    thread::scope(|scope| {
+        let saver = scope.spawn(|| {
+            for _ in 0..300 {
+                fs::write(&corrupt, b"not a KVC file").unwrap();
+                fs::rename(&corrupt, path(dir, 1)).unwrap();
+                save(dir, 1, b"payload").unwrap();
+                assert_holds(dir, 1, b"payload");
+            }
+        });
+        while !saver.is_finished() {
+            scan(dir);
+        }
+    });
+    assert_only(dir, 1);
+}
+
+/// The lock of a corrupt file is held by whoever removes or replaces it.
+#[test]
+fn a_corrupt_file_is_left_to_who_has_its_lock() {
+    let dir = root();
+    fs::write(path(dir.path(), 1), b"not a KVC file").unwrap();
+    let lock = File::open(path(dir.path(), 1)).unwrap();
+    lock.lock().unwrap();
+    let found = scan(dir.path());
+    assert!(found.is_empty(), "{found:?}");
+    assert_only(dir.path(), 1);
+
+    let mut tmp = written(dir.path(), 1, b"payload");
+    assert!(matches!(tmp.publish(&slice()), Ok(Progress::More)));
+    assert_only(dir.path(), 1);
+    // It is done with it, and has put a good file there.
+    let other = root();
+    save(other.path(), 1, b"theirs!").unwrap();
+    fs::rename(path(other.path(), 1), path(dir.path(), 1)).unwrap();
+    assert_eq!(publish(&mut tmp).unwrap().outcome, Outcome::Adopted);
+    assert_holds(dir.path(), 1, b"theirs!");
+
+    // It has removed it.
+    fs::write(path(dir.path(), 1), b"not a KVC file").unwrap();
+    let lock = File::open(path(dir.path(), 1)).unwrap();
+    lock.lock().unwrap();
+    let mut tmp = written(dir.path(), 1, b"payload");
+    assert!(matches!(tmp.publish(&slice()), Ok(Progress::More)));
+    fs::remove_file(path(dir.path(), 1)).unwrap();
+    assert_eq!(publish(&mut tmp).unwrap().outcome, Outcome::Linked);
+
+    // It keeps it, and is not waited for.
+    fs::write(path(dir.path(), 1), b"not a KVC file").unwrap();
+    let lock = File::open(path(dir.path(), 1)).unwrap();
+    lock.lock().unwrap();
+    assert_eq!(
+        save(dir.path(), 1, b"payload").unwrap().outcome,
+        Outcome::Replaced
+    );
+    assert_holds(dir.path(), 1, b"payload");
+    assert_only(dir.path(), 1);
+}
+
 // Many at once
 
 #[test]

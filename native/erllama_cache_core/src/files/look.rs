@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 
 use super::root::Root;
-use super::stored::open_regular;
+use super::stored::{claim, open_regular};
 use super::sys;
 use super::tmp::is_temporary_name;
 use crate::error::{Context, Error};
@@ -115,19 +115,14 @@ impl Stored {
         read_prefix(&self.file, self.stat.len).map_err(ReadError::into)
     }
 
-    /// Removes the name by which it was opened, if it still is this file's; `false` if not. Between
-    /// the look and the removal is a moment in which somebody may replace it: what is lost then is
-    /// a file that has just been saved, as if it had been evicted.
+    /// Removes the name by which it was opened, if it still is this file's; `false` if not, and when
+    /// somebody else is about to replace it.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn remove(&self, root: &Root) -> Result<bool, Error> {
-        match sys::stat_at(root.dir(), &self.name) {
-            // While this file is open nobody else gets its number.
-            Ok(there) if there.is_same_file(&self.stat) => {}
-            Ok(_) => return Ok(false),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(false),
-            Err(error) => return Err(error).call("fstatat"),
+        if !claim(root, &self.name, &self.file, &self.stat) {
+            return Ok(false);
         }
         match sys::unlink_at(root.dir(), &self.name) {
             Ok(()) => Ok(true),

@@ -5,8 +5,7 @@ use std::ffi::CStr;
 use super::look::{Abandoned, Name, Names, Stored};
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
-use super::sys;
-use crate::error::{Context, Error};
+use crate::error::Error;
 use crate::kvc::{Corrupt, DigestMode, Header, Key};
 
 /// What a scan found under one name. Other names are nobody's business here and are not told.
@@ -105,12 +104,12 @@ impl Scan {
             }),
             // Written by a later version, perhaps: that is no proof of anything.
             Err(error @ Error::Corrupt(Corrupt::UnsupportedVersion)) => skipped(error),
-            Err(Error::Corrupt(corrupt)) => {
-                match sys::unlink_at(self.root.dir(), &name).call("unlink") {
-                    Ok(()) => Some(Found::Removed { key, corrupt }),
-                    Err(error) => skipped(error),
-                }
-            }
+            Err(Error::Corrupt(corrupt)) => match stored.remove(&self.root) {
+                Ok(true) => Some(Found::Removed { key, corrupt }),
+                // A save in another node replaces it just now, or has done so.
+                Ok(false) => None,
+                Err(error) => skipped(error),
+            },
             Err(error) => skipped(error),
         }
     }

@@ -62,6 +62,15 @@ pub(crate) fn open_regular(
     }
 }
 
+/// Takes the lock of a corrupt file. Whoever removes or replaces one has it until that is done, for no
+/// call unlinks a name, or renames over it, only if it still is a certain file's: a save in another
+/// node could have put a good one there. `false` when somebody else has the lock, or the name is
+/// another file's by now. Where there are no locks, looking has to do.
+pub(crate) fn claim(root: &Root, name: &std::ffi::CStr, file: &File, stat: &sys::Stat) -> bool {
+    !matches!(sys::try_lock(file), Ok(false))
+        && sys::stat_at(root.dir(), name).is_ok_and(|there| there.is_same_file(stat))
+}
+
 /// How much is read between two looks at the clock.
 const BLOCK: usize = 16 * 1024 * 1024;
 

@@ -19,6 +19,8 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::mem::{self, ManuallyDrop};
 use std::os::unix::fs::FileExt;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
@@ -51,6 +53,10 @@ const SMALL_READ_PIECE: usize = 16 * 1024;
 const WRITEBACK: u64 = 8 * 1024 * 1024;
 const AWAITED: u64 = 1024 * 1024;
 
+/// Whoever has the lock of a corrupt file needs it for a system call or two. Who keeps it for longer
+/// does not mean well, and is not waited for.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// How often a name for a temporary file is tried. Names are random: the second try is already
 /// a wonder, or somebody's work.
 const NAME_TRIES: usize = 16;
@@ -67,6 +73,8 @@ pub struct TmpFile {
     prefix: Prefix,
     options: Options,
     phase: Phase,
+    /// Since when another has the lock of the file that this one is to replace.
+    refused: Option<Instant>,
 }
 
 /// What a save may choose.
@@ -248,6 +256,7 @@ impl TmpFile {
             prefix,
             options,
             phase,
+            refused: None,
         };
         // Whatever fails from here on drops `tmp`, and with it the file.
         if mode != DEFAULT_MODE {
@@ -449,9 +458,10 @@ impl TmpFile {
                         Ok(Some(check)) => Phase::Taken(Box::new(check)),
                         // It was taken a moment ago and is free now.
                         Ok(None) => Phase::Ready,
-                        Err(error) if error.condemns() => {
-                            return self.replace().map(Progress::Done);
-                        }
+                        Err(error) if error.condemns() => match self.replace()? {
+                            Some(published) => return Ok(Progress::Done(published)),
+                            None => Phase::Ready,
+                        },
                         Err(error) => return Err(error),
                     },
                 },
@@ -460,11 +470,12 @@ impl TmpFile {
                     Ok(Progress::Done(())) if self.is_of_same_key(&check) => {
                         return self.adopt(&check).map(Progress::Done);
                     }
-                    Ok(Progress::Done(())) => return self.replace().map(Progress::Done),
-                    Err(error) if error.condemns() => {
-                        return self.replace().map(Progress::Done);
-                    }
-                    Err(error) => return Err(error),
+                    Err(error) if !error.condemns() => return Err(error),
+                    // Corrupt, or of another key.
+                    Ok(Progress::Done(())) | Err(_) => match self.replace()? {
+                        Some(published) => return Ok(Progress::Done(published)),
+                        None => Phase::Ready,
+                    },
                 },
                 other => {
                     self.phase = other;
@@ -518,15 +529,30 @@ impl TmpFile {
         })
     }
 
-    fn replace(&mut self) -> Result<Published, Error> {
+    /// Takes the place of what stands there. `None` when somebody else is about to remove or replace
+    /// that, or has done so: then the name is to be looked at once more.
+    fn replace(&mut self) -> Result<Option<Published>, Error> {
+        let to = final_name(&self.key);
+        // With its lock, which is held until ours has the name.
+        let there = stored::open_regular(&self.root, &to, libc::O_RDONLY);
+        let is_claimed = match &there {
+            Ok(Some((file, stat))) => stored::claim(&self.root, &to, file, stat),
+            Ok(None) => false,
+            // A link and the like: no scan removes that.
+            Err(_) => true,
+        };
+        if !is_claimed && self.refused.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
+            thread::yield_now();
+            return Ok(None);
+        }
         if self.name.is_none() {
             self.name = Some(self.link_temporary()?);
         }
         if let Some(name) = &self.name {
-            sys::rename_at(self.root.dir(), name, &final_name(&self.key)).call("rename")?;
+            sys::rename_at(self.root.dir(), name, &to).call("rename")?;
         }
         self.name = None;
-        self.finish(Outcome::Replaced)
+        self.finish(Outcome::Replaced).map(Some)
     }
 
     /// Gives a file without a name a temporary one, for only a name can be renamed over another.

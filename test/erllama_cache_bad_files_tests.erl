@@ -13,7 +13,7 @@
 
 bad_files_test_() ->
     {foreach, fun root/0, fun file:del_dir_r/1, [
-        fun(Root) -> {Name, {timeout, 60, fun() -> Test(Root) end}} end
+        fun(Root) -> {Name, {timeout, 300, fun() -> Test(Root) end}} end
      || {Name, Test} <- [
             {"with a checksum", fun(Root) -> damaged(Root, #{digest => none}) end},
             {"with a digest", fun(Root) -> damaged(Root, #{}) end},

@@ -231,8 +231,11 @@ loader() ->
             count(misses)
     end.
 
-same(N, #{tokens := Tokens}, Payload) ->
-    Tokens =:= [N, 7] andalso Payload =:= payload(N) orelse error({wrong_bytes, N}).
+same(N, Info, Payload) ->
+    is_same(N, Info, Payload) orelse error({wrong_bytes, N}).
+
+is_same(N, #{tokens := Tokens}, Payload) ->
+    Tokens =:= [N, 7] andalso Payload =:= payload(N).
 
 holder() ->
     case ?WRITER:acquire(pick([0, 10, 1000]), #{weight => pick([1, 1, 2])}) of
@@ -388,7 +391,7 @@ leave(Root) ->
     Info = #{bytes := Bytes} = erllama_cache_store:info(?STORE),
     Keys = [{N, element(2, erllama_cache_store:key(meta(N)))} || N <- lists:seq(1, ?KEYS)],
     Found = [
-        same(N, FileInfo, Payload)
+        {N, is_same(N, FileInfo, Payload)}
      || {N, Key} <- Keys, {ok, FileInfo, Payload} <- [erllama_cache_store:load(?STORE, Key)]
     ],
     {ok, Names} = file:list_dir(Root),
@@ -396,6 +399,7 @@ leave(Root) ->
     [ok = erllama_cache_store:delete(?STORE, Key) || {_, Key} <- Keys],
     {ok, Rest} = file:list_dir(Root),
     [{above_the_bound, Info} || Bytes > ?MAX_BYTES] ++
+        [{wrong_bytes, N} || {N, false} <- Found] ++
         [{files_that_load, length(Found), length(Names)} || length(Names) =/= length(Found)] ++
         [{left_behind, Rest} || Rest =/= []].
 

@@ -94,8 +94,11 @@ for release in $releases; do
     begun=$(now)
     echo "==== $release ===="
     [ -e "$root/.complete" ] || create "$release" "$root"
-    # What git knows, as it is here now. What was built there stays, for the next time.
+    # What git knows, as it is here now, and nothing that it knew the last time. What was built there
+    # stays, for the next time.
     mkdir -p "$root/src"
+    find "$root/src" \( -name _build -o -name target -o -name priv -o -name deps \) -prune \
+        -o -type f -exec rm -f {} +
     (cd "$here" && git ls-files -z | xargs -0 cp --parents -t "$root/src")
     run "$root" tools/setup.sh
     otp=$(run "$root" 'erl -noinput -eval \

@@ -10,7 +10,7 @@
 
 -include_lib("stdlib/include/assert.hrl").
 
--import(erllama_cache_hooked_host, [with_hook/2, hold_turns/0, give_back/1]).
+-import(erllama_cache_hooked_host, [with_hook/2, stop_large_save/1, go_on/1]).
 -import(erllama_cache_test_util, [
     files/1, open_files/1, file_of/2, meta/1, eventually/1, actor/0, tell/2, answer/2, kill/1,
     run_command/2
@@ -196,37 +196,18 @@ repair(Image, Mount) ->
     {0, _} = run_command("mount", ["-o", "loop,errors=remount-ro", Image, Mount]),
     ok.
 
-%% A large save, stopped with slices still to be written, while `Meanwhile' runs.
+%% A large save, stopped after its first slice while `Meanwhile' runs.
 paused_in_slices(Root, Meanwhile) ->
-    paused_in_slices(Root, Meanwhile, 100).
-
-paused_in_slices(Root, Meanwhile, N) ->
-    ?assert(N < 150),
     Saver = actor(),
-    Saving = tell(Saver, fun() -> try_save(N, 24 * ?MIB) end),
-    eventually(fun() -> is_open_in(Root) orelse has(Root, N) end),
-    Turns = hold_turns(),
-    {current_stacktrace, Stack} = process_info(Saver, current_stacktrace),
-    case [writing || {?WRITER, go_on, _, _} <- Stack] of
-        [writing] ->
-            Meanwhile(),
-            ok = give_back(Turns),
-            answer(Saver, Saving);
-        [] ->
-            %% It was faster than this process. A deletion would be lost if it were not on the disk.
-            ok = give_back(Turns),
-            {ok, Key} = answer(Saver, Saving),
-            ok = erllama_cache_store:delete(?STORE, Key),
-            {0, _} = run_command("sync", []),
-            paused_in_slices(Root, Meanwhile, N + 1)
-    end.
-
-has(Root, N) ->
-    {ok, Key} = erllama_cache_store:key(meta([N])),
-    filelib:is_regular(file_of(Root, Key)).
-
-is_open_in(Root) ->
-    open_files(Root ++ "/") =/= [].
+    Self = self(),
+    Turns = stop_large_save(fun() ->
+        Self ! {saving, tell(Saver, fun() -> try_save(100, 24 * ?MIB) end)},
+        Saver
+    end),
+    ?assertMatch([_ | _], open_files(Root ++ "/")),
+    Meanwhile(),
+    ok = go_on(Turns),
+    receive {saving, Saving} -> answer(Saver, Saving) end.
 
 %% A large save that is written and synced, stopped before it is published: the host is asked then
 %% whether its reservation stands.

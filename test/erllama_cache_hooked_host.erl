@@ -3,8 +3,11 @@
 -module(erllama_cache_hooked_host).
 -behaviour(erllama_cache_host).
 
--export([with_hook/2, hold_turns/0, give_back/1]).
+-export([with_hook/2, stop_large_save/1, stop_large_load/1, go_on/1]).
+-export_type([turns/0]).
 -export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
+
+-opaque turns() :: {erllama_cache_nif:guard(), {reference(), ok | queued}}.
 
 %% Runs `Fun' while every save that asks runs `Hook' first, in its own process.
 -spec with_hook(fun(() -> term()), fun(() -> Result)) -> Result.
@@ -16,22 +19,46 @@ with_hook(Hook, Fun) ->
         persistent_term:erase(?MODULE)
     end.
 
-%% Takes all turns on the dirty schedulers: no slice of a large save or load runs when this returns,
-%% and none begins until they are given back.
--spec hold_turns() -> erllama_cache_nif:guard().
-hold_turns() ->
+%% Begins something large in a process of its own, which is stopped after its first slice: all turns
+%% on the dirty schedulers are taken, and until go_on/1 no slice of anything runs.
+-spec stop_large_save(fun(() -> pid())) -> turns().
+stop_large_save(Begin) ->
+    First = all_turns(),
+    ok = taken(First),
+    waits_for_a_turn(Begin()),
+    %% Turns are given in the order in which they were asked for: one to that process, then all.
+    Second = all_turns(),
+    ok = go_on(First),
+    ok = taken(Second),
+    Second.
+
+%% A load takes no turn for its first slice.
+-spec stop_large_load(fun(() -> pid())) -> turns().
+stop_large_load(Begin) ->
+    Turns = all_turns(),
+    ok = taken(Turns),
+    waits_for_a_turn(Begin()),
+    Turns.
+
+-spec go_on(turns()) -> ok.
+go_on({Guard, _}) ->
+    _ = erllama_cache_nif:release(Guard),
+    ok.
+
+all_turns() ->
     Guard = erllama_cache_nif:guard_new(persistent_term:get(erllama_cache_turn)),
     Turns = max(1, erlang:system_info(dirty_io_schedulers) - 2),
     Ref = make_ref(),
-    case erllama_cache_nif:acquire_or_queue(Guard, Turns, 0, Ref) of
-        ok -> Guard;
-        queued -> receive {Ref, granted} -> Guard end
-    end.
+    {Guard, {Ref, erllama_cache_nif:acquire_or_queue(Guard, Turns, 0, Ref)}}.
 
--spec give_back(erllama_cache_nif:guard()) -> ok.
-give_back(Guard) ->
-    _ = erllama_cache_nif:release(Guard),
-    ok.
+taken({_Guard, {_Ref, ok}}) -> ok;
+taken({_Guard, {Ref, queued}}) -> receive {Ref, granted} -> ok end.
+
+waits_for_a_turn(Pid) ->
+    Waits = [{current_function, {erllama_cache_turn, take, 1}}, {status, waiting}],
+    erllama_cache_test_util:eventually(fun() ->
+        process_info(Pid, [current_function, status]) =:= Waits
+    end).
 
 identify(Meta) ->
     erllama_cache_store:identify(Meta).

@@ -10,7 +10,7 @@
 
 -compile(export_all).
 
--import(erllama_cache_hooked_host, [with_hook/2, hold_turns/0, give_back/1]).
+-import(erllama_cache_hooked_host, [with_hook/2, stop_large_save/1, stop_large_load/1, go_on/1]).
 -import(erllama_cache_test_util, [
     fresh_dir/2, files/1, open_files/1, file_of/2, meta/1, eventually/1,
     actor/0, ask/2, tell/2, answer/2, kill/1, run_command/2
@@ -446,14 +446,11 @@ a_root_swapped_between_slices_of_a_save(Config) ->
     Payload = rand:bytes(8 * ?LARGE),
     Theirs = valid(Outside, 1, ?THEIRS),
     Before = snapshot([Theirs]),
-    Saver = actor(),
-    Saving = tell(Saver, fun() -> save(1, Payload) end),
-    eventually(fun() -> open_files(Root) =/= [] orelse filelib:is_regular(path(Root, 1)) end),
-    Turns = hold_turns(),
-    ?assertNot(filelib:is_regular(path(Root, 1))),
+    {Saver, Begin} = actor_for(fun() -> save(1, Payload) end),
+    Turns = stop_large_save(Begin),
     _ = swap_root(Root, Outside),
-    ok = give_back(Turns),
-    assert_saved_in_moved(answer(Saver, Saving), Payload, Root, Before, Config).
+    ok = go_on(Turns),
+    assert_saved_in_moved(answer(Saver), Payload, Root, Before, Config).
 
 assert_saved_in_moved(Saved, Payload, Root, Before, Config) ->
     Outside = ?config(outside, Config),
@@ -472,16 +469,23 @@ a_root_swapped_between_slices_of_a_load(Config) ->
     {ok, _} = save(1, Payload),
     Theirs = valid(Outside, 1, ?THEIRS),
     Before = snapshot([Theirs]),
-    Loader = actor(),
-    Loading = tell(Loader, fun() -> load(1) end),
-    eventually(fun() -> lists:member(path(Root, 1), open_files(Root)) end),
-    Turns = hold_turns(),
+    {Loader, Begin} = actor_for(fun() -> load(1) end),
+    Turns = stop_large_load(Begin),
     Moved = swap_root(Root, Outside),
     ok = file:delete(path(Moved, 1)),
     ok = file:make_symlink(Theirs, path(Moved, 1)),
-    ok = give_back(Turns),
-    ?assertMatch({ok, _, Payload}, answer(Loader, Loading)),
+    ok = go_on(Turns),
+    ?assertMatch({ok, _, Payload}, answer(Loader)),
     assert_unchanged(Before).
+
+%% A process that does this when it is told to begin, and what tells it.
+actor_for(Fun) ->
+    Actor = actor(),
+    Self = self(),
+    {Actor, fun() -> Self ! {Actor, tell(Actor, Fun)}, Actor end}.
+
+answer(Actor) ->
+    receive {Actor, Ref} -> answer(Actor, Ref) end.
 
 swap_root(Root, Elsewhere) ->
     ok = file:rename(Root, moved(Root)),

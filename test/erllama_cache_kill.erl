@@ -42,7 +42,9 @@
     state :: starting | idle | busy,
     life :: pos_integer(),
     %% What it has been given to save and has not answered: it may be in there twice.
-    open = [] :: [pos_integer()]
+    open = [] :: [pos_integer()],
+    %% A save that is stopped before it publishes, for as long as the other node starts.
+    held = none :: none | {asked | held, pos_integer()}
 }).
 
 -record(state, {
@@ -96,10 +98,10 @@ rounds(Kills, S) ->
 round(S0) ->
     Victims = victims(),
     S1 = kill(Victims, save_for(uniform(?WINDOW), S0)),
-    S2 = lists:foldl(fun start/2, S1, Victims),
+    S2 = lists:foldl(fun start/2, hold([1, 2] -- Victims, S1), Victims),
     S3 = kill_while_starting(hd(Victims), uniform(8), S2),
     S4 = save_until(fun all_up/1, S3),
-    S5 = verify(settle(S4)),
+    S5 = verify(settle(let_go(S4))),
     case count(kills, S5) div ?STAGE > count(kills, S0) div ?STAGE of
         true -> next_stage(oracle(S5));
         false -> S5
@@ -118,6 +120,26 @@ kill_while_starting(Id, 1, S0) ->
 kill_while_starting(_Id, _, S) ->
     S.
 
+%% While the killed one starts, the other has a save in the middle: that must not be swept.
+hold([], S) ->
+    S;
+hold([Id], #state{next = Next, fresh = Fresh} = S) ->
+    %% A large one: it is written before it is stopped.
+    N = Next + (?BATCH + 1 - Next rem ?BATCH) rem ?BATCH,
+    Asked = update(Id, fun(#node{port = Port} = Node) ->
+        tell(Port, {hold, N}),
+        Node#node{held = {asked, N}}
+    end, S#state{next = N + 1, fresh = [N | Fresh]}),
+    add(held, 1, save_until(fun(Sofar) -> is_held(Id, Sofar) end, Asked)).
+
+is_held(Id, #state{nodes = Nodes}) ->
+    #{Id := #node{held = Held}} = Nodes,
+    element(1, Held) =:= held.
+
+let_go(#state{nodes = Nodes} = S) ->
+    [tell(Port, let_go) || #node{port = Port, held = {held, _}} <- maps:values(Nodes)],
+    S.
+
 uniform(N) ->
     rand:uniform(N).
 
@@ -125,7 +147,8 @@ all_up(#state{nodes = Nodes}) ->
     [] =:= [Id || {Id, #node{state = starting}} <- maps:to_list(Nodes)].
 
 all_idle(#state{nodes = Nodes}) ->
-    [] =:= [Id || {Id, #node{state = State}} <- maps:to_list(Nodes), State =/= idle].
+    [] =:= [Id || {Id, #node{state = State, held = Held}} <- maps:to_list(Nodes),
+                  State =/= idle orelse Held =/= none].
 
 %%% Saving
 
@@ -209,6 +232,12 @@ heard(Port, Message, #state{nodes = Nodes} = S) ->
 handle(Id, {up, #{unnamed := Unnamed}}, S) ->
     Unnamed = os:getenv("KILL_NAMED") =:= false,
     update(Id, fun(#node{state = starting} = Node) -> Node#node{state = idle} end, S);
+handle(Id, {held, N}, S) ->
+    update(Id, fun(#node{held = {asked, Same}} = Node) when Same =:= N ->
+        Node#node{held = {held, N}}
+    end, S);
+handle(Id, {let_go, N, ok}, S) ->
+    acknowledged(N, update(Id, fun(Node) -> Node#node{held = none} end, S));
 handle(Id, {saved, N, Result}, S) ->
     acknowledge(N, Result, update(Id, fun(#node{open = Open} = Node) ->
         Node#node{open = lists:delete(N, Open)}
@@ -392,8 +421,8 @@ count(What, #state{counts = Counts}) ->
 
 table(S) ->
     [{What, count(What, S)}
-     || What <- [kills, in_a_save, cut_off, cut_off_there, killed_while_starting, tmp_left, files,
-                 saved, adopted, already_present, conflict, absent, checked, loads]].
+     || What <- [kills, held, in_a_save, cut_off, cut_off_there, killed_while_starting, tmp_left,
+                 files, saved, adopted, already_present, conflict, absent, checked, loads]].
 
 print(Rows) ->
     [io:format("  ~-56s ~8b~n", [label(What), N]) || {What, N} <- Rows],
@@ -401,6 +430,7 @@ print(Rows) ->
 
 label(seconds) -> "seconds";
 label(kills) -> "kills";
+label(held) -> "  while the other had a save in the middle: it succeeded";
 label(in_a_save) -> "  of a node in the middle of its saves";
 label(cut_off) -> "    saves cut off";
 label(cut_off_there) -> "    of these, their file was published, and is whole";
@@ -425,7 +455,8 @@ node_main() ->
     {ok, Noise} = file:read_file(os:getenv("KILL_NOISE")),
     Whose = {list_to_integer(os:getenv("KILL_NODE")), list_to_integer(os:getenv("KILL_LIFE"))},
     {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root}),
-    {ok, _} = ?WRITER:start_link(#{host => erllama_cache_store, max_concurrent => ?SAVERS}),
+    {ok, _} = ?WRITER:start_link(#{host => erllama_cache_hooked_host,
+                                   max_concurrent => ?SAVERS + 1}),
     {ok, Path} = erllama_cache_path:native(Root),
     Unnamed = erllama_cache_nif:takes_unnamed(Path),
     tell(Port, {up, #{unnamed => Unnamed}}),
@@ -438,6 +469,10 @@ serve(Port, Root, Whose, Noise) ->
                 {save, Numbers} ->
                     ok = save_all(Port, Whose, list_to_tuple(Numbers), Noise),
                     tell(Port, done);
+                {hold, N} ->
+                    _ = spawn_link(fun() -> save_held(Port, Whose, N, Noise) end);
+                let_go ->
+                    held ! go;
                 {load, Numbers} ->
                     Loaded = [{N, load(N, Noise)} || N <- Numbers],
                     tell(Port, {loaded, Loaded, nothing_held(Root)});
@@ -461,15 +496,29 @@ save_next(Port, Whose, Numbers, Next, Noise) ->
     case atomics:add_get(Next, 1, 1) of
         I when I =< tuple_size(Numbers) ->
             N = element(I, Numbers),
-            Key = key(N),
-            Result = case ?WRITER:save(?STORE, disk, meta(N), payload(N, Whose, Noise)) of
-                {ok, Key} -> ok;
-                Other -> Other
-            end,
-            tell(Port, {saved, N, Result}),
+            tell(Port, {saved, N, save(N, payload(N, Whose, Noise))}),
             save_next(Port, Whose, Numbers, Next, Noise);
         _ ->
             ok
+    end.
+
+%% Until it is told to go on.
+save_held(Port, Whose, N, Noise) ->
+    true = register(held, self()),
+    Self = self(),
+    Hook = fun() -> self() =:= Self andalso be_held(Port, N) end,
+    Save = fun() -> save(N, payload(N, Whose, Noise)) end,
+    tell(Port, {let_go, N, erllama_cache_hooked_host:with_hook(Hook, Save)}).
+
+be_held(Port, N) ->
+    tell(Port, {held, N}),
+    receive go -> ok end.
+
+save(N, Payload) ->
+    Key = key(N),
+    case ?WRITER:save(?STORE, disk, meta(N), Payload) of
+        {ok, Key} -> ok;
+        Other -> Other
     end.
 
 load(N, Noise) ->

@@ -39,8 +39,8 @@ run() { # NAME
     trap 'rm -rf "$work"' EXIT
     mkdir "$work/beam" "$work/root" "$work/mnt"
     head -c 8388608 /dev/urandom >"$work/noise"
-    for module in test_util kill; do
-        erlc -o "$work/beam" "$here/test/erllama_cache_$module.erl"
+    for module in test_util hooked_host kill; do
+        erlc -pa "$lib/ebin" -o "$work/beam" "$here/test/erllama_cache_$module.erl"
     done
     echo "==== kill -9: $1 ===="
     status=0

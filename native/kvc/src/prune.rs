@@ -192,3 +192,46 @@ fn sweep(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    /// A file that was used or replaced between the look and the removal is not the one that was
+    /// found to be old.
+    #[test]
+    fn what_was_used_or_replaced_since_stays() {
+        let vectors = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../test/vectors");
+        let temp = tempfile::tempdir().expect("a directory");
+        let dir = Dir::open(temp.path()).expect("it is there");
+        let key = Key::from_bytes([1; 32]);
+        let path = dir.join(&file_name(&key));
+        let look = || {
+            let mut tally = Tally::default();
+            let found = dir.look(&[key], &mut tally, Candidate::of);
+            assert_eq!((found.len(), tally.bad + tally.unknown), (1, 0));
+            found.into_iter().next().expect("one")
+        };
+
+        fs::copy(vectors.join("01.kvc"), &path).expect("a copy");
+        let candidate = look();
+        let file = fs::File::options()
+            .write(true)
+            .open(&path)
+            .expect("it is there");
+        let later = candidate.last_used + 1;
+        file.write_all_at(&later.to_le_bytes(), 32).expect("room");
+        assert!(!candidate.remove(&dir, false).expect("a look"));
+        assert!(path.exists());
+
+        let candidate = look();
+        assert!(candidate.remove(&dir, true).expect("nothing is done"));
+        assert!(path.exists());
+        assert!(candidate.remove(&dir, false).expect("a removal"));
+        assert!(!path.exists());
+        assert!(candidate.remove(&dir, false).expect("it is gone"));
+    }
+}

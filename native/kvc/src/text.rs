@@ -53,7 +53,12 @@ pub(crate) fn size(bytes: u64) -> String {
 
 /// As `1 file`, `2 files`.
 pub(crate) fn files(n: u64) -> String {
-    format!("{n} {}", if n == 1 { "file" } else { "files" })
+    count(n, "file")
+}
+
+/// The same of other things, given the word for one of them.
+pub(crate) fn count(n: u64, one: &str) -> String {
+    format!("{n} {one}{}", if n == 1 { "" } else { "s" })
 }
 
 /// Seconds since 1970.

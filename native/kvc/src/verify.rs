@@ -13,6 +13,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Instant;
 
+use anstream::{AutoStream, ColorChoice};
 use anyhow::bail;
 use erllama_cache_core::Error;
 use erllama_cache_core::digest::Secret;
@@ -90,7 +91,7 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
         |target, found| {
             sum.add(&found);
             if sum.tally.bad > 0 {
-                bar.set_message(format!("  {BAD}{} bad{BAD:#}", sum.tally.bad));
+                bar.set_message(format!("  {} bad", sum.tally.bad));
             }
             if matches!(found, Found::Error(ref error) if Judgement::of(error) == Judgement::Bad) {
                 bad.push(target);
@@ -298,14 +299,22 @@ fn bar(targets: &[Target], style: Style) -> ProgressBar {
     // A file that cannot be looked at will be told of when its turn comes.
     let size = |target: &Target| fs::symlink_metadata(&target.path).map_or(0, |data| data.len());
     let bytes = targets.iter().map(size).sum();
-    let template = "{wide_bar:.cyan} {binary_bytes}/{binary_total_bytes}  \
-                    {binary_bytes_per_sec}  {eta} left{msg}";
+    let template = if is_coloured() {
+        "{wide_bar:.cyan} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left{msg:.red}"
+    } else {
+        "{wide_bar} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left{msg}"
+    };
     let bar = ProgressBar::with_draw_target(Some(bytes), ProgressDrawTarget::stderr());
     // The template is right: the tests draw it.
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("━╸─"));
     }
     bar
+}
+
+/// The bar's colours are not taken out on their way, as those of text are.
+fn is_coloured() -> bool {
+    AutoStream::choice(&io::stderr()) != ColorChoice::Never
 }
 
 fn tell(target: &Target, found: &Found, style: Style, out: &mut Out) -> io::Result<()> {
@@ -432,10 +441,10 @@ fn summary(sum: &Sum, begun: Instant, out: &mut Out) -> io::Result<()> {
     }
     writeln!(out)?;
     if sum.not_checked > 0 {
-        let files = text::files(sum.not_checked);
+        let digests = text::count(sum.not_checked, "keyed digest");
         writeln!(
             out,
-            "{DOUBT}{files} with keyed digests{DOUBT:#}, which need --key-file: only the checksum was checked"
+            "{DOUBT}{digests} not checked{DOUBT:#}: that needs --key-file"
         )?;
     }
     Ok(())

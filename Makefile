@@ -27,6 +27,7 @@ export FILE
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kvc bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak soak-semaphore sanitize valgrind fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
 .PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save readme dropin chunks rustdoc bench-plots bench-build cover edoc clean distclean
+.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize crash bench-semaphore bench-save bench-build cover edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -117,6 +118,8 @@ bench-plots: ## Draw the pictures from what bench-save and bench-semaphore have 
 kvc: ## Build kvc, which looks into directories of saved states, and say where it is
 	cd $(NATIVE) && cargo build --locked --release -p kvc
 	@echo "$(CARGO_TARGET_DIR)/release/kvc"
+crash: setup all ## Cut the power of machines that save, check all that is left: CUTS= SAVES= (minutes)
+	tools/crash.sh
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main

@@ -5,7 +5,7 @@
  *     IOFAULT=control LD_PRELOAD=iofault.so erl ...
  *
  * Only calls that come from the library itself are counted and touched; the VM's own are not. The
- * file `control` is mapped by this and written by the test (test/erllama_cache_faults.erl), so one VM
+ * file `control` is mapped by this and written by the test, test/erllama_cache_faults.erl: one VM
  * goes through thousands of settings. It is an array of 64-bit words, see `struct control`. To set
  * a fault, everything else is written first and `kind` last; to end it, 0 to `kind`.
  *
@@ -53,7 +53,7 @@ enum kind {
     ANY = 255
 };
 
-enum action { PASS, FAIL, SHORT, EXIT_BEFORE, EXIT_AFTER };
+enum action { PASS, FAIL, SHORT, EXIT_BEFORE, EXIT_AFTER, GARBLE };
 
 /* Open for O_TMPFILE says that there is no such thing. */
 #define NO_TMPFILE 1
@@ -214,24 +214,64 @@ static size_t part_of(size_t length)
     return length > 1 ? length / 2 : length;
 }
 
-#define INSTEAD_MOVING(kind, symbol, parameters, length, arguments)         \
+/* In a garbled one the first byte is another. */
+static void garble(void *bytes)
+{
+    *(unsigned char *)bytes ^= 1;
+}
+
+static void *garbled(const void *bytes, size_t length)
+{
+    void *copy = malloc(length);
+
+    if (copy == NULL)
+        abort();
+    memcpy(copy, bytes, length);
+    garble(copy);
+    return copy;
+}
+
+#define INSTEAD_READING(kind, symbol, parameters, arguments)                \
     ssize_t symbol parameters                                               \
     {                                                                       \
         static ssize_t(*next) parameters;                                   \
         enum action action = reached(K_##kind, __builtin_return_address(0)); \
+        ssize_t result;                                                     \
         NEXT(next, #symbol);                                                \
         if (action == SHORT)                                                \
-            length = part_of(length);                                       \
-        DECIDED(ssize_t, action, -1, next arguments);                       \
+            n = part_of(n);                                                 \
+        if (action != GARBLE)                                               \
+            DECIDED(ssize_t, action, -1, next arguments);                   \
+        result = next arguments;                                            \
+        if (result > 0)                                                     \
+            garble(buf);                                                    \
+        return result;                                                      \
     }
 
-INSTEAD_MOVING(read, read, (int fd, void *buf, size_t n), n, (fd, buf, n))
-INSTEAD_MOVING(pread, pread, (int fd, void *buf, size_t n, off_t at), n, (fd, buf, n, at))
-INSTEAD_MOVING(pread, pread64, (int fd, void *buf, size_t n, off64_t at), n, (fd, buf, n, at))
-INSTEAD_MOVING(write, write, (int fd, const void *buf, size_t n), n, (fd, buf, n))
-INSTEAD_MOVING(pwrite, pwrite, (int fd, const void *buf, size_t n, off_t at), n, (fd, buf, n, at))
-INSTEAD_MOVING(pwrite, pwrite64, (int fd, const void *buf, size_t n, off64_t at), n,
-               (fd, buf, n, at))
+#define INSTEAD_WRITING(kind, symbol, parameters, arguments)                \
+    ssize_t symbol parameters                                               \
+    {                                                                       \
+        static ssize_t(*next) parameters;                                   \
+        enum action action = reached(K_##kind, __builtin_return_address(0)); \
+        void *copy;                                                         \
+        ssize_t result;                                                     \
+        NEXT(next, #symbol);                                                \
+        if (action == SHORT)                                                \
+            n = part_of(n);                                                 \
+        if (action != GARBLE || n == 0)                                     \
+            DECIDED(ssize_t, action, -1, next arguments);                   \
+        buf = copy = garbled(buf, n);                                       \
+        result = next arguments;                                            \
+        free(copy);                                                         \
+        return result;                                                      \
+    }
+
+INSTEAD_READING(read, read, (int fd, void *buf, size_t n), (fd, buf, n))
+INSTEAD_READING(pread, pread, (int fd, void *buf, size_t n, off_t at), (fd, buf, n, at))
+INSTEAD_READING(pread, pread64, (int fd, void *buf, size_t n, off64_t at), (fd, buf, n, at))
+INSTEAD_WRITING(write, write, (int fd, const void *buf, size_t n), (fd, buf, n))
+INSTEAD_WRITING(pwrite, pwrite, (int fd, const void *buf, size_t n, off_t at), (fd, buf, n, at))
+INSTEAD_WRITING(pwrite, pwrite64, (int fd, const void *buf, size_t n, off64_t at), (fd, buf, n, at))
 
 #define MOST_PARTS 16
 
@@ -260,14 +300,24 @@ static int half_of(const struct iovec *parts, int count, struct iovec *half)
     ssize_t symbol parameters                                               \
     {                                                                       \
         static ssize_t(*next) parameters;                                   \
-        struct iovec half[MOST_PARTS];                                      \
+        struct iovec other[MOST_PARTS];                                     \
         enum action action = reached(K_##kind, __builtin_return_address(0)); \
+        ssize_t result;                                                     \
         NEXT(next, #symbol);                                                \
         if (action == SHORT) {                                              \
-            count = half_of(parts, count, half);                            \
-            parts = half;                                                   \
+            count = half_of(parts, count, other);                           \
+            parts = other;                                                  \
         }                                                                   \
-        DECIDED(ssize_t, action, -1, next arguments);                       \
+        if (action != GARBLE || count == 0 || parts[0].iov_len == 0)        \
+            DECIDED(ssize_t, action, -1, next arguments);                   \
+        if (count > MOST_PARTS)                                             \
+            abort();                                                        \
+        memcpy(other, parts, sizeof(*parts) * (size_t)count);               \
+        other[0].iov_base = garbled(parts[0].iov_base, parts[0].iov_len);   \
+        parts = other;                                                      \
+        result = next arguments;                                            \
+        free(other[0].iov_base);                                            \
+        return result;                                                      \
     }
 
 INSTEAD_GATHERING(writev, writev, (int fd, const struct iovec *parts, int count),

@@ -1,19 +1,18 @@
 %% Every I/O call fails once, and the VM ends at every I/O call: what tools/faults.sh runs.
 %%
 %% A VM into which c_src/iofault.c is preloaded goes through all operations that touch files. For
-%% each kind of call that one makes, each error and each n, the n-th such call fails; then the
-%% promises of docs/durability.md are looked for from outside: the directory's names, the descriptors,
-%% slots and reservations, what a load gives, what the next save does. The second part ends a VM of
-%% its own (the victim) before and after each call, and looks at what is left.
+%% each kind of call that one makes, each error and each n, the n-th such call fails, or moves half
+%% of what it should, or other bytes; then the promises of docs/durability.md are looked for from
+%% outside: the directory's names, descriptors, slots and reservations, what a load gives, what the
+%% next save does. The second part ends a VM of its own (the victim) before and after each call, and
+%% looks at what is left.
 %%
-%% An operation in one of its circumstances is a case: `save_small/adopt/disk' is a small save in tier
-%% disk that finds a valid file of its key. The same with a call, its number and what it does names
-%% what is needed to see a result again: `save_small/adopt/disk linkat 1 eio'.
+%% An operation in one of its circumstances is a case: `save_small/adopt/disk' is a small save in
+%% tier disk that finds a valid file of its key. The same with a call, its number and what it does
+%% says what is needed to see a result again: `save_small/adopt/disk linkat 1 eio'.
 -module(erllama_cache_faults).
 
 -export([main/0]).
-
--include_lib("kernel/include/file.hrl").
 
 -define(STORE, faults_store).
 -define(DEADLINE, 20000).
@@ -196,6 +195,7 @@ mode(false) -> 0.
 action(short) -> {2, 0};
 action(exit_before) -> {3, 0};
 action(exit_after) -> {4, 0};
+action(garbled) -> {5, 0};
 action(Error) -> {1, proplists:get_value(Error, ?ERRORS)}.
 
 %% Ends the fault, and tells what came of it.
@@ -351,8 +351,8 @@ path(Path) -> Path.
 %%% One run
 
 %% Puts everything where a run begins.
-prepare(#world{case_ = #case_{op = save, way = Way}, root = Root, key = Key, good = Good} = World) ->
-    #{theirs := Theirs} = Good,
+prepare(#world{case_ = #case_{op = save, way = Way}} = World) ->
+    #world{root = Root, key = Key, good = #{theirs := Theirs}} = World,
     Before = case finds(Way) of
         nothing -> none;
         valid -> Theirs;
@@ -468,14 +468,23 @@ brief(Result) -> Result.
 %% What has to come of a call that fails once. Errors of hints are let go, and so are a close's, for
 %% what it would tell the sync has told; what can be gone about in another way may be.
 expected(_Case, _Kind, short) -> ok;
+%% The use of a file is noted in it as a hint.
+expected(#case_{op = load}, "pwrite", _Error) -> ok;
+%% What was read may be that of the file under the key's name, which is corrupt then, and replaced.
+expected(#case_{op = save, way = Way}, "pread", garbled) ->
+    case finds(Way) of
+        nothing -> error;
+        _ -> either
+    end;
+expected(_Case, _Kind, garbled) -> error;
 expected(#case_{op = present}, _Kind, _Error) -> ok;
 expected(_Case, Kind, _Error) when
-    Kind =:= "close"; Kind =:= "closedir"; Kind =:= "sync_file_range_start"; Kind =:= "posix_fadvise"
+    Kind =:= "close"; Kind =:= "closedir";
+    Kind =:= "sync_file_range_start"; Kind =:= "posix_fadvise"
 ->
     ok;
 expected(_Case, _Kind, eintr) -> ok;
-%% The use of a file is noted in it as a hint; a file that cannot be written can still be read.
-expected(#case_{op = load}, "pwrite", _Error) -> ok;
+%% A file that cannot be written can still be read.
 expected(#case_{op = load}, Kind, erofs) when
     Kind =:= "openat"; Kind =:= "fstat"; Kind =:= "fstatat"
 ->
@@ -492,9 +501,16 @@ expected(#case_{op = scan}, Kind, _Error) when Kind =/= "fdopendir", Kind =/= "r
 expected(_Case, _Kind, _Error) -> error.
 
 %% A disk that stays dead may keep what would have to be undone.
-judge(_World, #fault{last = ?FOREVER}, _Report, Result, _Before, _After) ->
-    [class_is_neither || class(Result) =:= neither];
-judge(#world{case_ = Case} = World, #fault{action = Action} = Fault, Report, Result, Before, After) ->
+judge(#world{key = Key}, #fault{last = ?FOREVER}, _Report, Result, Before, After) ->
+    New = After -- Before,
+    Final = [Name || Name <- New, Name =:= file_name(Key)],
+    Tmp = [Name || Name <- New, filename:extension(Name) =:= ".tmp"],
+    _ = [ets:update_counter(?MODULE, dead_tmp, 1) || Tmp =/= []],
+    _ = [ets:update_counter(?MODULE, dead_final, 1) || Final =/= [], class(Result) =:= error],
+    [class_is_neither || class(Result) =:= neither] ++
+        [{names, Before, After} || (New -- Final) -- Tmp =/= [] orelse length(Tmp) > 1];
+judge(World, #fault{action = Action} = Fault, Report, Result, Before, After) ->
+    #world{case_ = Case} = World,
     Hit = maps:get(hits, Report) > 0,
     Expected = case Hit of
         true -> expected(Case, Fault#fault.kind, Action);
@@ -505,15 +521,16 @@ judge(#world{case_ = Case} = World, #fault{action = Action} = Fault, Report, Res
         seen(World, Hit andalso Action, Result, Before, After).
 
 %% What stands in the root, and under which names.
-seen(#world{case_ = #case_{op = save}} = World, _Action, Result, Before, After) ->
+seen(#world{case_ = #case_{op = save, way = Way}} = World, Action, Result, Before, After) ->
     #world{root = Root, key = Key, before = There} = World,
     Final = file_name(Key),
     case Result of
         {ok, Key} ->
+            Good = lists:member(content(Root, Final), saved(World, Action)),
             [{names, Before, After} || After =/= lists:usort([Final | Before])] ++
-                [content_is_another || content(Root, Final) =/= saved(World)];
+                [content_is_another || not Good];
         _ ->
-            Gone = There =/= none andalso finds((World#world.case_)#case_.way) =:= corrupt,
+            Gone = finds(Way) =:= corrupt,
             Allowed = [Before | [Before -- [Final] || Gone]],
             [{names, Before, After} || not lists:member(After, Allowed)] ++
                 [content_has_changed || lists:member(Final, After), read(Root, Final) =/= There]
@@ -523,19 +540,21 @@ seen(#world{case_ = #case_{op = evict}} = World, _Action, Result, Before, After)
     Final = file_name(Key),
     #{files := Files, bytes := Bytes, max_bytes := Max} = erllama_cache_store:info(?STORE),
     Sizes = [byte_size(read(Root, Name)) || Name <- After],
+    There = {length(Sizes), lists:sum(Sizes)},
     New = After -- Before,
     [{names, Before, After} || New =/= [Final || class(Result) =:= ok]] ++
-        [{index_and_files_differ, Files, Bytes, Sizes} || {Files, Bytes} =/= {length(Sizes), lists:sum(Sizes)}] ++
+        [{index_and_files_differ, Files, Bytes, There} || {Files, Bytes} =/= There] ++
         [{above_the_bound, Bytes} || Bytes > Max] ++
-        [content_is_another || New =:= [Final], read(Root, Final) =/= saved(World)];
+        [content_is_another || New =:= [Final], [read(Root, Final)] =/= saved(World, false)];
 seen(#world{case_ = #case_{op = scan}} = World, Action, Result, Before, After) ->
     #world{root = Root, key = Key, good = Good} = World,
     Junk = [file_name(Key), tmp_name(Key)],
     Clean = Before -- Junk,
     Whole = Action =:= false orelse Action =:= short orelse Action =:= eintr,
+    Changed = [N || {N, Bytes} <- maps:to_list(Good), is_list(N), read(Root, N) =/= Bytes],
     [{names, Before, After} || (Before -- After) -- Junk =/= [] orelse After -- Before =/= []] ++
         [{junk_left, After} || Whole, class(Result) =:= ok, After =/= Clean] ++
-        [{content_has_changed, N} || {N, Bytes} <- maps:to_list(Good), is_list(N), read(Root, N) =/= Bytes];
+        [{content_has_changed, Changed} || Changed =/= []];
 seen(#world{case_ = #case_{op = delete}, key = Key}, _Action, Result, Before, After) ->
     Expected = case Result of
         ok -> Before -- [file_name(Key)];
@@ -555,28 +574,31 @@ content(Root, Name) ->
         {error, _} = Error -> Error
     end.
 
-%% What stands there after a save has succeeded.
-saved(#world{case_ = #case_{way = Way}, good = #{ours := Ours, theirs := Theirs}}) ->
+%% What may stand there after a save has succeeded: the file that it found, or its own. Where
+%% reading gave other bytes, the one that it found may have seemed corrupt.
+saved(#world{case_ = #case_{way = Way}, good = #{ours := Ours, theirs := Theirs}}, Action) ->
     case finds(Way) of
-        valid -> Theirs;
-        _ -> Ours
+        valid when Action =:= garbled -> [Theirs, Ours];
+        valid -> [Theirs];
+        _ -> [Ours]
     end.
 
-saved_payload(#world{case_ = #case_{way = Way}, ours = Ours, theirs = Theirs}) ->
-    case finds(Way) of
-        valid -> Theirs;
-        _ -> Ours
-    end.
+saved_payloads(#world{ours = Ours, theirs = Theirs} = World, Action) ->
+    Payloads = #{ours => Ours, theirs => Theirs},
+    Names = World#world{good = #{ours => ours, theirs => theirs}},
+    [maps:get(Name, Payloads) || Name <- saved(Names, Action)].
 
 %% Everything works again: a load tells the truth, a save of the same key succeeds.
 recover(World, #fault{last = ?FOREVER}, Result) ->
     _ = [stop_store() || whereis(?STORE) =/= undefined],
-    restarted(World) ++ works(World, class(Result) =:= ok, true);
+    restarted(World) ++ works(World, class(Result) =:= ok, dead);
 recover(#world{case_ = #case_{op = scan}} = World, _Fault, _Result) ->
     stop_store(),
-    restarted(World) ++ works(World, false, false);
+    restarted(World) ++ works(World, false, once);
+recover(World, #fault{action = garbled}, Result) ->
+    works(World, class(Result) =:= ok, garbled);
 recover(World, _Fault, Result) ->
-    works(World, class(Result) =:= ok, false).
+    works(World, class(Result) =:= ok, once).
 
 %% A new start finds what there is, and sweeps.
 restarted(#world{root = Root} = World) ->
@@ -595,39 +617,37 @@ works(#world{case_ = #case_{op = scan}, root = Root, good = Good, ours = Ours} =
     After = resaved(World) ++ delete_all([1, 2, 3], World),
     stop_store(),
     Wrong ++ After;
-works(#world{case_ = #case_{op = evict}, ours = Ours} = World, Ok, Dead) ->
+works(#world{case_ = #case_{op = evict}, ours = Ours} = World, Ok, How) ->
     Loads = [{N, load(key(N))} || N <- [1, 2, 3, 4]],
-    [{load_of, N} || {N, {ok, Payload}} <- Loads, Payload =/= Ours] ++
-        [{load_of, N, Other} || {N, Other} <- Loads, element(1, Other) =/= ok, Other =/= {miss}] ++
-        [saved_is_not_there || Ok, not Dead, lists:keyfind(1, 1, Loads) =/= {1, {ok, Ours}}] ++
+    [{load_of, N, Load} || {N, Load} <- Loads, Load =/= {ok, Ours}, Load =/= miss] ++
+        [saved_is_not_there || Ok, How =/= dead, lists:keyfind(1, 1, Loads) =/= {1, {ok, Ours}}] ++
         resaved(World) ++ delete_all([1, 2, 3, 4], World);
-works(#world{case_ = #case_{op = delete}, ours = Ours} = World, Ok, Dead) ->
-    Allowed = [{miss} || Ok orelse Dead] ++ [{ok, Ours} || not Ok orelse Dead],
+works(#world{case_ = #case_{op = delete}, ours = Ours} = World, Ok, How) ->
+    Allowed = [miss || Ok orelse How =:= dead] ++ [{ok, Ours} || not Ok orelse How =:= dead],
     after_load(World, Allowed) ++ resaved(World) ++ delete_all([1], World);
-works(#world{case_ = #case_{op = save, way = Way}} = World, Ok, Dead) ->
-    #world{ours = Ours, theirs = Theirs} = World,
-    Nothing = case finds(Way) of
-        nothing -> [{miss}];
-        valid -> [{ok, Theirs}];
-        corrupt -> [{miss}, {corrupt}]
+works(#world{case_ = #case_{op = save, way = Way}} = World, Ok, How) ->
+    Ours = {ok, World#world.ours},
+    Before = case finds(Way) of
+        nothing -> [miss];
+        valid -> [{ok, World#world.theirs}];
+        corrupt -> [miss, corrupt]
     end,
-    Allowed = case {Ok, Dead} of
-        {true, _} -> [{ok, saved_payload(World)}];
-        {false, false} -> Nothing;
-        %% Whole or not at all.
-        {false, true} -> [{ok, Ours} | Nothing]
+    Allowed = case How of
+        _ when Ok -> [{ok, Payload} || Payload <- saved_payloads(World, How)];
+        dead -> [Ours | Before];
+        _ -> Before
     end,
     after_load(World, Allowed) ++ resaved(World) ++ delete_all([1], World);
-works(#world{ours = Ours} = World, _Ok, _Dead) ->
+works(#world{ours = Ours} = World, _Ok, _How) ->
     after_load(World, [{ok, Ours}]) ++ resaved(World) ++ delete_all([1], World).
 
 load(Key) ->
     case erllama_cache_store:load(?STORE, Key) of
         {ok, _Info, Payload} -> {ok, Payload};
-        miss -> {miss};
-        {error, {corrupt, _}} -> {corrupt};
-        {error, unauthenticated} -> {corrupt};
-        Other -> {Other}
+        miss -> miss;
+        {error, {corrupt, _}} -> corrupt;
+        {error, unauthenticated} -> corrupt;
+        Other -> Other
     end.
 
 loads(Key, Payload) ->
@@ -680,7 +700,8 @@ delete_all(Ns, #world{root = Root, case_ = #case_{op = Op}}) ->
 
 faults(Base, Amount, Only) ->
     true = ets:new(?MODULE, [named_table, public]) =:= ?MODULE,
-    ets:insert(?MODULE, [{violations, 0}, {dead, 0}, {oracle, []}]),
+    ets:insert(?MODULE, [{violations, 0}, {dead, 0}, {dead_tmp, 0}, {dead_final, 0},
+                          {oracle, []}]),
     case Only of
         [] ->
             Cases = cases(Amount),
@@ -727,7 +748,8 @@ fail_each(Base, Case, Amount) ->
      || {Kind, N} <- Kinds, Action <- actions(Kind, Amount, Case)
     ]),
     Dead = lists:sum([
-        fail_from(Again, N, Action) || Action <- dead_actions(Amount, Case), N <- some(Total, Amount)
+        fail_from(Again, N, Action)
+     || Action <- dead_actions(Amount, Case), N <- some(Total, Amount)
     ]),
     remember_good(World),
     teardown(),
@@ -749,7 +771,8 @@ again(#world{case_ = #case_{way = named_first} = Case, ours = Ours}, Base) ->
 again(World, _Base) ->
     World.
 
-actions(Kind, Amount, #case_{size = Size}) ->
+%% A scan removes what is not what it says, and the disk is asked once.
+actions(Kind, Amount, #case_{op = Op, size = Size}) ->
     Errors = case {Amount, Size} of
         {quick, large} -> [eio, eintr];
         {quick, small} -> [eio, eintr, enospc];
@@ -757,7 +780,11 @@ actions(Kind, Amount, #case_{size = Size}) ->
     end,
     %% It does nothing that a signal could interrupt.
     [Error || Error <- Errors, {Kind, Error} =/= {"fdopendir", eintr}] ++
-        [short || lists:member(Kind, ["read", "pread", "write", "writev", "pwrite", "pwritev"])].
+        [
+            Action
+         || lists:member(Kind, ["read", "pread", "write", "writev", "pwrite", "pwritev"]),
+            Action <- [short | [garbled || Op =/= scan]]
+        ].
 
 dead_actions(full, #case_{size = small}) -> [eio, erofs];
 dead_actions(_Amount, _Case) -> [eio].
@@ -803,7 +830,8 @@ count(#world{case_ = Case}, #fault{kind = Kind} = Fault, true, Class, Wrong) ->
         error -> 4;
         neither -> 5
     end,
-    _ = ets:update_counter(?MODULE, {kind, Kind}, [{2, 1}, {Column, 1}], {{kind, Kind}, 0, 0, 0, 0}),
+    Row = {{kind, Kind}, 0, 0, 0, 0},
+    _ = ets:update_counter(?MODULE, {kind, Kind}, [{2, 1}, {Column, 1}], Row),
     [violation(Case, Fault, Wrong) || Wrong =/= []];
 count(#world{case_ = Case}, Fault, false, _Class, Wrong) ->
     [violation(Case, Fault, Wrong) || Wrong =/= []].
@@ -822,16 +850,20 @@ violation(Case, Fault, Wrong) ->
     io:format("VIOLATION of ~s ~s:~n    ~p~n", [name(Case), describe(Fault), Wrong]).
 
 print_table(Cases) ->
-    io:format("~n~-24s ~8s ~8s ~8s~n", ["the n-th call fails", "tried", "ok", "error"]),
+    io:format("~n~-26s ~8s ~8s ~8s~n", ["the n-th call fails", "tried", "ok", "error"]),
     Rows = lists:sort([
         {Kind, Tried, Ok, Error} || {{kind, Kind}, Tried, Ok, Error, _} <- ets:tab2list(?MODULE)
     ]),
     lists:foreach(fun({Kind, Tried, Ok, Error}) ->
-        io:format("~-24s ~8b ~8b ~8b~n", [Kind, Tried, Ok, Error])
+        io:format("~-26s ~8b ~8b ~8b~n", [Kind, Tried, Ok, Error])
     end, Rows),
     Sum = fun(N) -> lists:sum([element(N, Row) || Row <- Rows]) end,
-    io:format("~-24s ~8b ~8b ~8b   in ~b cases~n", ["all", Sum(2), Sum(3), Sum(4), Cases]),
-    io:format("~-24s ~8b~n", ["all calls from the n-th on", ets:lookup_element(?MODULE, dead, 2)]).
+    io:format("~-26s ~8b ~8b ~8b   in ~b cases~n", ["all", Sum(2), Sum(3), Sum(4), Cases]),
+    [Dead, Tmp, Final] =
+        [ets:lookup_element(?MODULE, Key, 2) || Key <- [dead, dead_tmp, dead_final]],
+    io:format("~n~-26s ~8b~n", ["all from the n-th on", Dead]),
+    io:format("  Of these, ~b left a temporary file to the next start and ~b a whole file under~n"
+              "  the key's name, because what would have undone it failed too.~n", [Tmp, Final]).
 
 %%% The oracle
 
@@ -901,9 +933,9 @@ crashes(Base, Amount, Only) ->
         [Name, First, Action] ->
             crash_one(Base, case_of(Name), list_to_integer(First), list_to_existing_atom(Action));
         [Name] ->
-            crash_each(Base, case_of(Name));
+            crash_each(Base, case_of(Name), Amount);
         [] ->
-            lists:foreach(fun(Case) -> crash_each(Base, Case) end, crash_cases(Amount))
+            lists:foreach(fun(Case) -> crash_each(Base, Case, Amount) end, crash_cases(Amount))
     end,
     print_crashes(),
     Checked = oracle(Base),
@@ -911,7 +943,7 @@ crashes(Base, Amount, Only) ->
     io:format("~nViolations: ~b~n", [Violations]),
     Checked andalso Violations =:= 0.
 
-crash_each(Base, Case) ->
+crash_each(Base, Case, Amount) ->
     Begun = erlang:monotonic_time(millisecond),
     World = setup(Case, root(Base), ?LARGE_FOR_CRASHES),
     Judge = judge_of(Case, World),
@@ -920,7 +952,7 @@ crash_each(Base, Case) ->
     {0, #{hits := 0, total := Total}} = spawn_victim(Whole, Case, 0, exit_before),
     true = acknowledged(Whole, done),
     check_crash(Judge, Whole, 0, exit_before, none),
-    Points = [{N, Action} || N <- lists:seq(1, Total), Action <- [exit_before, exit_after]],
+    Points = [{N, Action} || N <- lists:seq(1, Total), Action <- ends(Amount)],
     Run = fun({N, Action}) ->
         Root = root(Base),
         {Root, N, Action, spawn_victim(Root, Case, N, Action)}
@@ -934,6 +966,10 @@ crash_each(Base, Case) ->
     Took = erlang:monotonic_time(millisecond) - Begun,
     io:format("  ~-34s ~4b calls ~6b crashes ~6.1f s~n",
               [name(Case), Total, length(Points), Took / 1000]).
+
+%% After one call is before the next, but for what other threads do meanwhile.
+ends(quick) -> [exit_after];
+ends(full) -> [exit_before, exit_after].
 
 crash_one(Base, Case, N, Action) ->
     Judge = judge_of(Case, setup(Case, root(Base), ?LARGE_FOR_CRASHES)),
@@ -998,8 +1034,10 @@ report(Control) ->
 
 check_crash(Judge, Root, N, Action, Kind) ->
     Wrong = left_by_crash(Judge#world{root = Root}),
-    _ = [ets:update_counter(?MODULE, {crash, Kind, Action}, 1, {{crash, Kind, Action}, 0})
-         || Kind =/= none],
+    _ = [
+        ets:update_counter(?MODULE, {crash, Kind, Action}, 1, {{crash, Kind, Action}, 0})
+     || Kind =/= none
+    ],
     case Wrong of
         [] ->
             ok;
@@ -1047,28 +1085,29 @@ crash_loads(#world{case_ = #case_{op = evict}, ours = Ours}, Done) ->
     Loads = [{N, load(key(N))} || N <- [1, 2, 3, 4]],
     %% One had to go, and no more than one.
     [{loads, Loads} || length([N || {N, {ok, _}} <- Loads]) < 2] ++
-        [{load_of, N} || {N, Load} <- Loads, Load =/= {ok, Ours}, Load =/= {miss}] ++
+        [{load_of, N} || {N, Load} <- Loads, Load =/= {ok, Ours}, Load =/= miss] ++
         [acknowledged_is_gone || Done, lists:keyfind(1, 1, Loads) =/= {1, {ok, Ours}}];
 crash_loads(#world{case_ = #case_{op = delete}, key = Key, ours = Ours}, Done) ->
     Load = load(Key),
-    [{load, Load} || Load =/= {miss}, Done orelse Load =/= {ok, Ours}];
+    [{load, Load} || Load =/= miss, Done orelse Load =/= {ok, Ours}];
 crash_loads(#world{case_ = #case_{way = Way}, key = Key} = World, Done) ->
-    Saved = {ok, saved_payload(World)},
+    [Payload] = saved_payloads(World, none),
+    Saved = {ok, Payload},
     Allowed = case finds(Way) of
-        nothing -> [Saved | [{miss} || not Done]];
+        nothing -> [Saved | [miss || not Done]];
         valid -> [Saved];
-        corrupt -> [Saved | [{corrupt} || not Done]]
+        corrupt -> [Saved | [corrupt || not Done]]
     end,
     Load = load(Key),
     [{load, Load, Done} || not lists:member(Load, Allowed)].
 
 print_crashes() ->
-    io:format("~n~-24s ~8s ~8s~n", ["the VM ends", "before", "after"]),
+    io:format("~n~-26s ~8s ~8s~n", ["the VM ends", "before", "after"]),
     All = [{Kind, Action, N} || {{crash, Kind, Action}, N} <- ets:tab2list(?MODULE)],
     Count = fun(Kind, Action) -> lists:sum([N || {K, A, N} <- All, K =:= Kind, A =:= Action]) end,
     Kinds = lists:usort([Kind || {Kind, _, _} <- All]),
     lists:foreach(fun(Kind) ->
-        io:format("~-24s ~8b ~8b~n", [Kind, Count(Kind, exit_before), Count(Kind, exit_after)])
+        io:format("~-26s ~8b ~8b~n", [Kind, Count(Kind, exit_before), Count(Kind, exit_after)])
     end, Kinds),
     Sum = fun(Action) -> lists:sum([N || {_, A, N} <- All, A =:= Action]) end,
-    io:format("~-24s ~8b ~8b~n", ["all", Sum(exit_before), Sum(exit_after)]).
+    io:format("~-26s ~8b ~8b~n", ["all", Sum(exit_before), Sum(exit_after)]).

@@ -3,8 +3,8 @@
 #
 #   faults   Each call of the NIF library that does I/O, in each operation (save, load, eviction, a
 #            store's start and others), fails once with each of six errors, or moves half of what it
-#            should; and every call from the n-th on fails. After each, the promises of
-#            docs/durability.md are looked for from outside.
+#            should, or other bytes; and every call from the n-th on fails. After each, the promises
+#            of docs/durability.md are looked for from outside.
 #   crashes  A VM ends before and after each I/O call of a save, an eviction, a deletion and a scan.
 #            Another VM then looks at what is left.
 #
@@ -16,8 +16,8 @@
 #   tools/faults.sh faults save_small/adopt/disk linkat 1 eio      that one again
 #   tools/faults.sh crashes save_small/adopt/disk 7 exit_after
 #
-# FAULTS=quick tries less: three errors (two for large files), of a long run of calls the first and
-# last four, the cases that differ most, crashes of four cases.
+# FAULTS=quick tries less: three errors (two for large files), of the calls of a kind the first and
+# the last four, the cases that differ most; crashes of four cases, after each call only.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -40,15 +40,16 @@ esac
 # listed here, as no I/O or as what Rust needs to print a panic.
 check_symbols() {
     nm -D --defined-only "$out/iofault.so" | awk '{ print $3 }' | sort >"$out/known"
-    nm -D --undefined-only "$lib/priv/erllama_cache_nif.so" | awk '{ sub(/@.*/, "", $2); print $2 }' |
+    nm -D --undefined-only "$lib/priv/erllama_cache_nif.so" |
+        awk '{ sub(/@.*/, "", $2); print $2 }' |
         grep -Ev '^(_|enif_|pthread_|mem|bcmp$|strlen$|abort$)' |
         grep -Ev '^(calloc|free|malloc|posix_memalign|realloc|mmap64|munmap)$' |
-        grep -Ev '^(clock_gettime|clock_nanosleep|dl_iterate_phdr|dlsym|getenv|geteuid|getrandom)$' |
-        grep -Ev '^(gettid|pause|sched_getaffinity|sched_yield|syscall|sysconf)$' |
+        grep -Ev '^(clock_gettime|clock_nanosleep|dl_iterate_phdr|dlsym|getenv|geteuid)$' |
+        grep -Ev '^(getrandom|gettid|pause|sched_getaffinity|sched_yield|syscall|sysconf)$' |
         grep -Ev '^(getcwd|lseek64|readlink|realpath|stat64|statx)$' |
         sort | comm -13 "$out/known" - >"$out/unknown"
     [ ! -s "$out/unknown" ] ||
-        fail "the library calls what c_src/iofault.c does not know:" "$(tr '\n' ' ' <"$out/unknown")"
+        fail "the library calls what c_src/iofault.c does not know: $(tr '\n' ' ' <"$out/unknown")"
 }
 
 mkdir -p "$out/ebin"
@@ -58,8 +59,8 @@ check_symbols
 erlc +debug_info -Werror -o "$out/ebin" "$here/test/erllama_cache_test_util.erl" \
     "$here/test/erllama_cache_faults.erl"
 
-# In memory if there is such a place: nothing here is about a disk, and there are thousands of syncs.
-if [ -w /dev/shm ]; then
+# In memory if there is room (KiB): nothing here is about a disk, and there are thousands of syncs.
+if [ -w /dev/shm ] && [ "$(df -Pk /dev/shm | awk 'NR == 2 { print $4 }')" -ge 262144 ]; then
     base=$(mktemp -d /dev/shm/erllama_faults.XXXXXX)
 else
     base=$(mktemp -d)
@@ -67,7 +68,7 @@ fi
 trap 'rm -rf "$base"' EXIT
 trap 'exit 1' INT TERM
 
-# One scheduler of each kind is enough for an operation, and a VM of that size starts faster.
+# Few schedulers are enough for one operation, and such a VM starts faster.
 cat >"$out/victim" <<END
 #!/bin/sh
 export LD_PRELOAD="$out/iofault.so" ERL_CRASH_DUMP_SECONDS=0
@@ -81,16 +82,18 @@ export FAULTS_VICTIM="$out/victim" FAULTS_TEST="$here/test"
 run() {
     part=$1
     shift
+    mkdir "$base/$part"
     echo "== $part"
     status=0
     IOFAULT="$base/control" LD_PRELOAD="$out/iofault.so" ERL_CRASH_DUMP_SECONDS=0 \
         erl -noinput -boot no_dot_erlang -pa "$lib/ebin" "$out/ebin" \
-        -run erllama_cache_faults main -extra "$part" "$base" "$FAULTS" "$@" || status=$?
+        -run erllama_cache_faults main -extra "$part" "$base/$part" "$FAULTS" "$@" || status=$?
     if [ "$status" -ne 0 ]; then
         [ "$status" -eq 1 ] || [ ! -f "$base/control.last" ] ||
             echo "faults: the VM ended at: $(cat "$base/control.last")" >&2
         fail "$part: a promise has been broken"
     fi
+    rm -rf "${base:?}/$part"
     echo
 }
 

@@ -69,7 +69,7 @@ fi
 
 ebin=$here/_build/crash/ebin
 mkdir -p "$ebin"
-erlc -Werror -o "$ebin" "$here/test/crash/erllama_cache_crash.erl"
+erlc -Werror -o "$ebin" "$here/test/erllama_cache_crash.erl"
 linger=$here/_build/crash/linger.so
 cc -Wall -Wextra -Werror -O1 -shared -fPIC -o "$linger" "$here/test/crash/linger.c" -ldl
 work=$(mktemp -d "$here/_build/crash/run.XXXXXX")

@@ -27,7 +27,7 @@ trap 'rm -rf "$SOAK_ROOT"' EXIT
 export SOAK SOAK_ROOT SOAK_CSV
 
 mkdir -p "$out"
-erlc -Werror -o "$out" "$here/test/soak/erllama_cache_soak.erl"
+erlc -Werror -o "$out" "$here/test/erllama_cache_soak.erl"
 # Without +fnu the curves would be escapes where the locale is not set.
 erl +fnu +pc unicode -noinput -pa "$lib" "$out" -eval 'io:setopts([{encoding, unicode}])' \
     -run erllama_cache_soak main

@@ -17,20 +17,16 @@ BENCH := BENCH_NIF="$(CARGO_TARGET_DIR)/release/liberllama_cache_bench" \
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak soak-semaphore sanitize fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize faults bench-semaphore bench-save bench-build cover edoc clean distclean
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kill bench-semaphore bench-save bench-build cover edoc clean distclean
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kill disks bench-semaphore bench-save bench-build cover edoc clean distclean
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save chunks rustdoc bench-build cover edoc clean distclean
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save dropin chunks rustdoc bench-build cover edoc clean distclean
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save dropin chunks rustdoc bench-plots bench-build cover edoc clean distclean
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize kvc bench-semaphore bench-save bench-build cover edoc clean distclean
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak soak-semaphore sanitize valgrind fuzz bench-semaphore bench-save bench-build cover edoc clean distclean
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize bench-semaphore bench-save readme dropin chunks rustdoc bench-plots bench-build cover edoc clean distclean
-.PHONY: all help setup demo test test-beam elixir matrix check loom soak sanitize crash bench-semaphore bench-save bench-build cover edoc clean distclean
+.PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom soak-semaphore \
+  faults crash kill disks fuzz soak sanitize valgrind readme dropin chunks rustdoc bench- \
+  plots bench-semaphore bench-save bench-build edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
+
+kvc: ## Build kvc, which looks into directories of saved states, and say where it is
+	cd $(NATIVE) && cargo build --locked --release -p kvc
+	@echo "$(CARGO_TARGET_DIR)/release/kvc"
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -81,24 +77,30 @@ loom: setup ## Check the models of the semaphore: every interleaving of each
 soak-semaphore: setup ## The semaphore's state machine for 50,000 sequences (minutes)
 	PROPER_SEQUENCES=50000 rebar3 eunit --module=prop_semaphore_tests
 
-sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under AddressSanitizer
-	tools/sanitize.sh
+faults: setup all ## Each I/O call fails once, the VM ends at each one; FAULTS=quick does less
+	tools/faults.sh
 
-valgrind: setup ## The NIF in a VM under memcheck, with all Erlang tests (long)
-	tools/sanitize.sh valgrind
+crash: setup all ## Cut the power of machines that save, check all that is left: CUTS= SAVES= (minutes)
+	tools/crash.sh
+
+kill: setup all ## kill -9 of nodes in the middle of saves, KILLS=300 times on each of two roots
+	tools/kill.sh
+
+disks: setup all ## Full disks, quota, FUSE, read-only: on real mounts, as root
+	tools/disks.sh
 
 fuzz: setup ## What reads files, on bytes that a fuzzer makes up: make fuzz [FUZZ_RUNS=n]
 	tools/fuzz.sh
 
 soak: setup all ## A store in every use at once, for an hour: make soak [SOAK=seconds]
 	tools/soak.sh
-faults: setup all ## Each I/O call fails once, the VM ends at each one; FAULTS=quick does less
-	tools/faults.sh
-kill: setup all ## kill -9 of nodes in the middle of saves, KILLS=300 times on each of two roots
-	tools/kill.sh
 
-disks: setup all ## Full disks, quota, FUSE, read-only: on real mounts, as root
-	tools/disks.sh
+sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under AddressSanitizer
+	tools/sanitize.sh
+
+valgrind: setup ## The NIF in a VM under memcheck, with all Erlang tests (long)
+	tools/sanitize.sh valgrind
+
 readme: setup all ## Run the commands that the README shows, in a clean copy
 	tools/readme.sh
 
@@ -115,11 +117,6 @@ rustdoc: ## The reference of the Rust crates, in native/target/doc
 
 bench-plots: ## Draw the pictures from what bench-save and bench-semaphore have measured
 	tools/plots.sh
-kvc: ## Build kvc, which looks into directories of saved states, and say where it is
-	cd $(NATIVE) && cargo build --locked --release -p kvc
-	@echo "$(CARGO_TARGET_DIR)/release/kvc"
-crash: setup all ## Cut the power of machines that save, check all that is left: CUTS= SAVES= (minutes)
-	tools/crash.sh
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main

@@ -59,7 +59,8 @@ create() { # RELEASE ROOT
     touch "$2/.complete"
 }
 
-# What runs in a mount namespace of its own, so that nothing stays mounted, however it ends.
+# What runs in namespaces of its own, so that nothing stays mounted or goes on running, however it
+# ends: not even an epmd, which has a port of its own here, so that nobody else comes to rely on it.
 inside() { # ROOT COMMANDS
     mount --bind "$1" "$1"
     mount -t proc proc "$1/proc"
@@ -71,7 +72,7 @@ inside() { # ROOT COMMANDS
     cp /etc/resolv.conf "$1/etc/resolv.conf"
     chroot "$1" env -i HOME="$HOME" CARGO_HOME="$cargo_home" RUSTUP_HOME="$rustup_home" \
         PATH="$cargo_home/bin:/usr/sbin:/usr/bin:/sbin:/bin" LC_ALL=C.UTF-8 CI=true \
-        ${PROPER_SEQUENCES:+PROPER_SEQUENCES="$PROPER_SEQUENCES"} \
+        ERL_EPMD_PORT=14369 ${PROPER_SEQUENCES:+PROPER_SEQUENCES="$PROPER_SEQUENCES"} \
         sh -eu -c "cd /src; $2"
 }
 
@@ -81,7 +82,7 @@ if [ "${MATRIX_INSIDE:-}" ]; then
 fi
 
 run() { # ROOT COMMANDS
-    MATRIX_INSIDE=$1 unshare --mount "$0" "$2"
+    MATRIX_INSIDE=$1 unshare --mount --pid --fork --kill-child "$0" "$2"
 }
 
 now() {

@@ -18,9 +18,12 @@
 -define(MAX_LIMIT, 6).
 %% How long what has ended may take to be gone.
 -define(DEADLINE, 30000).
-%% What memory may differ by between two points of rest, for the allocators keep some of what was
-%% freed. A kilobyte that each save of ten minutes leaves behind is several times as much.
--define(MEMORY, (32 bsl 20)).
+%% What memory may differ by between two points of rest: room for one of the largest payloads, for
+%% allocators keep some of what was freed. In ten minutes, with half a million loads, fifty bytes that
+%% each leaves behind are as much.
+-define(MEMORY, ?HUGE).
+%% How many saves a warm-up has at least, however slow the machine is.
+-define(WARM, 1000).
 %% All modules are loaded before anything is counted, so hardly anything is new.
 -define(ATOMS, 16).
 
@@ -35,7 +38,7 @@ main() ->
     Keepers = start_servers(Root),
     %% All that is made on first use is made before anything is counted.
     WarmUp = max(5, Seconds div 20),
-    {_, CrashesBefore} = work(WarmUp, Root, ignore),
+    CrashesBefore = warm_up(WarmUp, Root),
     Began = rest(Root),
     io:format("soak: ~b s after a warm-up of ~b s, root ~ts~n", [Seconds, WarmUp, Root]),
     {ok, Out} = file:open(Csv, [write]),
@@ -107,6 +110,13 @@ stop_servers(Keepers) ->
     ].
 
 %%% The workers
+
+warm_up(Seconds, Root) ->
+    {_, Crashes} = work(Seconds, Root, ignore),
+    case proplists:get_value(saves, counted()) < ?WARM of
+        true -> Crashes ++ warm_up(2, Root);
+        false -> Crashes
+    end.
 
 %% A worker does one thing again and again until it is told to stop or killed. Who was killed is
 %% followed by another.

@@ -28,6 +28,7 @@ export SOAK SOAK_ROOT SOAK_CSV
 
 mkdir -p "$out"
 erlc -Werror -o "$out" "$here/test/erllama_cache_soak.erl"
-# Without +fnu the curves would be escapes where the locale is not set.
-erl +fnu +pc unicode -noinput -pa "$lib" "$out" -eval 'io:setopts([{encoding, unicode}])' \
+# Memory goes back to the system at once (+MMmcs 0). Without +fnu the curves would be escapes where the
+# locale is not set.
+erl +MMmcs 0 +fnu +pc unicode -noinput -pa "$lib" "$out" -eval 'io:setopts([{encoding, unicode}])' \
     -run erllama_cache_soak main

@@ -64,6 +64,8 @@
     fresh = [] :: [pos_integer()],
     %% What the killed were in the middle of.
     cut = [] :: [{pos_integer(), whose()}],
+    %% The keys of those, since the oracle has looked at any.
+    suspects = [] :: [pos_integer()],
     counts = #{} :: #{atom() => non_neg_integer()}
 }).
 
@@ -319,11 +321,11 @@ stale(#state{root = Root}) ->
 
 %% Both nodes say the same of every key; a key that was acknowledged is there, and with the payload
 %% that it was first seen with; one that was not is there as a whole, or not at all.
-verify(#state{fresh = Fresh, seen = Seen} = S) ->
+verify(#state{fresh = Fresh, seen = Seen, cut = Cut, suspects = Suspects} = S) ->
     Old = maps:keys(Seen),
     Sample = [lists:nth(uniform(length(Old)), Old) || Old =/= [], _ <- lists:seq(1, 10)],
     Verified = verify(lists:usort(Fresh ++ Sample), S#state{fresh = []}),
-    Verified#state{cut = []}.
+    Verified#state{cut = [], suspects = [N || {N, _} <- Cut] ++ Suspects}.
 
 verify(Numbers, #state{nodes = Nodes, root = Root} = S) ->
     #{1 := Node1, 2 := Node2} = Nodes,
@@ -365,11 +367,12 @@ loaded(#node{port = Port}) ->
     end.
 
 %% Those whose saves were cut off, and others.
-oracle(#state{root = Root, seen = Seen, cut = Cut} = S) ->
-    {First, Others} = lists:partition(fun(N) -> lists:keymember(N, 1, Cut) end, maps:keys(Seen)),
+oracle(#state{root = Root, seen = Seen, suspects = Suspects} = S) ->
+    First = [N || N <- lists:usort(Suspects), is_map_key(N, Seen)],
+    Others = maps:keys(maps:without(First, Seen)),
     Files = up_to(?ORACLE_BYTES, [filename:join(Root, name(N)) || N <- First ++ shuffle(Others)]),
     ok = oracle_agrees(Files),
-    add(checked, length(Files), S).
+    add(checked, length(Files), S#state{suspects = []}).
 
 up_to(Bytes, [File | Files]) when Bytes > 0 ->
     [File | up_to(Bytes - filelib:file_size(File), Files)];

@@ -5,10 +5,12 @@
 #
 # Two VMs with 8 savers each save the same keys into one root. At random moments one of them, or both,
 # is killed, also while it starts; the other goes on, one of its saves stopped in the middle, and the
-# killed one starts again on the root. After each kill both load every new key and some old ones, and every byte is compared: a key that anybody
-# was told is stored is there, is the same for both and stays the same; a save that was cut off left a
-# whole file or nothing; there is one file for each key, no temporary file, slot, reservation or open
-# file. test/kvc_oracle.py, which shares no code with the library, checks each file once.
+# killed one starts again on the root. After each kill both load every new key and some old ones, and
+# every byte is compared: a key that anybody was told is stored is there, is the same for both and
+# stays the same; a save that was cut off left a whole file or nothing; there is one file for each key,
+# no temporary file, slot, reservation or open file. After each 25 kills, and at the end,
+# test/kvc_oracle.py, which shares no code with the library, checks 16 MiB of files, first those
+# whose saves were cut off.
 #
 #   plain   on the file system of $TMPDIR, where temporary files have no names
 #   named   on bindfs (FUSE), where they have names and locks, and a start sweeps what the killed left

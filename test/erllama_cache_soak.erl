@@ -9,9 +9,9 @@
 
 -define(WRITER, erllama_cache_writer).
 -define(STORE, soak_store).
-%% About twice what the store may hold.
+%% More than twice what the store may hold.
 -define(KEYS, 600).
--define(MAX_BYTES, (128 bsl 20)).
+-define(MAX_BYTES, (64 bsl 20)).
 %% Takes several slices to save and to load.
 -define(HUGE, (24 bsl 20)).
 -define(LARGE, (2 bsl 20)).
@@ -45,9 +45,9 @@ main() ->
     {Samples, Crashes} = work(Seconds, Root, Out),
     ok = file:close(Out),
     Ended = rest(Root),
+    report(Samples, Began, Ended, Csv),
     Left = leave(Root),
     stop_servers(Keepers),
-    report(Samples, Began, Ended, Csv),
     Crashed = [{worker_crashed, Crash} || Crash <- CrashesBefore ++ Crashes],
     Wrong = judge(Began, Ended) ++ Crashed ++ Left,
     [io:format("soak: WRONG: ~tp~n", [Each]) || Each <- Wrong],
@@ -396,22 +396,41 @@ rest(Root, Before, Deadline) ->
             rest(Root, Now, Deadline)
     end.
 
-%% Everything that is stored still is what was saved, within its bound; deleted, it leaves nothing.
+%% Everything that is stored still is what was saved; a store that looks at it anew knows all of it and
+%% keeps it within the bound; deleted, it leaves nothing.
 leave(Root) ->
-    Info = #{bytes := Bytes} = erllama_cache_store:info(?STORE),
+    Store = whereis(?STORE),
+    ok = gen_server:stop(Store),
+    ok = await_next(?STORE, Store, now_ms() + ?DEADLINE),
+    #{files := Files} = erllama_cache_store:info(?STORE),
+    {ok, Names} = file:list_dir(Root),
+    Bytes = lists:sum([filelib:file_size(filename:join(Root, Name)) || Name <- Names]),
     Keys = [{N, element(2, erllama_cache_store:key(meta(N)))} || N <- lists:seq(1, ?KEYS)],
     Found = [
         {N, is_same(N, FileInfo, Payload)}
      || {N, Key} <- Keys, {ok, FileInfo, Payload} <- [erllama_cache_store:load(?STORE, Key)]
     ],
-    {ok, Names} = file:list_dir(Root),
     io:format("soak: at the end ~b files, ~b bytes~n", [length(Names), Bytes]),
     [ok = erllama_cache_store:delete(?STORE, Key) || {_, Key} <- Keys],
     {ok, Rest} = file:list_dir(Root),
-    [{above_the_bound, Info} || Bytes > ?MAX_BYTES] ++
+    [{above_the_bound, Bytes} || Bytes > ?MAX_BYTES] ++
+        [{unknown_files, length(Names) - Files} || length(Names) =/= Files] ++
         [{wrong_bytes, N} || {N, false} <- Found] ++
         [{files_that_load, length(Found), length(Names)} || length(Names) =/= length(Found)] ++
         [{left_behind, Rest} || Rest =/= []].
+
+%% Its keeper starts the next one.
+await_next(Name, Last, Deadline) ->
+    now_ms() < Deadline orelse error({no_next, Name}),
+    case whereis(Name) of
+        Pid when is_pid(Pid), Pid =/= Last ->
+            %% It answers once it has looked through its root.
+            _ = sys:get_state(Name),
+            ok;
+        _ ->
+            receive after 10 -> ok end,
+            await_next(Name, Last, Deadline)
+    end.
 
 judge(Began, Ended) ->
     [
@@ -434,6 +453,8 @@ report(Samples, Began, Ended, Csv) ->
     ],
     io:format("~nDone, the warm-up included:~n"),
     [io:format("~12b ~ts~n", [Value, What]) || {What, Value} <- counted()],
+    #{evictions := Evictions} = erllama_cache_store:info(?STORE),
+    io:format("~12b evictions of the last store~n", [Evictions]),
     io:format("~nOver time, from ~ts:~n", [Csv]),
     Curves = [rss, binaries, files, fds, threads, processes, guard, tmp, load],
     [curve(What, Samples) || What <- Curves],

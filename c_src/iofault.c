@@ -42,7 +42,8 @@
     X(open) X(openat) X(read) X(pread) X(write) X(writev) X(pwrite) X(pwritev) X(fallocate) \
     X(ftruncate) X(sync_file_range_start) X(sync_file_range_wait) X(fdatasync) X(fsync) X(link) \
     X(linkat) X(rename) X(renameat) X(renameat2) X(unlink) X(unlinkat) X(fstat) X(fstatat) \
-    X(fstatfs) X(fchmod) X(flock) X(posix_fadvise) X(fdopendir) X(readdir) X(closedir) X(close)
+    X(fstatfs) X(fchmod) X(flock) X(fcntl) X(posix_fadvise) X(fdopendir) X(readdir) X(closedir) \
+    X(close)
 
 enum kind {
     NONE,
@@ -447,6 +448,23 @@ INSTEAD(int, -1, flock, (int fd, int operation), (fd, operation))
 INSTEAD(DIR *, NULL, fdopendir, (int fd), (fd))
 INSTEAD(struct dirent *, NULL, readdir, (DIR *stream), (stream))
 INSTEAD_AS(readdir, struct dirent64 *, NULL, readdir64, (DIR *stream), (stream))
+
+/* Whatever the third argument is, it is passed on as a pointer would be. */
+#define INSTEAD_FCNTL(symbol)                                            \
+    int symbol(int fd, int command, ...)                                 \
+    {                                                                    \
+        static int (*next)(int, int, ...);                               \
+        enum action action = reached(K_fcntl, __builtin_return_address(0)); \
+        va_list rest;                                                    \
+        void *argument;                                                  \
+        NEXT(next, #symbol);                                             \
+        va_start(rest, command);                                         \
+        argument = va_arg(rest, void *);                                 \
+        va_end(rest);                                                    \
+        DECIDED(int, action, -1, next(fd, command, argument));           \
+    }
+INSTEAD_FCNTL(fcntl)
+INSTEAD_FCNTL(fcntl64)
 
 /* It returns its error. */
 #define INSTEAD_ADVISE(symbol, offset)                                            \

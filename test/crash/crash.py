@@ -75,7 +75,7 @@ class Guest:
         *lines, self.rest = self.rest.split(b"\n")
         return [line.decode() for line in lines]
 
-    def until(self, wanted):
+    def until(self, wanted, hear=lambda line: None):
         """The lines up to the one that begins with a word; what came after it stays."""
         lines = []
         while True:
@@ -83,6 +83,7 @@ class Guest:
             if newline:
                 self.rest = rest
                 lines.append(head.decode())
+                hear(lines[-1])
                 if lines[-1].split(" ")[0] == wanted:
                     return lines
                 if lines[-1].startswith("E guest"):
@@ -236,6 +237,10 @@ def power_cuts(bench, mode, cuts, seed):
 
 def replay(bench, mode, saves, samples, seed):
     """Row of the other table: one run on a device that logs all writes, and what may come of it."""
+    def hear(line):
+        if line.startswith("BAD"):
+            print("%s (data=%s, seed %d)" % (line, mode, seed), flush=True)
+
     image, log = bench.image("logged." + mode, 64), bench.empty("log." + mode, 1024)
     before = image + ".before"
     subprocess.run(["cp", "--sparse=always", image, before], check=True)
@@ -245,10 +250,8 @@ def replay(bench, mode, saves, samples, seed):
     errors = [line for line in said if line.startswith("E ")]
     cow = bench.empty("cow." + mode, 256)
     with bench.guest([before, log, cow], do="replay", samples=samples, **job) as guest:
-        said = guest.until("END")
+        said = guest.until("END", hear)
     row = next(json.loads(line.partition(" ")[2]) for line in said if line.startswith("REPLAYED"))
-    for line in [line for line in said if line.startswith("BAD")][:20]:
-        print("%s (data=%s, seed %d)" % (line, mode, seed), flush=True)
     errors += row["errors"]
     for error in errors:
         print("ERROR %s (data=%s, seed %d)" % (error, mode, seed), flush=True)
@@ -269,6 +272,12 @@ def table(title, rows, columns):
     print("beside them: " + ", ".join("%d %s" % (n, name) for name, n in sorted(counts.items())))
 
 
+def stop(*_):
+    # Once: a second one must not interrupt what the first has set off.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--ebin", action="append", required=True)
@@ -282,7 +291,7 @@ def main():
     parser.add_argument("--jobs", type=int, required=True)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, stop)
     modes = args.modes.split()
     print("seed %d" % args.seed, flush=True)
     shares = [args.cuts // len(modes) + (i < args.cuts % len(modes)) for i in range(len(modes))]

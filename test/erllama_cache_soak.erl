@@ -9,9 +9,9 @@
 
 -define(WRITER, erllama_cache_writer).
 -define(STORE, soak_store).
-%% More than twice what the store may hold.
+%% Several times what the store may hold.
 -define(KEYS, 600).
--define(MAX_BYTES, (64 bsl 20)).
+-define(MAX_BYTES, (32 bsl 20)).
 %% Takes several slices to save and to load.
 -define(HUGE, (24 bsl 20)).
 -define(LARGE, (2 bsl 20)).

@@ -25,7 +25,7 @@ all_test_() ->
 
 %% Minutes are for disks that others are busy with: nothing here waits for a time to pass.
 instantiators(Tests) ->
-    [fun(Root) -> {timeout, 60, {with, Root, [Test]}} end || Test <- Tests].
+    [fun(Root) -> {timeout, 300, {with, Root, [Test]}} end || Test <- Tests].
 
 store_tests() ->
     [

@@ -22,7 +22,7 @@ properties_test_() ->
 
 property(Title, Tests, Property) ->
     Options = [quiet, {numtests, Tests}, {to_file, user}],
-    {Title, {timeout, 60, fun() -> ?assert(proper:quickcheck(Property, Options)) end}}.
+    {Title, {timeout, 300, fun() -> ?assert(proper:quickcheck(Property, Options)) end}}.
 
 setup() ->
     Name = lists:concat([?MODULE, "_", os:getpid(), "_", erlang:unique_integer([positive])]),

@@ -20,8 +20,8 @@
 # is all in the guests.
 #
 #   CUTS=100      power cuts in all; 0 for none
-#   SAVES=40      saves in each run that is logged; 0 for none
-#   SAMPLES=6     disks that are tried before each flush
+#   SAVES=25      saves in each run that is logged; 0 for none
+#   SAMPLES=4     disks that are tried before each flush
 #   MODES=...     "ordered writeback journal"
 #   JOBS=...      guests at a time: as many as there are processors
 #   SEED=...      the one that a run has printed, for the same choices. What the machine does in the
@@ -81,7 +81,7 @@ PYTHONDONTWRITEBYTECODE=1 python3 "$here/test/crash/crash.py" \
     --ebin "${CRASH_EBIN:-$here/_build/default/lib/erllama_cache_nif/ebin}" \
     --ebin "$ebin" \
     --linger "$linger" --modules "$uml" --work "$work" --modes "${MODES:-ordered writeback journal}" \
-    --cuts "${CUTS:-100}" --saves "${SAVES:-40}" --samples "${SAMPLES:-6}" \
+    --cuts "${CUTS:-100}" --saves "${SAVES:-25}" --samples "${SAMPLES:-4}" \
     --jobs "${JOBS:-$(nproc)}" ${SEED:+--seed "$SEED"} &
 pid=$!
 trap 'kill $pid; wait $pid || true; exit 1' HUP INT TERM

@@ -201,7 +201,7 @@ impl Place {
     }
 
     fn check(&self, key: &Key, secret: Option<&Secret>) -> Result<(), Error> {
-        let mut check = Check::open(&self.open(), key, true, secret)?.unwrap();
+        let mut check = Check::open(&self.open(), key, secret)?.unwrap();
         complete(|| check.step(&Slice::unlimited()))
     }
 

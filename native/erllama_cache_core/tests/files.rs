@@ -141,7 +141,7 @@ fn read(loader: &mut Loader) -> Result<Vec<u8>, Error> {
 }
 
 fn check(dir: &Path, n: u32) -> Result<(), Error> {
-    let mut check = Check::open(&open(dir), &key(n), true, None)?.expect("a file");
+    let mut check = Check::open(&open(dir), &key(n), None)?.expect("a file");
     complete(|| check.step(&slice()))
 }
 
@@ -235,7 +235,7 @@ fn what_is_not_there_is_none() {
     let dir = root();
     let root = open(dir.path());
     assert!(load(dir.path(), 1).unwrap().is_none());
-    assert!(Check::open(&root, &key(1), true, None).unwrap().is_none());
+    assert!(Check::open(&root, &key(1), None).unwrap().is_none());
     assert!(!root.delete(&key(1)).unwrap());
     save(dir.path(), 1, b"payload").unwrap();
     assert!(root.delete(&key(1)).unwrap());
@@ -456,7 +456,7 @@ fn a_link_or_a_fifo_is_replaced_and_never_opened() {
         make();
         assert!(matches!(load(dir.path(), 1), Err(Error::NotRegular)));
         assert!(matches!(
-            Check::open(&open(dir.path()), &key(1), true, None),
+            Check::open(&open(dir.path()), &key(1), None),
             Err(Error::NotRegular)
         ));
         let published = save(dir.path(), 1, b"payload").unwrap();
@@ -566,7 +566,7 @@ fn a_file_that_shrinks_is_truncated() {
     let mut loader = Loader::open(&open(dir.path()), &key(1), None)
         .unwrap()
         .unwrap();
-    let mut check = Check::open(&open(dir.path()), &key(1), true, None)
+    let mut check = Check::open(&open(dir.path()), &key(1), None)
         .unwrap()
         .unwrap();
     let mut buf = vec![0; payload.len()];
@@ -777,6 +777,28 @@ fn a_scan_removes_nothing_but_what_it_found_corrupt() {
 }
 
 /// The lock of a corrupt file is held by whoever removes or replaces it.
+/// What another node has put there meanwhile was not found corrupt.
+#[test]
+fn only_the_file_that_was_found_corrupt_is_replaced() {
+    let dir = root();
+    let theirs = payload(2 * 1024 * 1024);
+    save(dir.path(), 1, &theirs).unwrap();
+    let name = path(dir.path(), 1);
+    let end = fs::metadata(&name).unwrap().len() - 1;
+    let file = File::options().write(true).open(&name).unwrap();
+    file.write_all_at(&[!theirs[theirs.len() - 1]], end)
+        .unwrap();
+
+    let mut tmp = written(dir.path(), 1, b"payload");
+    // It has begun to look at the file, and its damage is at the end.
+    assert!(matches!(tmp.publish(&slice()), Ok(Progress::More)));
+    let other = root();
+    save(other.path(), 1, b"theirs!").unwrap();
+    fs::rename(path(other.path(), 1), &name).unwrap();
+    assert_eq!(publish(&mut tmp).unwrap().outcome, Outcome::Adopted);
+    assert_holds(dir.path(), 1, b"theirs!");
+}
+
 #[test]
 fn a_corrupt_file_is_left_to_who_has_its_lock() {
     let dir = root();
@@ -1278,7 +1300,7 @@ mod failures {
         let mut tmp = written(dir.path(), 1, b"second");
         with(&[call(libc::SYS_openat, libc::EMFILE)], || {
             assert_errno(Loader::open(&root, &key(1), None), libc::EMFILE);
-            assert_errno(Check::open(&root, &key(1), true, None), libc::EMFILE);
+            assert_errno(Check::open(&root, &key(1), None), libc::EMFILE);
             assert_errno(publish(&mut tmp), libc::EMFILE);
         });
         assert_holds(dir.path(), 1, b"payload");

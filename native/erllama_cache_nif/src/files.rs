@@ -408,7 +408,7 @@ fn check<'a>(
     let slice = Slice::of(SLICE);
     let key = kvc::key(key)?;
     let secret = secret::optional(secret)?;
-    let check = match root(path)?.and_then(|root| Check::open(&root, &key, true, secret)) {
+    let check = match root(path)?.and_then(|root| Check::open(&root, &key, secret)) {
         Ok(Some(check)) => check,
         Ok(None) => return Ok(atoms::miss().encode(env)),
         Err(error) => return Ok(error_term(env, &error)),

@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 
 use super::root::Root;
-use super::stored::{claim, open_regular};
+use super::stored::open_regular;
 use super::sys;
 use super::tmp::is_temporary_name;
 use crate::error::{Context, Error};
@@ -121,7 +121,7 @@ impl Stored {
     /// # Errors
     /// [`Error::Io`].
     pub fn remove(&self, root: &Root) -> Result<bool, Error> {
-        if !claim(root, &self.name, &self.file, &self.stat) {
+        if !self.claim(root) {
             return Ok(false);
         }
         match sys::unlink_at(root.dir(), &self.name) {
@@ -129,6 +129,17 @@ impl Stored {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
             Err(error) => Err(error).call("unlink"),
         }
+    }
+
+    /// Takes the file's lock. Whoever removes or replaces a file has it until that is done, for no call
+    /// unlinks a name, or renames over it, only if it still is a certain file's: a save in another
+    /// node could have put a good one there. `false` when somebody else has the lock, or the name is
+    /// another file's by now. Where there are no locks, looking has to do.
+    pub(crate) fn claim(&self, root: &Root) -> bool {
+        // While this file is open nobody else gets its number.
+        !matches!(sys::try_lock(&self.file), Ok(false))
+            && sys::stat_at(root.dir(), &self.name)
+                .is_ok_and(|there| there.is_same_file(&self.stat))
     }
 
     pub(crate) fn file(&self) -> &File {

@@ -62,15 +62,6 @@ pub(crate) fn open_regular(
     }
 }
 
-/// Takes the lock of a corrupt file. Whoever removes or replaces one has it until that is done, for no
-/// call unlinks a name, or renames over it, only if it still is a certain file's: a save in another
-/// node could have put a good one there. `false` when somebody else has the lock, or the name is
-/// another file's by now. Where there are no locks, looking has to do.
-pub(crate) fn claim(root: &Root, name: &std::ffi::CStr, file: &File, stat: &sys::Stat) -> bool {
-    !matches!(sys::try_lock(file), Ok(false))
-        && sys::stat_at(root.dir(), name).is_ok_and(|there| there.is_same_file(stat))
-}
-
 /// How much is read between two looks at the clock.
 const BLOCK: usize = 16 * 1024 * 1024;
 
@@ -214,31 +205,21 @@ pub struct Check {
 }
 
 impl Check {
-    /// Begins with all that comes before the payload. `None` when there is no such file. The file's
-    /// key is checked against `key` if `expect_key`; with a `secret`, the file has to prove that
-    /// its maker knew it.
+    /// Begins with all that comes before the payload, the key included. `None` when there is no such
+    /// file. With a `secret`, the file has to prove that its maker knew it.
     ///
     /// # Errors
     /// [`Error::Corrupt`], [`Error::NotRegular`] and [`Error::Unauthenticated`] on proof,
     /// [`Error::Io`] when nothing is known.
-    pub fn open(
-        root: &Root,
-        key: &Key,
-        expect_key: bool,
-        secret: Option<&Secret>,
-    ) -> Result<Option<Check>, Error> {
-        let Some((file, stat)) = open_regular(root, &final_name(key), libc::O_RDONLY)? else {
+    pub fn open(root: &Root, key: &Key, secret: Option<&Secret>) -> Result<Option<Check>, Error> {
+        let Some(stored) = Stored::open(root, &final_name(key))? else {
             return Ok(None);
         };
-        let payload = Payload::begin(file, stat.len, secret)?;
-        if expect_key && payload.prefix.key() != *key {
+        let check = Check::begin(&stored, secret)?;
+        if check.payload.prefix.key() != *key {
             return Err(Corrupt::KeyMismatch.into());
         }
-        Ok(Some(Check {
-            payload,
-            file_len: stat.len,
-            piece: Vec::new(),
-        }))
+        Ok(Some(check))
     }
 
     /// Begins as [`Check::open`] does, with a file that is open already. Where a digest can be
@@ -248,16 +229,21 @@ impl Check {
     /// # Errors
     /// As [`Check::open`].
     pub fn of(stored: &Stored, key: Option<&Key>, secret: Option<&Secret>) -> Result<Check, Error> {
-        let file = stored.file().try_clone().call("dup")?;
-        let mut payload = Payload::begin(file, stored.len(), secret)?;
-        if key.is_some_and(|key| *key != payload.prefix.key()) {
+        let mut check = Check::begin(stored, secret)?;
+        if key.is_some_and(|key| *key != check.payload.prefix.key()) {
             return Err(Corrupt::KeyMismatch.into());
         }
-        if matches!(payload.proof, Proof::Digest(..)) {
-            payload.crc = Some(Crc32c::new());
+        if matches!(check.payload.proof, Proof::Digest(..)) {
+            check.payload.crc = Some(Crc32c::new());
         }
+        Ok(check)
+    }
+
+    /// Begins with a file that is open already, of whatever key.
+    pub(crate) fn begin(stored: &Stored, secret: Option<&Secret>) -> Result<Check, Error> {
+        let file = stored.file().try_clone().call("dup")?;
         Ok(Check {
-            payload,
+            payload: Payload::begin(file, stored.len(), secret)?,
             file_len: stored.len(),
             piece: Vec::new(),
         })

@@ -22,6 +22,7 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::look::Stored;
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
 use super::stored::{self, Check, READ_PIECE};
@@ -73,6 +74,8 @@ pub struct TmpFile {
     prefix: Prefix,
     options: Options,
     phase: Phase,
+    /// The regular file that was found under the final name.
+    judged: Option<Stored>,
     /// Since when another has the lock of the file that this one is to replace.
     refused: Option<Instant>,
 }
@@ -256,6 +259,7 @@ impl TmpFile {
             prefix,
             options,
             phase,
+            judged: None,
             refused: None,
         };
         // Whatever fails from here on drops `tmp`, and with it the file.
@@ -488,8 +492,14 @@ impl TmpFile {
         }
     }
 
-    fn open_taken(&self) -> Result<Option<Check>, Error> {
-        Check::open(&self.root, &self.key, false, self.options.secret.as_ref())
+    fn open_taken(&mut self) -> Result<Option<Check>, Error> {
+        self.judged = None;
+        self.judged = Stored::open(&self.root, &final_name(&self.key))?;
+        let secret = self.options.secret.as_ref();
+        self.judged
+            .as_ref()
+            .map(|stored| Check::begin(stored, secret))
+            .transpose()
     }
 
     /// Links the file under its final name; `false` when that is taken.
@@ -533,13 +543,11 @@ impl TmpFile {
     /// that, or has done so: then the name is to be looked at once more.
     fn replace(&mut self) -> Result<Option<Published>, Error> {
         let to = final_name(&self.key);
-        // With its lock, which is held until ours has the name.
-        let there = stored::open_regular(&self.root, &to, libc::O_RDONLY);
-        let is_claimed = match &there {
-            Ok(Some((file, stat))) => stored::claim(&self.root, &to, file, stat),
-            Ok(None) => false,
+        let is_claimed = match &self.judged {
+            // With its lock, which is held until ours has the name.
+            Some(stored) => stored.claim(&self.root),
             // A link and the like: no scan removes that.
-            Err(_) => true,
+            None => !sys::stat_at(self.root.dir(), &to).is_ok_and(|there| there.is_regular),
         };
         if !is_claimed && self.refused.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
             thread::yield_now();

@@ -233,9 +233,10 @@ nif_under_valgrind() {
     for suite in $suites; do
         vm_under_valgrind and "$suite" || ended=$?
     done
-    # What has no frame of the library is the VM's own.
+    # What has no frame of the library is the VM's own. A frame whose line is known names a source of
+    # Rust and not the library.
     ours=$(awk -v RS='==[0-9]+== \n' '
-        / (at|by) 0x/ && /erllama_cache_nif\.so/ && !/ inside a block of size [0-9,]+ alloc/
+        / (at|by) 0x/ && /erllama_cache_nif\.so|\.rs:[0-9]+\)/ && !/ inside a block of size [0-9,]+ alloc/
     ' "$reports"/report.*)
     if [ -n "$ours" ]; then
         echo "$ours"
@@ -246,7 +247,8 @@ nif_under_valgrind() {
 
 vm_under_valgrind() {
     valgrind --smc-check=all --undef-value-errors=no --error-limit=no --num-callers=40 \
-        --fair-sched=try --max-stackframe=1000000 --suppressions="$here/tools/valgrind.supp" \
+        --fair-sched=try --redzone-size=128 --max-stackframe=1000000 \
+        --suppressions="$here/tools/valgrind.supp" \
         --log-file="$reports/report.%p" \
         "$BINDIR/beam.smp" -Mea min -- -root "$ROOTDIR" -bindir "$BINDIR" -progname erl -- \
         -home "${HOME:-/}" -- -noshell -noinput -pa "$lib/ebin" "$lib/test" "$out" \

@@ -85,6 +85,15 @@ fuzz() {
         END { printf "%-8s %12d %9d %8d %8d   nothing\n", target, runs, rate, cov, rss }' "$log"
 }
 
+# In memory where there is such a place: the files of `root` are made and removed all the time.
+if [ -d /dev/shm ]; then
+    TMPDIR=$(mktemp -d /dev/shm/fuzz.XXXXXX)
+else
+    TMPDIR=$(mktemp -d)
+fi
+export TMPDIR
+trap 'rm -rf "$TMPDIR"' EXIT
+
 need_nightly
 need_cargo_fuzz
 for target in prefix whole root; do

@@ -154,7 +154,7 @@ neighbour_writes(File) ->
         {stop, From} ->
             ok = file:close(File),
             From ! {stopped, self()}
-    after rand:uniform(100) ->
+    after rand:uniform(30) ->
         ok = file:write(File, "more"),
         ok = file:sync(File),
         neighbour_writes(File)

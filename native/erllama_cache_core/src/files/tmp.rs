@@ -54,6 +54,10 @@ const SMALL_READ_PIECE: usize = 16 * 1024;
 const WRITEBACK: u64 = 8 * 1024 * 1024;
 const AWAITED: u64 = 1024 * 1024;
 
+/// How far the writing may be ahead of the disk. Where too much memory waits for a disk, the kernel
+/// makes whoever writes sleep, and not for as short a time as a slice.
+const AHEAD: u64 = 1024 * 1024 * 1024;
+
 /// Whoever has the lock of a corrupt file needs it for a system call or two. Who keeps it for longer
 /// does not mean well, and is not waited for.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -124,6 +128,8 @@ struct Writing {
     back: ReadBack,
     /// Up to where the kernel was told to begin with the disk.
     started: u64,
+    /// Up to where that has been waited for.
+    awaited: u64,
 }
 
 /// What the payload has come to so far.
@@ -250,6 +256,7 @@ impl TmpFile {
             },
             back: ReadBack::new(prefix.payload_len()),
             started: 0,
+            awaited: 0,
         }));
         let tmp = TmpFile {
             root,
@@ -292,6 +299,12 @@ impl TmpFile {
                     // changes threads once less while the disk works.
                     self.phase = Phase::Sync;
                     return Ok(Progress::Done(()));
+                }
+                Phase::Payload(mut writing) if writing.started - writing.awaited > AHEAD => {
+                    sys::await_writeback(&self.file, writing.awaited, AWAITED)
+                        .call("sync_file_range")?;
+                    writing.awaited += AWAITED;
+                    Phase::Payload(writing)
                 }
                 Phase::Payload(mut writing) => {
                     self.write_block(payload, &mut writing)?;
@@ -358,6 +371,7 @@ impl TmpFile {
             sums,
             back,
             started,
+            ..
         } = writing;
         let end = payload.len().min(*pos + BLOCK);
         let block = &payload[*pos..end];

@@ -87,6 +87,7 @@
 %% looks like that.
 -record(config, {
     name :: name(),
+    server :: pid(),
     path :: erllama_cache_nif:root(),
     root :: file:name_all(),
     tier :: erllama_cache_host:tier(),
@@ -360,36 +361,42 @@ encode_tokens_slowly(Tokens) ->
 %% @private
 reserve(Name, Tier, Key, Size) ->
     case config(Name) of
-        #config{tier = Tier, max_bytes = MaxBytes} -> reserve(Name, Key, Size, MaxBytes, self());
+        #config{tier = Tier, max_bytes = infinity, server = Server} ->
+            reserve_unbounded(Name, Server, Key, Size);
+        #config{tier = Tier} ->
+            reserve_bounded(Name, Key, Size);
         #config{tier = Other} -> {error, {wrong_tier, Other}}
     end.
 
-reserve(Name, Key, Size, infinity, Pid) ->
+reserve_unbounded(Name, Server, Key, Size) ->
     case claimable(Name, Key) of
         {ok, Old} ->
-            %% Set first: should this process be killed in between, the server still hears of it.
-            Token = erlang:start_timer(?UNWATCHED, Name, {watch, Key, Size, Pid}),
-            case claim(Name, Old, reserved(Key, Size, Pid, Token)) of
+            %% Set first: should this process be killed in between, the server still hears of it. Not by
+            %% its name, which may be that of the next one by then.
+            Token = erlang:start_timer(?UNWATCHED, Server, {watch, Key, Size, self()}),
+            case claim(Name, Old, reserved(Key, Size, Token)) of
                 true ->
                     {ok, Token};
                 false ->
                     done(Name, Token, 0),
-                    reserve(Name, Key, Size, infinity, Pid)
+                    reserve_unbounded(Name, Server, Key, Size)
             end;
         {error, _} = Error ->
             Error
-    end;
-reserve(Name, Key, Size, _Bounded, Pid) ->
+    end.
+
+reserve_bounded(Name, Key, Size) ->
     %% Who makes room has to be one.
     case claimable(Name, Key) of
         {ok, _Old} ->
-            Row = reserved(Key, Size, Pid, make_ref()),
+            Row = reserved(Key, Size, make_ref()),
             gen_server:call(Name, {admit, Row}, infinity);
-        {error, _} = Error -> Error
+        {error, _} = Error ->
+            Error
     end.
 
-reserved(Key, Size, Pid, Token) ->
-    #row{key = Key, size = Size, last_used = 0, state = reserved, token = Token, pid = Pid,
+reserved(Key, Size, Token) ->
+    #row{key = Key, size = Size, last_used = 0, state = reserved, token = Token, pid = self(),
          expires = lease()}.
 
 lease() ->
@@ -518,8 +525,8 @@ open(Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}, Secret) -
     ok = erllama_cache_turn:setup(),
     ok = erllama_cache_metrics:setup(),
     Config = #config{
-        name = Name, path = Path, root = Root, tier = Tier, max_bytes = MaxBytes, secret = Secret,
-        counters = counters:new(length(?COUNTERS), [write_concurrency])
+        name = Name, server = self(), path = Path, root = Root, tier = Tier, max_bytes = MaxBytes,
+        secret = Secret, counters = counters:new(length(?COUNTERS), [write_concurrency])
     },
     true = ets:insert(Name, {config, config, Config}),
     Begun = erlang:monotonic_time(millisecond),

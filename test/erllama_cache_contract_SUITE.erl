@@ -513,7 +513,7 @@ save_calls_the_host_in_order(Config) ->
         end
      || Call <- calls()
     ],
-    ?assertEqual([], open_files(Root)).
+    ok = nothing_open(Root).
 
 save_waits_for_a_slot(_Config) ->
     ok = ?WRITER:set_max_concurrent(1),
@@ -785,7 +785,7 @@ root_vanishes_before_publishing(Config) ->
     ?assertEqual(
         [reserve_save, dir, check_reservation, cancel_reservation], calls_after_the_key()
     ),
-    ?assertEqual([], open_files(Root)),
+    ok = nothing_open(Root),
     assert_nothing_left(Config).
 
 %% The key is somebody else's by now, and so is the reservation.
@@ -828,7 +828,8 @@ expires_after_publishing(Call, Calls, Config) ->
     [[Key, _, Path]] = args(mark_published),
     ?assertEqual([filename:basename(Path)], files(Root)),
     ?assertEqual(?PAYLOAD, stored_payload(Config, Key)),
-    ?assertEqual({0, []}, {?WRITER:current(), open_files(Root)}).
+    ok = nothing_open(Root),
+    ?assertEqual(0, ?WRITER:current()).
 
 %% Whatever a call raises is raised to the caller, and leaves nothing behind.
 host_raises(Config) ->
@@ -1311,19 +1312,25 @@ fails_and_is_undone(Error, Root, Payload, Config) ->
     ?assertMatch([[Key, disk, _]], args(reserve_save)),
     ?assert(is_reference(Token)),
     ?assertEqual({0, []}, {?WRITER:current(), ?META_SRV:reserved()}),
-    ?assertEqual([], open_files(?config(root, Config))),
+    ok = nothing_open(?config(root, Config)),
     ?assertEqual(#{}, erllama_cache_counters:all()).
 
 assert_nothing_left(Config) ->
     Root = ?config(root, Config),
-    ?assertEqual({[], []}, {files(Root), open_files(Root)}),
+    ?assertEqual([], files(Root)),
+    ok = nothing_open(Root),
     ?assertEqual({[], []}, {?META_SRV:reserved(), ?META_SRV:stored()}),
     ?assertEqual(0, ?WRITER:current()).
+
+%% Large files are closed by a thread of the library, which may not have come to that yet.
+nothing_open(Root) ->
+    eventually(fun() -> open_files(Root) =:= [] end).
 
 assert_only(Path, Config) ->
     Root = ?config(root, Config),
     ?assertEqual([filename:basename(Path)], files(Root)),
-    ?assertEqual({[], []}, {open_files(Root), ?META_SRV:reserved()}),
+    ok = nothing_open(Root),
+    ?assertEqual([], ?META_SRV:reserved()),
     ?assertEqual(0, ?WRITER:current()).
 
 %%% What the host was asked

@@ -94,9 +94,28 @@ do_it() { # COMMAND
     cd "$copy"
     case $1 in
         make | "make demo" | "make edoc" | "make chunks") $1 ;;
+        "make setup") $1 ;;
+        "make distclean")
+            cp -a "$copy" "$work/again"
+            make -C "$work/again" distclean
+            [ ! -e "$work/again/native/target" ] && [ ! -e "$work/again/_build" ]
+            ;;
         "make demo FILE=path") make demo FILE="$copy/README.md" ;;
         "make bench-"*) target "$1" "by hand, on a machine at rest" ;;
-        "make kvc" | kvc\ * | cargo\ install\ *) elsewhere "the tests of kvc" ;;
+        "make kvc") make kvc ;;
+        "cargo uninstall kvc")
+            CARGO_TARGET_DIR=native/target \
+                cargo install -q --path native/kvc --locked --root "$work/cargo"
+            "$work/cargo/bin/kvc" --version
+            $1 --root "$work/cargo"
+            ;;
+        kvc*" /var/cache/kv")
+            built=$copy/native/target/release/kvc
+            [ -x "$built" ] || make kvc
+            mkdir -p "$work/kv"
+            sh -c "$(echo "$1" | sed "s|^kvc|$built|; s|/var/cache/kv|$work/kv|")"
+            ;;
+        kvc\ *) elsewhere "the tests of kvc" ;;
         "make "[a-z]*) target "$1" "a step of its own" ;;
         "rebar3 compile") elsewhere "make dropin" ;;
         "install -d -m 700 -o node /var/cache/kv") install -d -m 700 -o "$(id -un)" "$work/cache" ;;

@@ -25,7 +25,7 @@ use anstream::ColorChoice;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use out::Out;
-use tally::{Tally, complain};
+use tally::{Tally, complain_chain};
 
 #[derive(Debug, Parser)]
 #[command(name = "kvc", version, styles = help::STYLES, after_help = help::exit_codes())]
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
     match run(cli.command) {
         Ok(tally) => tally.exit_code(),
         Err(error) => {
-            complain(format_args!("{error:#}"));
+            complain_chain(&error);
             Tally::failed().exit_code()
         }
     }

@@ -12,7 +12,7 @@ use crate::dir::locate;
 use crate::help;
 use crate::json::{self, Text};
 use crate::out::Out;
-use crate::tally::{Tally, complain};
+use crate::tally::{Tally, complain_chain};
 use crate::text::{self, BAD, FAINT, HEADING, Shown};
 
 /// Show all that files say of themselves
@@ -47,7 +47,7 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
             Ok(located) => located,
             Err(error) => {
                 tally.unknown += 1;
-                complain(format_args!("{error:#}"));
+                complain_chain(&error);
                 continue;
             }
         };

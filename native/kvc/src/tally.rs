@@ -69,6 +69,19 @@ pub(crate) fn complain(what: impl Display) {
     let _ = writeln!(anstream::stderr(), "{BAD}kvc:{BAD:#} {what}");
 }
 
+/// As [`complain`], of an error and its causes. One that its cause is part of already says it once.
+pub(crate) fn complain_chain(error: &anyhow::Error) {
+    let mut what = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !what.ends_with(&cause) {
+            let colon = if what.is_empty() { "" } else { ": " };
+            what.push_str(colon);
+            what.push_str(&cause);
+        }
+    }
+    complain(what);
+}
+
 /// As [`complain`], of a file.
 pub(crate) fn complain_of(path: &Path, what: impl Display) {
     complain(format_args!("{}: {what}", Shown::path(path)));

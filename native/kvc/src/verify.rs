@@ -27,7 +27,7 @@ use crate::help;
 use crate::json::{self, Text};
 use crate::out::Out;
 use crate::secret::KeyFile;
-use crate::tally::{Judgement, Tally, complain, complain_of};
+use crate::tally::{Judgement, Tally, complain, complain_chain, complain_of};
 use crate::text::{self, BAD, DOUBT, FAINT, GOOD, Shown};
 
 /// Check files to their last byte
@@ -163,7 +163,7 @@ fn targets(paths: &[PathBuf], tally: &mut Tally) -> Vec<Target> {
             Ok(more) => targets.extend(more),
             Err(error) => {
                 tally.unknown += 1;
-                complain(format_args!("{error:#}"));
+                complain_chain(&error);
             }
         }
     }

@@ -187,9 +187,8 @@ child_spec(Name, Options) ->
 %% '''
 %%
 %% Errors: `{corrupt, Reason}'; `unauthenticated', there is a secret and the file was made without
-%% it; `enomem'; a POSIX
-%% reason. {@link erllama_cache_writer:format_error/1} says what they mean. Exits with `{noproc, _}'
-%% when the store does not run.
+%% it; `enomem'; a POSIX reason. {@link erllama_cache_writer:format_error/1} says what they mean.
+%% Exits with `{noproc, _}' when the store does not run.
 -spec load(name(), erllama_cache_writer:key()) ->
     {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
 load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->

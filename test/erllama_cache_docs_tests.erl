@@ -143,7 +143,7 @@ readme() ->
     end).
 
 with_environment(Environment, Fun) ->
-    _ = application:load(erllama_cache_nif),
+    Loaded = application:load(erllama_cache_nif),
     Before = application:get_all_env(erllama_cache_nif),
     %% That an application stops is not worth a line on the terminal.
     ok = logger:set_module_level(application_controller, warning),
@@ -154,7 +154,9 @@ with_environment(Environment, Fun) ->
         _ = application:stop(erllama_cache_nif),
         ok = logger:unset_module_level(application_controller),
         [ok = application:unset_env(erllama_cache_nif, Key) || {Key, _} <- Environment],
-        [ok = application:set_env(erllama_cache_nif, Key, Value) || {Key, Value} <- Before]
+        [ok = application:set_env(erllama_cache_nif, Key, Value) || {Key, Value} <- Before],
+        %% As it was found: other tests load it themselves.
+        [ok = application:unload(erllama_cache_nif) || Loaded =:= ok]
     end.
 
 %%% The other pages

@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{
-    Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile,
+    Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, SyncPlan,
+    TmpFile,
 };
 use erllama_cache_core::kvc::{
     Corrupt, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason, verify,
@@ -1158,34 +1159,113 @@ mod failures {
     fn a_failed_save_leaves_nothing() {
         let small = b"payload".to_vec();
         let large = payload(2 * SMALL);
-        let cases: [(&[u8], &[Call]); 10] = [
+        let cases: [(&[u8], &[Call]); 7] = [
             (&large, &[call(libc::SYS_fallocate, libc::ENOSPC)]),
             (&small, &[call(libc::SYS_pwritev, libc::ENOSPC)]),
             (&large, &[call(libc::SYS_pwrite64, libc::EIO)]),
             (&small, &[call(libc::SYS_pread64, libc::EIO)]),
-            (&small, &[call(libc::SYS_fdatasync, libc::EIO)]),
-            (&large, &[call(libc::SYS_fdatasync, libc::EIO)]),
             (&small, &[call(libc::SYS_linkat, libc::EDQUOT)]),
-            (&small, &[call(libc::SYS_fsync, libc::EIO)]),
             (&small, &[UNNAMED, call(libc::SYS_linkat, libc::EIO)]),
             (&small, &[UNNAMED, call(libc::SYS_fsync, libc::EIO)]),
         ];
         for (payload, calls) in cases {
             let dir = root();
-            let errno = calls.last().unwrap().errno;
-            with(calls, || assert_errno(save(dir.path(), 1, payload), errno));
-            assert_empty(dir.path());
-            save(dir.path(), 1, payload).unwrap();
-            assert_holds(dir.path(), 1, payload);
+            assert_failed_save_leaves_nothing(dir.path(), payload, calls);
         }
+    }
+
+    #[track_caller]
+    fn assert_failed_save_leaves_nothing(dir: &Path, payload: &[u8], calls: &[Call]) {
+        let errno = calls.last().unwrap().errno;
+        with(calls, || assert_errno(save(dir, 1, payload), errno));
+        assert_empty(dir);
+        save(dir, 1, payload).unwrap();
+        assert_holds(dir, 1, payload);
+    }
+
+    const PLANS: [SyncPlan; 3] = [
+        SyncPlan::Everything,
+        SyncPlan::NoJournal,
+        SyncPlan::OneCommit,
+    ];
+
+    /// A root that is synced as if it were on another file system.
+    fn root_with(plan: SyncPlan) -> TempDir {
+        let mut spoilt = Vec::new();
+        loop {
+            let dir = root();
+            if open(dir.path()).assume(plan) {
+                return dir;
+            }
+            spoilt.push(dir);
+        }
+    }
+
+    /// What makes data safe before it gets a name.
+    fn data_sync(plan: SyncPlan) -> Call {
+        match plan {
+            SyncPlan::OneCommit => Call {
+                bits: Some((3, libc::SYNC_FILE_RANGE_WAIT_AFTER as i32)),
+                ..call(libc::SYS_sync_file_range, libc::EIO)
+            },
+            _ => call(libc::SYS_fdatasync, libc::EIO),
+        }
+    }
+
+    #[test]
+    fn a_failed_sync_fails_the_save() {
+        let small = b"payload".to_vec();
+        let large = payload(2 * SMALL);
+        for plan in PLANS {
+            for payload in [&small, &large] {
+                for sync in [data_sync(plan), call(libc::SYS_fsync, libc::EIO)] {
+                    let dir = root_with(plan);
+                    assert_failed_save_leaves_nothing(dir.path(), payload, &[sync]);
+                    let dir = root_with(plan);
+                    assert_failed_save_leaves_nothing(dir.path(), payload, &[UNNAMED, sync]);
+                }
+            }
+        }
+    }
+
+    /// Only where a journal is known does a save do without them.
+    #[test]
+    fn each_plan_makes_its_own_calls() {
+        for (number, needless) in [
+            (libc::SYS_fdatasync, vec![SyncPlan::OneCommit]),
+            (libc::SYS_fchmod, vec![SyncPlan::OneCommit]),
+            (libc::SYS_fsync, vec![]),
+        ] {
+            for plan in PLANS {
+                let dir = root_with(plan);
+                let saved = with(&[call(number, libc::EIO)], || {
+                    save(dir.path(), 1, b"payload")
+                });
+                assert_eq!(saved.is_ok(), needless.contains(&plan), "{number} {plan:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_waited_for_is_synced() {
+        let dir = root_with(SyncPlan::OneCommit);
+        let unknown = call(libc::SYS_sync_file_range, libc::ENOSYS);
+        let sync = call(libc::SYS_fdatasync, libc::EIO);
+        assert_failed_save_leaves_nothing(dir.path(), b"payload", &[unknown, sync]);
     }
 
     /// The kernel has marked the pages clean: a second sync of the same file would lie.
     #[test]
     fn a_failed_sync_is_final() {
-        let fail = [call(libc::SYS_fdatasync, libc::EIO)];
+        for plan in PLANS {
+            a_failed_sync_is_final_with(plan);
+        }
+    }
+
+    fn a_failed_sync_is_final_with(plan: SyncPlan) {
+        let fail = [data_sync(plan)];
         // A small file is synced when it is published.
-        let dir = root();
+        let dir = root_with(plan);
         let mut tmp = written(dir.path(), 1, b"payload");
         with(&fail, || {
             assert_errno(publish(&mut tmp), libc::EIO);
@@ -1351,11 +1431,11 @@ mod failures {
     /// An adopted file is a promise too: it may be so fresh that nobody has synced it yet.
     #[test]
     fn an_adopted_file_is_synced() {
-        for number in [libc::SYS_fdatasync, libc::SYS_fsync] {
-            let dir = root();
+        for plan in PLANS {
+            let dir = root_with(plan);
             save(dir.path(), 1, b"payload").unwrap();
             let mut tmp = written(dir.path(), 1, b"second");
-            with(&[call(number, libc::EIO)], || {
+            with(&[call(libc::SYS_fsync, libc::EIO)], || {
                 assert_errno(publish(&mut tmp), libc::EIO);
             });
             drop(tmp);

@@ -1,6 +1,7 @@
 //! Files in a root: writing them where nobody sees them, publishing, checking, loading, finding
 //! and deleting them.
 
+mod durable;
 mod group;
 mod look;
 mod root;
@@ -10,6 +11,7 @@ mod stored;
 mod sys;
 mod tmp;
 
+pub use durable::SyncPlan;
 pub use look::{Abandoned, Name, Names, Stored};
 pub use root::Root;
 pub use scan::{Found, Scan};

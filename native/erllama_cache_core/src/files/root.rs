@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use once_cell::sync::{Lazy, OnceCell};
 
+use super::durable::SyncPlan;
 use super::group::Group;
 use super::sys;
 use crate::error::{Context, Error};
@@ -27,8 +28,11 @@ pub struct Root {
 struct Traits {
     needs_names: AtomicBool,
     in_memory: OnceCell<bool>,
+    sync_plan: OnceCell<SyncPlan>,
     /// Shares directory syncs between all who save here at the same time.
     syncs: Group,
+    /// Shared by those who sync files, held alone by who syncs the directory, where that matters.
+    name_syncs: RwLock<()>,
 }
 
 /// More roots than any node has; the bound only keeps a node that goes through thousands of
@@ -80,9 +84,42 @@ impl Root {
             .copied()
     }
 
+    /// Which syncs make a new file in this directory durable.
+    ///
+    /// A file system that is made anew under a running node can leave this behind the truth. What the
+    /// new one confirms is durable all the same; without a journal a power cut in the middle of a
+    /// save could then leave a name whose file no load accepts.
+    pub fn sync_plan(&self) -> SyncPlan {
+        *self.traits.sync_plan.get_or_init(|| {
+            // Where this fails, nothing is known.
+            sys::stat(&self.dir).map_or(SyncPlan::Everything, |stat| {
+                SyncPlan::of_device(stat.major(), stat.minor())
+            })
+        })
+    }
+
+    /// Decides on a plan, for tests of what another machine does; `false` when one is decided on.
+    #[doc(hidden)]
+    pub fn assume(&self, plan: SyncPlan) -> bool {
+        self.traits.sync_plan.set(plan).is_ok()
+    }
+
+    /// What is held while a file or the directory is synced, where the one disturbs the other.
+    pub(crate) fn name_syncs(&self) -> &RwLock<()> {
+        &self.traits.name_syncs
+    }
+
     /// Makes the directory's names durable, together with whoever else wants that now.
     pub(crate) fn sync(&self) -> Result<(), Error> {
-        self.traits.syncs.run(|| self.dir.sync_all()).call("fsync")
+        let sync = || {
+            let _alone = (self.sync_plan() == SyncPlan::NoJournal).then(|| {
+                self.name_syncs()
+                    .write()
+                    .unwrap_or_else(PoisonError::into_inner)
+            });
+            self.dir.sync_all()
+        };
+        self.traits.syncs.run(sync).call("fsync")
     }
 
     /// Whether anything stands under the name of `key`.

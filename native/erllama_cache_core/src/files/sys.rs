@@ -19,10 +19,20 @@ pub(crate) struct Stat {
     pub(crate) allocated: u64,
     pub(crate) links: u64,
     pub(crate) owner: u32,
+    /// The permissions.
+    pub(crate) mode: u32,
     pub(crate) is_regular: bool,
 }
 
 impl Stat {
+    pub(crate) fn major(&self) -> u32 {
+        libc::major(self.device as libc::dev_t) as u32
+    }
+
+    pub(crate) fn minor(&self) -> u32 {
+        libc::minor(self.device as libc::dev_t) as u32
+    }
+
     pub(crate) fn is_same_file(&self, other: &Stat) -> bool {
         (self.device, self.inode) == (other.device, other.inode)
     }
@@ -179,6 +189,7 @@ fn convert(stat: &libc::stat) -> Stat {
             .saturating_mul(512),
         links: stat.st_nlink as u64,
         owner: stat.st_uid,
+        mode: (stat.st_mode & 0o7777) as u32,
         is_regular: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
     }
 }
@@ -266,10 +277,11 @@ pub(crate) fn start_writeback(file: &File, offset: u64, len: u64) {
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn start_writeback(_file: &File, _offset: u64, _len: u64) {}
 
-/// Waits until a range is on the disk, so that the sync that follows is short: that one cannot be
-/// cut into slices. An error is as final as a sync's, for the kernel tells it once.
+/// Waits until a range has gone to the disk, whose own cache may still have it; a length of 0 is all
+/// up to the end. `Ok(false)` where there is no such call, or not for this file. An error is as final
+/// as a sync's, for the kernel tells it once.
 #[cfg(target_os = "linux")]
-pub(crate) fn await_writeback(file: &File, offset: u64, len: u64) -> io::Result<()> {
+pub(crate) fn await_writeback(file: &File, offset: u64, len: u64) -> io::Result<bool> {
     let big = |_| io::Error::from_raw_os_error(libc::EFBIG);
     let offset = libc::off64_t::try_from(offset).map_err(big)?;
     let len = libc::off64_t::try_from(len).map_err(big)?;
@@ -278,24 +290,23 @@ pub(crate) fn await_writeback(file: &File, offset: u64, len: u64) -> io::Result<
         | libc::SYNC_FILE_RANGE_WAIT_AFTER;
     // SAFETY: `file` is open; the call takes numbers only.
     match uninterrupted(|| unsafe { libc::sync_file_range(file.as_raw_fd(), offset, len, flags) }) {
-        Ok(_) => Ok(()),
-        // Where there is no such call, or not for this file, the sync does all.
+        Ok(_) => Ok(true),
         Err(error)
             if matches!(
                 error.raw_os_error(),
                 Some(libc::ENOSYS | libc::EINVAL | libc::ESPIPE | libc::EOPNOTSUPP)
             ) =>
         {
-            Ok(())
+            Ok(false)
         }
         Err(error) => Err(error),
     }
 }
 
-/// Elsewhere the sync does all.
+/// Elsewhere there is no such call.
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn await_writeback(_file: &File, _offset: u64, _len: u64) -> io::Result<()> {
-    Ok(())
+pub(crate) fn await_writeback(_file: &File, _offset: u64, _len: u64) -> io::Result<bool> {
+    Ok(false)
 }
 
 /// Lets the kernel forget a file's pages that are on the disk. A hint, as [`start_writeback`] is.

@@ -2,10 +2,10 @@
 //! its final name in one step.
 //!
 //! ```text
-//!  create ──► payload ──► drain ──► sync ──► ready ──► link ──────────────► dir sync ──► published
+//!  create ──► payload ──► drain ──► sync ──► ready ──► link ─────────────► sync all ──► published
 //!                                              │ name taken
-//!                                              ├─► check that file: valid ─► its sync ─► adopted
-//!                                              └─► invalid: rename over it ► dir sync ─► replaced
+//!                                              ├─► check that file: valid ─► sync it ───► adopted
+//!                                              └─► invalid: rename over it ► sync all ──► replaced
 //! ```
 //!
 //! All that is written is read back, and no file is ever linked that did not read back. That is done
@@ -74,6 +74,8 @@ pub struct TmpFile {
     file: ManuallyDrop<File>,
     /// The temporary name, where there is one. A lock on the file says that somebody works on it.
     name: Option<CString>,
+    /// Whether there ever was one.
+    had_name: bool,
     key: Key,
     prefix: Prefix,
     options: Options,
@@ -261,6 +263,7 @@ impl TmpFile {
         let tmp = TmpFile {
             root,
             file: ManuallyDrop::new(file),
+            had_name: name.is_some(),
             name,
             key,
             prefix,
@@ -320,7 +323,7 @@ impl TmpFile {
                     Phase::Drain(pos + AWAITED)
                 }
                 Phase::Drain(_) => {
-                    self.sync()?;
+                    self.root.sync_data(&self.file)?;
                     Phase::Ready
                 }
                 done @ (Phase::Sync | Phase::Ready) => {
@@ -335,10 +338,6 @@ impl TmpFile {
                 return Ok(Progress::More);
             }
         }
-    }
-
-    fn sync(&self) -> Result<(), Error> {
-        self.file.sync_data().call("fdatasync")
     }
 
     fn write_small(&mut self, payload: &[u8], mut writing: Box<Writing>) -> Result<(), Error> {
@@ -466,7 +465,7 @@ impl TmpFile {
         loop {
             let mut phase = mem::replace(&mut self.phase, Phase::Failed);
             if matches!(phase, Phase::Sync) {
-                self.sync()?;
+                self.root.sync_data(&self.file)?;
                 phase = Phase::Ready;
             }
             self.phase = match phase {
@@ -540,8 +539,7 @@ impl TmpFile {
     /// Leaves the file that stands there. It may be so fresh that its writer has not synced the
     /// directory yet, and this save's success is a promise too.
     fn adopt(&mut self, check: &Check) -> Result<Published, Error> {
-        check.file().sync_data().call("fdatasync")?;
-        self.root.sync()?;
+        self.root.sync_named(check.file(), false)?;
         self.remove_name().call("unlink")?;
         self.phase = Phase::Published;
         let mut header = [0; 48];
@@ -569,6 +567,7 @@ impl TmpFile {
         }
         if self.name.is_none() {
             self.name = Some(self.link_temporary()?);
+            self.had_name = true;
         }
         if let Some(name) = &self.name {
             sys::rename_at(self.root.dir(), name, &to).call("rename")?;
@@ -599,7 +598,7 @@ impl TmpFile {
         if let Err(error) = self
             .remove_name()
             .call("unlink")
-            .and_then(|()| self.root.sync())
+            .and_then(|()| self.root.sync_named(&self.file, !self.had_name))
         {
             self.withdraw();
             return Err(error);

@@ -3,17 +3,21 @@
 //!
 //! [`join`] runs two things at once and returns when both have ended. What the pool has no idle
 //! thread for runs on the caller's: many saves at once keep all processors busy as it is, and
-//! nobody ever waits for a thread.
+//! nobody ever waits for a thread. [`ask_waiter`] is for what takes time and no processor.
 
 use std::mem;
 use std::panic::{self, AssertUnwindSafe};
 use std::thread;
+use std::time::Duration;
 
-use crossbeam::channel::{self, Receiver, Sender, TrySendError};
+use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender, TrySendError};
 use once_cell::sync::OnceCell;
 
 /// At most this many threads, whatever the machine has: a save needs one.
 const MOST_THREADS: usize = 4;
+
+/// How many wait for disks. They take no processor's time, so those that work are others.
+const WAITERS: usize = 4;
 
 type Task = Box<dyn FnOnce() + Send>;
 
@@ -74,6 +78,42 @@ pub(crate) fn detach(work: impl FnOnce() + Send + 'static) {
     }
 }
 
+/// What comes of something that another thread does meanwhile.
+#[derive(Debug)]
+pub(crate) struct Answer<T>(Receiver<T>);
+
+/// Has another thread wait for something; `None` when all that are for that wait already.
+pub(crate) fn ask_waiter<T: Send + 'static>(
+    wait: impl FnOnce() -> T + Send + 'static,
+) -> Option<Answer<T>> {
+    static POOL: OnceCell<Sender<Task>> = OnceCell::new();
+    let (tell, told) = channel::bounded(1);
+    let task = Box::new(move || {
+        // Whoever asked may not be interested any more.
+        let _ = tell.send(wait());
+    });
+    let pool = POOL.get_or_try_init(|| start_pool(WAITERS)).ok()?;
+    pool.try_send(task).ok().map(|()| Answer(told))
+}
+
+impl<T> Answer<T> {
+    /// The answer, or the question again when there is none within this time; `None` is for ever.
+    ///
+    /// # Panics
+    /// If the other thread has.
+    pub(crate) fn within(self, time: Option<Duration>) -> Result<T, Answer<T>> {
+        let answer = match time {
+            Some(time) => self.0.recv_timeout(time),
+            None => self.0.recv().map_err(RecvTimeoutError::from),
+        };
+        match answer {
+            Ok(answer) => Ok(answer),
+            Err(RecvTimeoutError::Timeout) => Err(self),
+            Err(RecvTimeoutError::Disconnected) => panic!("nobody is left to answer"),
+        }
+    }
+}
+
 fn hand_over(task: Task) -> Result<(), Task> {
     match pool() {
         Some(pool) => pool.try_send(task).map_err(TrySendError::into_inner),
@@ -85,12 +125,14 @@ fn hand_over(task: Task) -> Result<(), Task> {
 /// thread could be started; the next caller tries again.
 fn pool() -> Option<&'static Sender<Task>> {
     static POOL: OnceCell<Sender<Task>> = OnceCell::new();
-    POOL.get_or_try_init(start_pool).ok()
+    POOL.get_or_try_init(|| {
+        start_pool(thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS)))
+    })
+    .ok()
 }
 
-fn start_pool() -> std::io::Result<Sender<Task>> {
+fn start_pool(threads: usize) -> std::io::Result<Sender<Task>> {
     let (tasks, queue) = channel::bounded::<Task>(0);
-    let threads = thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS));
     for _ in 0..threads {
         let queue = queue.clone();
         thread::Builder::new()
@@ -110,6 +152,25 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
+
+    #[test]
+    fn an_answer_is_waited_for_as_long_as_one_likes() {
+        let (tell, told) = channel::bounded::<u32>(1);
+        let answer = loop {
+            let told = told.clone();
+            // A thread that has just been started is not idle yet.
+            match ask_waiter(move || told.recv()) {
+                Some(answer) => break answer,
+                None => thread::yield_now(),
+            }
+        };
+        let answer = answer
+            .within(Some(Duration::ZERO))
+            .expect_err("nobody has told yet");
+        tell.send(7).expect("it is waited for");
+        let told = answer.within(None).map_err(drop).expect("it has been told");
+        assert_eq!(told, Ok(7));
+    }
 
     #[test]
     fn both_run_and_both_results_come_back() {

@@ -7,7 +7,9 @@
 //!   directory's sync says nothing of the inode that its new entry points at.
 //! - ext4 with its journal on the same device: a commit makes whatever was written to the device before
 //!   durable, ahead of itself, and link and inode are in one transaction. So data that has been waited
-//!   for needs no sync of its own, and one commit makes content, inode and name durable, or none.
+//!   for needs no sync of its own, and one commit makes content, inode and name durable, or none. It is
+//!   the directory that is synced: that is a whole commit, while the sync of a file may be a fast one,
+//!   whose replay drops the first link of an inode that it has not seen before.
 //! - ext4 without a journal: the sync of a file brings along the entry that it has just got. But it
 //!   leaves out an inode in which nothing but the count of links has changed, and of two syncs that
 //!   meet in one directory the second does not wait for what the first is writing. So something else is
@@ -16,9 +18,9 @@
 //! Where the inode is left out, it has no link yet on the disk. After a power cut the check of the file
 //! system takes it for deleted, and drops the entry.
 //!
-//! Sources: `ext4_link`, `ext4_sync_file` and `ext4_sync_parent` in Linux's fs/ext4,
-//! `jbd2_journal_commit_transaction` in fs/jbd2, `fsync_buffers_list` in fs/buffer.c; `make crash` tries
-//! what they say.
+//! Sources: `ext4_link`, `ext4_sync_file`, `ext4_sync_parent` and `ext4_fc_replay_link` in Linux's
+//! fs/ext4, `jbd2_journal_commit_transaction` in fs/jbd2, `fsync_buffers_list` in fs/buffer.c; `make
+//! crash` tries what they say.
 
 use std::fs::{self, File};
 use std::io;
@@ -36,7 +38,7 @@ pub enum SyncPlan {
     Everything,
     /// The file's, before it gets its name and after: ext4 without a journal.
     NoJournal,
-    /// The file's after it has got its name. Before that its data is waited for: ext4 with a journal.
+    /// The directory's. Before the file gets its name its data is waited for: ext4 with a journal.
     OneCommit,
 }
 
@@ -55,15 +57,20 @@ impl SyncPlan {
             return SyncPlan::Everything;
         };
         // Of the driver that is called ext4: the one for ext2 alone syncs no names.
-        if !proc.join("fs/ext4").join(name).exists() {
+        let options = proc.join("fs/ext4").join(name).join("options");
+        let Ok(options) = fs::read_to_string(options) else {
             return SyncPlan::Everything;
-        }
+        };
         // A journal inside the file system is the file of this inode. One on another device goes by
         // that device's name, and its commits do not wait for this one's cache.
         let journal = proc.join("fs/jbd2").join(format!("{name}-8"));
+        // One that does not wait with its commit flushes the device only after it.
+        let waits = options
+            .lines()
+            .all(|option| option != "journal_async_commit");
         if !journal.exists() {
             SyncPlan::NoJournal
-        } else if waits_for_all(proc) {
+        } else if waits && waits_for_all(proc) {
             SyncPlan::OneCommit
         } else {
             SyncPlan::Everything
@@ -85,20 +92,15 @@ impl Root {
     /// Makes a file durable under the name that it has here; `is_first` when that is the first name
     /// it ever had.
     pub(crate) fn sync_named(&self, file: &File, is_first: bool) -> Result<(), Error> {
-        let brought_along = match self.sync_plan() {
-            SyncPlan::Everything => {
-                sync_changed(file)?;
-                false
+        match self.sync_plan() {
+            SyncPlan::OneCommit => {}
+            SyncPlan::Everything => sync_changed(file)?,
+            SyncPlan::NoJournal => {
+                let brings_names = self.sync_alone_or_together(file)?;
+                if brings_names && is_first {
+                    return Ok(());
+                }
             }
-            SyncPlan::NoJournal => self.sync_alone_or_together(file)?,
-            SyncPlan::OneCommit => {
-                file.sync_all().call("fsync")?;
-                true
-            }
-        };
-        // What a file's sync brings along is its first name.
-        if is_first && brought_along {
-            return Ok(());
         }
         self.sync()
     }
@@ -106,7 +108,7 @@ impl Root {
     /// Syncs a file; `false` when that need not have brought its name along, for somebody else syncs
     /// one here at the same time.
     fn sync_alone_or_together(&self, file: &File) -> Result<bool, Error> {
-        // A poisoned lock is held all the same.
+        // Held to the end of this, also if it is poisoned.
         let alone = self.name_syncs().try_write();
         if !matches!(alone, Err(TryLockError::WouldBlock)) {
             sync_changed(file)?;
@@ -128,9 +130,11 @@ fn sync_changed(file: &File) -> Result<(), Error> {
 
 /// Makes an inode one that has changed, by changing its permissions to what they are.
 fn touch(file: &File) -> io::Result<()> {
+    let not_possible = [libc::EPERM, libc::EACCES, libc::EOPNOTSUPP, libc::ENOSYS].map(Some);
     match sys::set_mode(file, sys::stat(file)?.mode) {
-        // Another user's, which was adopted: it was for them to sync it.
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(()),
+        // Another user's, which was adopted: it was for them to sync it. Or a file system without
+        // permissions, and so not the one that this is for.
+        Err(error) if not_possible.contains(&error.raw_os_error()) => Ok(()),
         result => result,
     }
 }
@@ -168,7 +172,7 @@ mod tests {
             };
             file("proc/sys/kernel/osrelease", release);
             for path in there {
-                file(path, "");
+                file(path, "rw\ndelalloc\n");
             }
             let devices = dir.path().join("sys/dev/block");
             fs::create_dir_all(&devices).unwrap();
@@ -194,6 +198,14 @@ mod tests {
                 "{release}"
             );
         }
+    }
+
+    #[test]
+    fn a_commit_that_is_not_waited_for_is_not_relied_on() {
+        let machine = Machine::new("6.1.0", &[EXT4, JOURNAL]);
+        let options = machine.0.path().join(EXT4);
+        fs::write(options, "rw\njournal_async_commit\ndelalloc\n").unwrap();
+        assert_eq!(machine.plan(8, 1), SyncPlan::Everything);
     }
 
     #[test]

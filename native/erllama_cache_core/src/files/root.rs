@@ -86,9 +86,8 @@ impl Root {
 
     /// Which syncs make a new file in this directory durable.
     ///
-    /// A file system that is made anew under a running node can leave this behind the truth. What the
-    /// new one confirms is durable all the same; without a journal a power cut in the middle of a
-    /// save could then leave a name whose file no load accepts.
+    /// A file system that is made anew under a running node, on the same device and without the journal
+    /// that it had, is not noticed: restart the node then.
     pub fn sync_plan(&self) -> SyncPlan {
         *self.traits.sync_plan.get_or_init(|| {
             // Where this fails, nothing is known.

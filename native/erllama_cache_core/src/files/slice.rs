@@ -31,6 +31,12 @@ impl Slice {
         Slice { deadline: None }
     }
 
+    /// How long it still is; `None` without a limit.
+    pub(crate) fn left(&self) -> Option<Duration> {
+        self.deadline
+            .map(|deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
     pub(crate) fn is_over(&self) -> bool {
         self.deadline
             .is_some_and(|deadline| Instant::now() >= deadline)

@@ -19,6 +19,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::mem::{self, ManuallyDrop};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,7 +31,7 @@ use super::sys;
 use crate::digest::{Digester, Secret};
 use crate::error::{Context, Error};
 use crate::kvc::{Corrupt, Crc32c, Digest, Key, ParsedPrefix, Prefix};
-use crate::pool;
+use crate::pool::{self, Answer};
 
 /// Up to this size a payload is checksummed at one go and written together with its prefix in one
 /// call; above it, it is worth reserving its space and keeping the disk busy while the rest comes.
@@ -50,9 +51,11 @@ const PIECE: usize = 512 * 1024;
 const SMALL_READ_PIECE: usize = 16 * 1024;
 
 /// How much is written before the kernel is told to begin putting it on the disk, and how much is
-/// waited for at a time before the sync.
+/// waited for at a time.
 const WRITEBACK: u64 = 8 * 1024 * 1024;
-const AWAITED: u64 = 1024 * 1024;
+const AWAITED: u64 = WRITEBACK;
+/// The same where it keeps a scheduler from other work.
+const AWAITED_HERE: u64 = 1024 * 1024;
 
 /// How far the writing may be ahead of the disk. Where too much memory waits for a disk, the kernel
 /// makes whoever writes sleep, and not for as short a time as a slice.
@@ -71,7 +74,9 @@ const NAME_TRIES: usize = 16;
 #[derive(Debug)]
 pub struct TmpFile {
     root: Root,
-    file: ManuallyDrop<File>,
+    file: ManuallyDrop<Arc<File>>,
+    /// Another thread waits for the disk.
+    awaiting: Option<Answer<io::Result<bool>>>,
     /// The temporary name, where there is one. A lock on the file says that somebody works on it.
     name: Option<CString>,
     /// Whether there ever was one.
@@ -262,7 +267,8 @@ impl TmpFile {
         }));
         let tmp = TmpFile {
             root,
-            file: ManuallyDrop::new(file),
+            file: ManuallyDrop::new(Arc::new(file)),
+            awaiting: None,
             had_name: name.is_some(),
             name,
             key,
@@ -304,9 +310,7 @@ impl TmpFile {
                     return Ok(Progress::Done(()));
                 }
                 Phase::Payload(mut writing) if writing.started - writing.awaited > AHEAD => {
-                    sys::await_writeback(&self.file, writing.awaited, AWAITED)
-                        .call("sync_file_range")?;
-                    writing.awaited += AWAITED;
+                    writing.awaited += self.await_disk(writing.awaited, slice)?;
                     Phase::Payload(writing)
                 }
                 Phase::Payload(mut writing) => {
@@ -319,8 +323,7 @@ impl TmpFile {
                     }
                 }
                 Phase::Drain(pos) if pos < self.prefix.file_len() => {
-                    sys::await_writeback(&self.file, pos, AWAITED).call("sync_file_range")?;
-                    Phase::Drain(pos + AWAITED)
+                    Phase::Drain(pos + self.await_disk(pos, slice)?)
                 }
                 Phase::Drain(_) => {
                     self.root.sync_data(&self.file)?;
@@ -336,6 +339,37 @@ impl TmpFile {
             };
             if !matches!(self.phase, Phase::Ready) && slice.is_over() {
                 return Ok(Progress::More);
+            }
+        }
+    }
+
+    /// Has the part of the file from `pos` on waited for, by another thread, so that a disk that takes
+    /// long makes no slice longer; without an idle thread, a small part here. Returns how much is on
+    /// the disk now, 0 if the wait goes on.
+    fn await_disk(&mut self, pos: u64, slice: &Slice) -> Result<u64, Error> {
+        let answer = match self.awaiting.take() {
+            Some(answer) => answer,
+            None => {
+                let file = Arc::clone(&self.file);
+                match pool::ask_waiter(move || sys::await_writeback(&file, pos, AWAITED)) {
+                    Some(answer) => answer,
+                    None => {
+                        sys::await_writeback(&self.file, pos, AWAITED_HERE)
+                            .call("sync_file_range")?;
+                        return Ok(AWAITED_HERE);
+                    }
+                }
+            }
+        };
+        match answer.within(slice.left()) {
+            Ok(waited) => {
+                // Where nothing can be waited for, the sync does all.
+                waited.call("sync_file_range")?;
+                Ok(AWAITED)
+            }
+            Err(later) => {
+                self.awaiting = Some(later);
+                Ok(0)
             }
         }
     }
@@ -539,6 +573,7 @@ impl TmpFile {
     /// Leaves the file that stands there. It may be so fresh that its writer has not synced the
     /// directory yet, and this save's success is a promise too.
     fn adopt(&mut self, check: &Check) -> Result<Published, Error> {
+        check.file().sync_all().call("fsync")?;
         self.root.sync_named(check.file(), false)?;
         self.remove_name().call("unlink")?;
         self.phase = Phase::Published;

@@ -39,14 +39,44 @@
 -define(U32, 16#ffffffff).
 -define(U64, 16#ffffffffffffffff).
 
+-define(IS_UNSIGNED(Value, Max), (is_integer(Value) andalso Value >= 0 andalso Value =< Max)).
+-define(IS_REASON(Value),
+        (Value =:= unknown orelse Value =:= cold orelse Value =:= continued orelse
+         Value =:= evict orelse Value =:= shutdown orelse Value =:= finish)).
+-define(IS_MODE(Value),
+        (Value =:= safe orelse Value =:= gguf_chunked orelse Value =:= fast_unsafe)).
+
 %% @doc Checks a map and fills in its defaults. That the tokens are integers, in a proper list, is
 %% left to whoever encodes them, who walks the list anyway.
 -spec complete(map(), defaults()) -> {ok, complete()} | {error, invalid()}.
 complete(Meta, Defaults) ->
-    case [Key || Key <- ?REQUIRED, not is_map_key(Key, Meta)] of
-        [Key | _] -> {error, {missing_key, Key}};
-        [] -> check(maps:merge(defaults(Meta, Defaults), Meta))
+    Complete = maps:merge(defaults(Meta, Defaults), Meta),
+    case is_complete(Complete) of
+        true ->
+            {ok, Complete};
+        false ->
+            case [Key || Key <- ?REQUIRED, not is_map_key(Key, Meta)] of
+                [Key | _] -> {error, {missing_key, Key}};
+                [] -> check(Complete)
+            end
     end.
+
+%% All that check/1 asks of a map, in one match: it stands in the way of each save.
+is_complete(#{
+    save_reason := Reason, fingerprint_mode := Mode, quant_bits := QuantBits, quant_type := QuantType,
+    fingerprint := <<_:256>>, ctx_params_hash := <<_:256>>, tokens := Tokens,
+    context_size := ContextSize, creation_time := Created, last_used_time := Used,
+    hit_count := Hits, prompt_text := Prompt, hostname := Hostname, erllama_version := Version,
+    save_reason_detail := Detail
+}) when
+    ?IS_REASON(Reason), ?IS_MODE(Mode), ?IS_UNSIGNED(QuantBits, 255), is_atom(QuantType),
+    is_list(Tokens), ?IS_UNSIGNED(ContextSize, ?U32), ?IS_UNSIGNED(Created, ?U64),
+    ?IS_UNSIGNED(Used, ?U64), ?IS_UNSIGNED(Hits, ?U32), is_binary(Prompt), is_binary(Hostname),
+    is_binary(Version), is_binary(Detail)
+->
+    true;
+is_complete(_Meta) ->
+    false.
 
 %% @doc Whether these can be encoded.
 -spec are_tokens(list()) -> boolean().
@@ -67,11 +97,11 @@ check({Key, Value, Iterator}, Meta) ->
     end.
 
 is_valid(save_reason, Value) ->
-    lists:member(Value, [unknown, cold, continued, evict, shutdown, finish]);
+    ?IS_REASON(Value);
 is_valid(fingerprint_mode, Value) ->
-    lists:member(Value, [safe, gguf_chunked, fast_unsafe]);
+    ?IS_MODE(Value);
 is_valid(quant_bits, Value) ->
-    is_unsigned(Value, 255);
+    ?IS_UNSIGNED(Value, 255);
 is_valid(quant_type, Value) ->
     is_atom(Value);
 is_valid(tokens, Value) ->
@@ -79,17 +109,14 @@ is_valid(tokens, Value) ->
 is_valid(Key, Value) when Key =:= fingerprint; Key =:= ctx_params_hash ->
     is_binary(Value) andalso byte_size(Value) =:= 32;
 is_valid(Key, Value) when Key =:= context_size; Key =:= hit_count ->
-    is_unsigned(Value, ?U32);
+    ?IS_UNSIGNED(Value, ?U32);
 is_valid(Key, Value) when Key =:= creation_time; Key =:= last_used_time ->
-    is_unsigned(Value, ?U64);
+    ?IS_UNSIGNED(Value, ?U64);
 is_valid(Key, Value) when Key =:= prompt_text; Key =:= hostname; Key =:= erllama_version;
                           Key =:= save_reason_detail ->
     is_binary(Value);
 is_valid(_Other, _Value) ->
     true.
-
-is_unsigned(Value, Max) ->
-    is_integer(Value) andalso Value >= 0 andalso Value =< Max.
 
 defaults(Meta, #{hostname := Hostname}) ->
     Now = erlang:system_time(second),

@@ -15,14 +15,16 @@
 #     the log is made, and checked in the same way: after each flush, and before it with all, none
 #     and some of the writes that it was to make safe, whole or torn.
 #
-# Both in each mode of ext4's journal. It needs x86-64 Linux with Debian's or Ubuntu's packages, and
+# Both in each mode of ext4's journal, and as if the library did not know which file system it is on.
+# MODES=none shows what the first comes to without a journal, where e2fsck goes before the mount and what
+# was deleted may be back in front of other content: nothing is promised there. It needs x86-64 Linux with Debian's or Ubuntu's packages, and
 # installs what is missing as root or by sudo. Nothing is mounted here, and no device is used: that
 # is all in the guests.
 #
 #   CUTS=100      power cuts in all; 0 for none
 #   SAVES=25      saves in each run that is logged; 0 for none
 #   SAMPLES=4     disks that are tried before each flush
-#   MODES=...     "ordered writeback journal"
+#   MODES=...     "ordered writeback journal unknown"
 #   JOBS=...      guests at a time: as many as there are processors
 #   SEED=...      the one that a run has printed, for the same choices. What the machine does in the
 #                 meantime is never the same
@@ -80,7 +82,7 @@ trap 'exit 1' HUP INT TERM
 PYTHONDONTWRITEBYTECODE=1 python3 "$here/test/crash/crash.py" \
     --ebin "${CRASH_EBIN:-$here/_build/default/lib/erllama_cache_nif/ebin}" \
     --ebin "$ebin" \
-    --linger "$linger" --modules "$uml" --work "$work" --modes "${MODES:-ordered writeback journal}" \
+    --linger "$linger" --modules "$uml" --work "$work" --modes "${MODES:-ordered writeback journal unknown}" \
     --cuts "${CUTS:-100}" --saves "${SAVES:-25}" --samples "${SAMPLES:-4}" \
     --jobs "${JOBS:-$(nproc)}" ${SEED:+--seed "$SEED"} &
 pid=$!

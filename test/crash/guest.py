@@ -45,6 +45,10 @@ class Host:
             data = data[os.write(self.fd, data):]
 
 
+# In sectors.
+SUPERBLOCK_END = 8
+
+
 def call(what, result):
     if result != 0:
         number = ctypes.get_errno()
@@ -55,6 +59,21 @@ def mount(device, on, kind, options=""):
     os.makedirs(on, exist_ok=True)
     call("mount %s" % device, libc.mount(
         device.encode(), on.encode(), kind.encode(), 0, options.encode()))
+
+
+def mount_disk(device, journal):
+    """As a machine that boots does: what has a journal is replayed by the mount."""
+    if journal == "none":
+        # The bits of 1 and 2 say that it has found something, and corrected it.
+        if subprocess.run(["e2fsck", "-f", "-y", device], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.DEVNULL).returncode & ~3:
+            raise OSError("e2fsck cannot correct %s" % device)
+        mount(device, DISK, "ext4")
+    else:
+        if journal == "unknown" and os.listdir("/proc/fs"):
+            # Nobody can find out what it is. It is the usual one.
+            mount("tmpfs", "/proc/fs", "tmpfs")
+        mount(device, DISK, "ext4", "data=" + journal.replace("unknown", "ordered"))
 
 
 def unmount(on):
@@ -83,7 +102,7 @@ class Erlang:
     """The VM that saves and loads."""
 
     def __init__(self, job):
-        env = {**os.environ, "LD_PRELOAD": job["linger"]} if job["lingers"] else None
+        env = {**os.environ, "LD_PRELOAD": job["linger"]} if job["busy"] else None
         self.vm = subprocess.Popen(
             [job["erl"], "-noshell", "-kernel", "logger", LOG_TO_CONSOLE, "-pa", *job["ebins"],
              "-s", "erllama_cache_crash", "main", "-extra", DISK, str(model.MAX_BYTES)],
@@ -167,9 +186,14 @@ class Checker:
         return "ok"
 
 
+def pace(job):
+    """Busy: somebody else syncs all the time, and whoever changes a name lingers."""
+    return "busy" if job["busy"] else "quiet"
+
+
 def cut(job, host, erl):
     host.tell("MOUNT")
-    mount("/dev/ubda", DISK, "ext4", job["options"])
+    mount_disk("/dev/ubda", job["journal"])
     expected = model.decode(job["expected"])
     checker = Checker(erl, job["passed"])
     found = checker.check(expected)
@@ -179,14 +203,14 @@ def cut(job, host, erl):
     there = " ".join(signs[load] % n for (root, n), load in found.loads.items()
                      if root == "a" and load in signs)
     host.tell("RUN")
-    erl.run("run %d %d infinity %s" % (job["seed"], job["first"], there), host.tell)
+    erl.run("run %d %d infinity %s %s" % (job["seed"], job["first"], pace(job), there), host.tell)
 
 
 def record(job, host, erl):
     load_modules(job["modules"])
     dmsetup("create", "logged", "--table",
             "0 %d log-writes /dev/ubda /dev/ubdb" % sectors("/dev/ubda"))
-    mount("/dev/mapper/logged", DISK, "ext4", job["options"])
+    mount_disk("/dev/mapper/logged", job["journal"])
     erl.must("start", "started")
 
     def mark(line):
@@ -194,7 +218,7 @@ def record(job, host, erl):
         dmsetup("message", "logged", "0", "mark", line.replace(" ", ","))
         host.tell(line)
 
-    erl.run("run %d 1 %d" % (job["seed"], job["saves"]), mark)
+    erl.run("run %d 1 %d %s" % (job["seed"], job["saves"], pace(job)), mark)
     erl.must("stop", "stopped")
     unmount(DISK)
     dmsetup("remove", "logged")
@@ -267,7 +291,8 @@ class Replay:
                 if self.random.random() >= share:
                     continue
                 data = entry.data(self.log)
-                if self.random.random() >= torn:
+                # What holds the superblock is whole: a torn one is e2fsck's to replace by its copy.
+                if self.random.random() >= torn or entry.sector < SUPERBLOCK_END:
                     parts.append((entry.sector, data))
                     continue
                 for i in range(0, len(data), logwrites.SECTOR):
@@ -287,7 +312,7 @@ class Replay:
                     self.write(fd, sector, data)
                 os.fsync(fd)
                 os.close(fd)
-            mount("/dev/mapper/cut", DISK, "ext4", self.job["options"])
+            mount_disk("/dev/mapper/cut", self.job["journal"])
             try:
                 expected = self.model.expected()
                 found = self.checker.check(expected)

@@ -33,6 +33,8 @@ class Model:
         self.state = {}       # (root, n): MUST, MAY or DAMAGED, in the order of the last change
         self.sizes = {}       # (root, n): bytes
         self.under_way = set()
+        # Of those, what is saved for the first time.
+        self.fresh = set()
         self.saved = 0
         self.counts = {}
         self.errors = []
@@ -50,8 +52,11 @@ class Model:
         if what == "B":
             self.sizes[key] = int(words[2])
             self.under_way.add(key)
+            if key not in self.state:
+                self.fresh.add(key)
         elif what == "S":
             self.under_way.discard(key)
+            self.fresh.discard(key)
             self.saved += 1
         self._set(key, STATE[what])
 
@@ -73,16 +78,19 @@ class Model:
             expected[key] = state
         return dict(reversed(expected.items()))
 
-    def settle(self, loads):
-        """After a check, what is on the disk is what has to be there the next time."""
+    def settle(self, loads, in_order=True):
+        """After a check, what is on the disk is what has to be there the next time. Not in order,
+        what is gone may come back."""
         kept = {}
         for key, state in self.state.items():
             if loads[key] == "right":
                 kept[key] = MUST
             elif loads[key] == "corrupt":
                 kept[key] = DAMAGED
+            elif not in_order:
+                kept[key] = MAY
         self.state = kept
-        self.under_way = set()
+        self.under_way, self.fresh = set(), set()
 
 
 def encode(table):
@@ -114,15 +122,22 @@ class Found:
         found.files, found.loads = decode(fields[1]), decode(fields[2])
         return found
 
-    def judge(self, expected):
-        """Two lists of complaints: what is lost, and what is wrong."""
+    def judge(self, expected, in_order=True, fresh=()):
+        """Two lists of complaints: what is lost, and what is wrong.
+
+        Not in order: the name of a file that was deleted may come back, with what was written in its
+        place since. No load may accept that. Of what is saved for the first time there is no such name.
+        """
         lost, wrong = [], []
         damaged = set()
         for (root, n), state in expected.items():
             load = self.loads.get((root, n), "not tried")
-            if state == DAMAGED:
+            comes_back = not in_order and state != MUST and (root, n) not in fresh
+            if state == DAMAGED or comes_back:
                 damaged.add((root, n))
             if load == "right" or (load, state) in (("miss", MAY), ("corrupt", DAMAGED)):
+                continue
+            if comes_back and load in ("miss", "corrupt"):
                 continue
             (lost if load == "miss" else wrong).append(
                 "%s %d: %s, and %s be there" % (root, n, load, state))
@@ -134,6 +149,8 @@ class Found:
                 wrong.append("%s/%s: nobody saved that" % (root, name))
             elif verdict != "ok" and (root, n) not in damaged:
                 wrong.append("%s/%s, of %d: %s" % (root, name, n, verdict))
+            elif verdict != "ok" and not in_order:
+                continue    # the start removes what it takes for another's
             elif root != BOUNDED and name not in self.left[root]:
                 wrong.append("%s/%s, of %d: removed at the start" % (root, name, n))
         for root, names in self.left.items():

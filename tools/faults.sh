@@ -12,6 +12,9 @@
 # when, and judges. A table for each; the status is 1 when a promise has been broken, with what is
 # needed to see it again.
 #
+# Which syncs a save makes depends on the file system (docs/design.md): both are done in memory, and, by
+# root, the faults also on an ext4 with a journal and on one without, as FAULTS=quick does them.
+#
 #   tools/faults.sh [faults|crashes [CASE [CALL N WHAT]]]
 #   tools/faults.sh faults save_small/adopt/disk linkat 1 eio      that one again
 #   tools/faults.sh crashes save_small/adopt/disk 7 exit_after
@@ -60,12 +63,13 @@ erlc +debug_info -Werror -o "$out/ebin" "$here/test/erllama_cache_test_util.erl"
     "$here/test/erllama_cache_faults.erl"
 
 # In memory if there is room (KiB): nothing here is about a disk, and there are thousands of syncs.
-if [ -w /dev/shm ] && [ "$(df -Pk /dev/shm | awk 'NR == 2 { print $4 }')" -ge 262144 ]; then
+if [ -w /dev/shm ] && [ "$(df -Pk /dev/shm | awk 'NR == 2 { print $4 }')" -ge 786432 ]; then
     base=$(mktemp -d /dev/shm/erllama_faults.XXXXXX)
 else
     base=$(mktemp -d)
 fi
-trap 'rm -rf "$base"' EXIT
+trap 'umount "$base/disk" 2>/dev/null || umount -l "$base/disk" 2>/dev/null || true
+rm -rf --one-file-system "$base"' EXIT
 trap 'exit 1' INT TERM
 
 # Few schedulers are enough for one operation, and such a VM starts faster.
@@ -83,7 +87,7 @@ run() {
     part=$1
     shift
     mkdir "$base/$part"
-    echo "== $part"
+    echo "== $part, on $where"
     status=0
     IOFAULT="$base/control" LD_PRELOAD="$out/iofault.so" ERL_CRASH_DUMP_SECONDS=0 \
         erl -noinput -boot no_dot_erlang -pa "$lib/ebin" "$out/ebin" \
@@ -97,9 +101,37 @@ run() {
     echo
 }
 
+# on_ext4 WHERE MKFS_OPTION...: once more, and shorter, for which syncs a save makes depends on that.
+on_ext4() {
+    where=$1
+    shift
+    truncate -s 512M "$base/image"
+    mkfs.ext4 -q -F "$@" "$base/image"
+    mkdir -p "$base/disk"
+    if ! mount -o loop "$base/image" "$base/disk"; then
+        echo "faults: not tried on $where, which takes a loop device"
+        return
+    fi
+    (
+        base=$base/disk
+        FAULTS=quick
+        run faults
+    )
+    umount "$base/disk"
+    rm "$base/image"
+}
+
+where=$(stat -f -c '%T' "$base")
 if [ $# -gt 0 ]; then
     run "$@"
 else
     run faults
     run crashes
+    PATH="$PATH:/usr/sbin:/sbin"
+    if [ "$(id -u)" = 0 ] && command -v mkfs.ext4 >/dev/null; then
+        on_ext4 "ext4 with a journal"
+        on_ext4 "ext4 without a journal" -O '^has_journal'
+    else
+        echo "faults: not tried on ext4 with and without a journal, which takes root and mkfs.ext4"
+    fi
 fi

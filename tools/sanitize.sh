@@ -218,6 +218,9 @@ fresh_reports() {
 # freed memory, and wrong frees are what is looked for. Compiled Erlang has its stack in a process's
 # heap, where valgrind takes what is below it for forbidden: an address inside a block that is there is
 # no error. The VMs that tests start run without valgrind: they would not answer in time.
+#
+# Each process begins with a heap of 200,000 words: where it has to collect garbage early, the VM itself
+# crashes under valgrind, before it has loaded the library.
 nif_under_valgrind() {
     fresh_reports
     ROOTDIR=$(erl -noinput -eval 'io:format("~s", [code:root_dir()]), halt().')
@@ -250,7 +253,7 @@ vm_under_valgrind() {
         --fair-sched=try --redzone-size=128 --max-stackframe=1000000 \
         --suppressions="$here/tools/valgrind.supp" \
         --log-file="$reports/report.%p" \
-        "$BINDIR/beam.smp" -Mea min -- -root "$ROOTDIR" -bindir "$BINDIR" -progname erl -- \
+        "$BINDIR/beam.smp" -Mea min -h 200000 -- -root "$ROOTDIR" -bindir "$BINDIR" -progname erl -- \
         -home "${HOME:-/}" -- -noshell -noinput -pa "$lib/ebin" "$lib/test" "$out" \
         -run sanitize_runner main -extra "$@"
 }

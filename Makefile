@@ -11,8 +11,8 @@ export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 export CARGO_TARGET_DIR := $(CURDIR)/$(NATIVE)/target
 
 BENCH_LIB := $(CURDIR)/_build/bench/lib/erllama_cache_nif
-BENCH := BENCH_NIF="$(CARGO_TARGET_DIR)/release/liberllama_cache_bench" \
-  erl -noshell -pa "$(BENCH_LIB)/ebin" "$(BENCH_LIB)/bench"
+export BENCH_NIF := $(CARGO_TARGET_DIR)/release/liberllama_cache_bench
+BENCH := erl -noshell -pa "$(BENCH_LIB)/ebin" "$(BENCH_LIB)/bench"
 
 # The file the demo saves: make demo FILE=some/file
 export FILE
@@ -75,7 +75,7 @@ loom: setup ## Check the models of the semaphore: every interleaving of each
 	  --test loom_semaphore --target-dir target/loom
 
 soak-semaphore: setup ## The semaphore's state machine for 50,000 sequences (minutes)
-	PROPER_SEQUENCES=50000 rebar3 eunit --module=prop_semaphore_tests
+	PROPER_SEQUENCES=$${PROPER_SEQUENCES:-50000} rebar3 eunit --module=prop_semaphore_tests
 
 faults: setup all ## Each I/O call fails once, the VM ends at each one; FAULTS=quick does less
 	tools/faults.sh
@@ -122,7 +122,7 @@ bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one an
 	$(BENCH) -s bench_semaphore main
 
 bench-save: setup bench-build ## Saves and loads beside the bare floor and the plain Erlang way
-	$(BENCH) -s bench_save main
+	tools/journal.sh $(BENCH) -s bench_save main
 
 bench-build:
 	cd $(NATIVE) && cargo build --locked --release -p erllama_cache_bench

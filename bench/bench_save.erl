@@ -1,6 +1,6 @@
 %% Saves and loads beside the bare floor and the plain Erlang way, in one VM, on one root and in
-%% turns: `make bench-save'. Roots are made in $BENCH_DISK (a disk, default /tmp) and $BENCH_RAM (a
-%% tmpfs, default /dev/shm), and removed again. $BENCH_PARTS chooses parts by number, $BENCH_SIZES
+%% turns: `make bench-save'. Roots are made in $BENCH_DISK (a disk, see tools/journal.sh) and $BENCH_RAM
+%% (a tmpfs, default /dev/shm), and removed again. $BENCH_PARTS chooses parts by number, $BENCH_SIZES
 %% sizes in KiB, both with commas.
 -module(bench_save).
 
@@ -38,7 +38,7 @@ run() ->
         AllTargets = lists:append(Targets),
         bench_report:print("Saves and loads", AllTargets),
         bench_report:write_json("save", AllTargets, lists:foldl(fun maps:merge/2, #{}, Figures)),
-        exit(case [Name || #{name := Name, met := false} <- AllTargets] of [] -> 0; _ -> 1 end)
+        exit(bench_report:exit_code(AllTargets))
     after
         [file:del_dir_r(Root) || Root <- [Disk, Ram]]
     end.

@@ -1,7 +1,7 @@
 %% Figures: percentiles, a table that says which targets are met, and JSON.
 -module(bench_report).
 
--export([summary/1, median/1, target/4, print/2, write_json/3, machine/0]).
+-export([summary/1, median/1, target/4, print/2, write_json/3, exit_code/1, machine/0]).
 -export_type([summary/0, target/0]).
 
 -type summary() :: #{p50 := number(), p99 := number(), max := number(), n := pos_integer()}.
@@ -62,9 +62,25 @@ machine() ->
 write_json(Name, Targets, Figures) ->
     File = filename:join(["bench", "results", Name ++ ".json"]),
     ok = filelib:ensure_dir(File),
-    Report = #{machine => machine(), targets => Targets, figures => Figures},
+    Report = #{
+        machine => machine(), judged => is_judged(), targets => Targets, figures => Figures
+    },
     ok = file:write_file(File, [json(Report), $\n]),
     io:format("~n  ~ts~n", [File]).
+
+%% What the program ends with: 1 when a bound is missed. With BENCH_JUDGE=no it has run, and that is all
+%% that counts: on a machine that is not at rest the figures mean nothing.
+-spec exit_code([target()]) -> 0 | 1.
+exit_code(Targets) ->
+    case [Name || #{name := Name, met := false} <- Targets] of
+        [_ | _] ->
+            case is_judged() of true -> 1; false -> 0 end;
+        [] ->
+            0
+    end.
+
+is_judged() ->
+    os:getenv("BENCH_JUDGE") =/= "no".
 
 json(Map) when is_map(Map) ->
     Pairs = [[json(name(Key)), $:, json(Value)] || {Key, Value} <- lists:sort(maps:to_list(Map))],

@@ -27,7 +27,7 @@ run() ->
     AllFigures = lists:foldl(fun maps:merge/2, #{}, Figures),
     bench_report:print("Semaphore", AllTargets),
     bench_report:write_json("semaphore", AllTargets, AllFigures),
-    exit(case [Name || #{name := Name, met := false} <- AllTargets] of [] -> 0; _ -> 1 end).
+    exit(bench_report:exit_code(AllTargets)).
 
 limit(Limit) ->
     ok = erllama_cache_writer:set_max_concurrent(Limit),

@@ -163,28 +163,31 @@ def write_table(rows):
     print("  README.md, its table of figures")
 
 
-def is_whole(result, figures):
-    """Whether a run has measured all that its picture shows."""
+def is_whole(result, report):
+    """Whether a run has measured all that its picture shows, on a machine at rest."""
+    figures = report["figures"]
+    if not report.get("judged", True):
+        return False
     if result == "save":
         return all(set(figures.get(panel, {})) == {str(size) for size in SIZES}
                    for panel in ("save_disk", "save_ram_file", "load"))
     return {"sixteen_waits_ns", "sixteen_plain_waits_ns"} <= set(figures)
 
 
-def read_figures(file):
-    return json.loads(Path(file).read_text())["figures"]
+def read(file):
+    return json.loads(Path(file).read_text())
 
 
 def main(arguments):
     if arguments:
         flag, result, file = arguments
         assert flag == "--is-whole", flag
-        whole = is_whole(result, read_figures(file))
+        whole = is_whole(result, read(file))
         if not whole:
-            print(f"  {file} is of part of a run: not taken")
+            print(f"  {file} is of part of a run, or of one that was not judged: not taken")
         return 0 if whole else 1
-    save = read_figures(DOCS / "bench" / "save.json")
-    semaphore = read_figures(DOCS / "bench" / "semaphore.json")
+    save = read(DOCS / "bench" / "save.json")["figures"]
+    semaphore = read(DOCS / "bench" / "semaphore.json")["figures"]
     draw(saves(save), "bench-save.svg")
     draw(waits(semaphore), "bench-waits.svg")
     write_table(table(save, semaphore))

@@ -2,7 +2,8 @@
 # Draws the pictures of docs/benchmarks.md, docs/bench-save.svg and docs/bench-waits.svg, and writes
 # the README's table of figures. What `make bench-save` and `make bench-semaphore` have left in
 # bench/results is first copied to docs/bench, so that a picture is committed together with the
-# figures that it shows; of a run that left out parts or sizes ($BENCH_PARTS, $BENCH_SIZES) it is not.
+# figures that it shows; of a run that left out parts or sizes ($BENCH_PARTS, $BENCH_SIZES), or was not
+# judged ($BENCH_JUDGE), it is not.
 set -eu
 
 cd "$(dirname "$0")/.."

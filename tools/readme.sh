@@ -101,7 +101,7 @@ do_it() { # COMMAND
             [ ! -e "$work/again/native/target" ] && [ ! -e "$work/again/_build" ]
             ;;
         "make demo FILE=path") make demo FILE="$copy/README.md" ;;
-        "make bench-"*) target "$1" "by hand, on a machine at rest" ;;
+        "make bench-"*) target "$1" "a step of its own, its figures by hand, on a machine at rest" ;;
         "make kvc") make kvc ;;
         "cargo uninstall kvc")
             CARGO_TARGET_DIR=native/target \

@@ -41,11 +41,12 @@ start_node(Root) ->
     {ok, _} = unlinked(Node, ?WRITER, start_link, [#{host => erllama_cache_store}]),
     {Peer, Node}.
 
-%% The application, and this module for the functions that are sent.
+%% The application, by a module that cover may not compile, and this module for the functions that are
+%% sent.
 paths() ->
     lists:append([
         ["-pa", filename:absname(filename:dirname(code:which(Module)))]
-     || Module <- [?WRITER, ?MODULE]
+     || Module <- [erllama_cache_nif, ?MODULE]
     ]).
 
 start_store(Node, Root) ->

@@ -190,6 +190,23 @@ mod tests {
     const JOURNAL: &str = "proc/fs/jbd2/sda1-8/info";
 
     #[test]
+    fn who_syncs_beside_another_does_not_count_on_the_name() {
+        use std::ffi::CString;
+        use std::os::unix::ffi::OsStrExt;
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = CString::new(dir.path().as_os_str().as_bytes()).unwrap();
+        let root = Root::open(&path).unwrap();
+        let file = File::create(dir.path().join("file")).unwrap();
+        assert!(root.sync_alone_or_together(&file).unwrap());
+        {
+            let _another = root.name_syncs().read().unwrap();
+            assert!(!root.sync_alone_or_together(&file).unwrap());
+        }
+        assert!(root.sync_alone_or_together(&file).unwrap());
+    }
+
+    #[test]
     fn ext4_with_a_journal_needs_one_commit() {
         for release in ["5.2.0", "5.10.0-28-amd64\n", "6.1.0", "10.0"] {
             assert_eq!(

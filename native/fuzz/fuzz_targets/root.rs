@@ -70,7 +70,7 @@ fuzz_target!(|input: &[u8]| {
         (Err(Error::Unauthenticated), None) => assert!(with_secret),
         (loaded, expected) => panic!("{loaded:?}, but {expected:?}"),
     }
-    let checked = Check::open(&root(), &key, true, secret).and_then(|check| {
+    let checked = Check::open(&root(), &key, secret).and_then(|check| {
         let mut check = check.unwrap();
         complete(|| check.step(&slice))
     });

@@ -101,7 +101,7 @@ with_store(Root, Tier, Fun) ->
 %% Bytes, rounds, rounds of the plain side: it is slow and does not vary.
 sizes() ->
     All = [{4 * ?KIB, 200, 200}, {64 * ?KIB, 200, 100}, {?MIB, 60, 30}, {16 * ?MIB, 15, 7},
-           {256 * ?MIB, 7, 3}, {1024 * ?MIB, 3, 1}],
+           {256 * ?MIB, 7, 3}, {1024 * ?MIB, 7, 1}],
     case os:getenv("BENCH_SIZES") of
         false ->
             All;

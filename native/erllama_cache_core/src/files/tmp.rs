@@ -79,6 +79,8 @@ const NAME_TRIES: usize = 16;
 pub struct TmpFile {
     root: Root,
     file: ManuallyDrop<Arc<File>>,
+    /// Another thread has the kernel begin with the disk.
+    starting: Option<Answer<()>>,
     /// Another thread waits for the disk.
     awaiting: Option<Answer<io::Result<bool>>>,
     /// The temporary name, where there is one. A lock on the file says that somebody works on it.
@@ -119,7 +121,9 @@ impl Default for Options {
 #[derive(Debug)]
 enum Phase {
     Payload(Box<Writing>),
-    /// All is written and reads back. Up to here the disk has it.
+    /// All is written and reads back, but the kernel has not begun with all of it.
+    Start,
+    /// Up to here the disk has it.
     Drain(u64),
     Sync,
     Ready,
@@ -274,6 +278,7 @@ impl TmpFile {
         let tmp = TmpFile {
             root,
             file: ManuallyDrop::new(Arc::new(file)),
+            starting: None,
             awaiting: None,
             had_name: name.is_some(),
             name,
@@ -315,19 +320,28 @@ impl TmpFile {
                     self.phase = Phase::Sync;
                     return Ok(Progress::Done(()));
                 }
-                Phase::Payload(mut writing) if writing.started - writing.awaited > AHEAD => {
+                Phase::Payload(mut writing) if self.end_of(&writing) - writing.awaited > AHEAD => {
                     writing.awaited += self.await_disk(writing.awaited, slice)?;
                     Phase::Payload(writing)
                 }
                 Phase::Payload(mut writing) => {
                     self.write_block(payload, &mut writing)?;
+                    self.start_writeback(&mut writing);
                     if writing.pos < payload.len() {
                         Phase::Payload(writing)
                     } else {
                         self.write_prefix(writing)?;
-                        Phase::Drain(0)
+                        Phase::Start
                     }
                 }
+                // A wait begins with what it waits for.
+                Phase::Start if self.prefix.file_len() <= AWAITED => Phase::Drain(0),
+                Phase::Start if self.has_started(slice.left()) => {
+                    // All that is left, and the first pages once more for the prefix.
+                    self.ask_to_start(0, 0);
+                    Phase::Drain(0)
+                }
+                Phase::Start => Phase::Start,
                 Phase::Drain(pos) if pos < self.prefix.file_len() => {
                     Phase::Drain(pos + self.await_disk(pos, slice)?)
                 }
@@ -349,10 +363,45 @@ impl TmpFile {
         }
     }
 
+    /// Where in the file the payload has got to.
+    fn end_of(&self, writing: &Writing) -> u64 {
+        self.prefix.len() as u64 + writing.pos as u64
+    }
+
+    /// Has the kernel begin with the disk, where there is enough for it: by another thread, for a disk
+    /// that has much to do already takes more only when it has done some of that. Until then the
+    /// kernel is not asked again.
+    fn start_writeback(&mut self, writing: &mut Writing) {
+        let from = writing.started;
+        let len = self.end_of(writing) - from;
+        if len < WRITEBACK || !self.has_started(Some(Duration::ZERO)) {
+            return;
+        }
+        self.ask_to_start(from, len);
+        writing.started += len;
+    }
+
+    fn ask_to_start(&mut self, from: u64, len: u64) {
+        let file = Arc::clone(&self.file);
+        self.starting = pool::ask_waiter(move || sys::start_writeback(&file, from, len));
+        if self.starting.is_none() {
+            sys::start_writeback(&self.file, from, len);
+        }
+    }
+
+    /// Whether the other thread is through with that, waiting at most so long for it.
+    fn has_started(&mut self, time: Option<Duration>) -> bool {
+        self.starting = self.starting.take().and_then(|it| it.within(time).err());
+        self.starting.is_none()
+    }
+
     /// Has the part of the file from `pos` on waited for, by another thread, so that a disk that takes
     /// long makes no slice longer; without an idle thread, a small part here. Returns how much is on
     /// the disk now, 0 if the wait goes on.
     fn await_disk(&mut self, pos: u64, slice: &Slice) -> Result<u64, Error> {
+        if !self.has_started(slice.left()) {
+            return Ok(0);
+        }
         let answer = match self.awaiting.take() {
             Some(answer) => answer,
             None => {
@@ -406,11 +455,7 @@ impl TmpFile {
     /// up.
     fn write_block(&self, payload: &[u8], writing: &mut Writing) -> Result<(), Error> {
         let Writing {
-            pos,
-            sums,
-            back,
-            started,
-            ..
+            pos, sums, back, ..
         } = writing;
         let end = payload.len().min(*pos + BLOCK);
         let block = &payload[*pos..end];
@@ -441,11 +486,6 @@ impl TmpFile {
             followed?;
         }
         *pos = end;
-        let reached = start + end as u64;
-        if reached - *started >= WRITEBACK {
-            sys::start_writeback(&self.file, *started, reached - *started);
-            *started = reached;
-        }
         Ok(())
     }
 
@@ -480,8 +520,6 @@ impl TmpFile {
         let prefix = self.prefix.as_bytes();
         self.file.write_all_at(prefix, 0).call("pwrite")?;
         back.compare(&self.file, 0, prefix)?;
-        // All that is left, and the first pages once more for the prefix.
-        sys::start_writeback(&self.file, 0, 0);
         Ok(())
     }
 

@@ -30,7 +30,7 @@ save(#{fingerprint := Fingerprint, ctx_params_hash := Context, tokens := Tokens}
         ok = prim_file:make_link(Tmp, Final),
         ok = prim_file:delete(Tmp),
         ok = sync_directory(Root),
-        ok = validate(Final),
+        ok = validate(Final, Meta, Encoded),
         ok = gen_server:call(?MODULE, {mark, Key, Token, Final}),
         ok = gen_server:call(?MODULE, {announce, Key, Token, byte_size(Payload), Encoded}),
         {ok, Key}
@@ -40,10 +40,12 @@ save(#{fingerprint := Fingerprint, ctx_params_hash := Context, tokens := Tokens}
 
 prefix(Meta, Tokens, Payload, Crc) ->
     #{fingerprint := Fingerprint, ctx_params_hash := Context, context_size := Size} = Meta,
+    %% The default of a field that is not given.
+    {ok, Host} = inet:gethostname(),
     Records = [
         record(1, Fingerprint), record(2, <<0>>), record(3, <<1>>), record(4, Context),
         record(8, <<(byte_size(Tokens) div 4):32/little>>), record(9, Tokens),
-        record(5, <<"host">>), record(6, <<"unknown">>)
+        record(5, list_to_binary(Host)), record(6, <<"unknown">>)
     ],
     Tlv = iolist_to_binary(Records),
     Now = erlang:system_time(second),
@@ -69,12 +71,20 @@ sync_directory(Root) ->
     ok = prim_file:sync(Directory),
     prim_file:close(Directory).
 
-validate(Final) ->
-    {ok, <<"KVC", 1, _:44/binary, Offset:64/little, Bytes:64/little, Crc:32/little, _/binary>> = File} =
+%% That it is a file, a whole one, and of this key.
+validate(Final, #{fingerprint := Fingerprint, ctx_params_hash := Context}, Encoded) ->
+    {ok, <<"KVC", 1, _:36/binary, Bytes:64/little, Offset:64/little, Bytes:64/little, Crc:32/little,
+           0:32, 0:32, Length:32/little, Tlv:Length/binary, Payload/binary>>} =
         prim_file:read_file(Final),
-    <<_:Offset/binary, Payload:Bytes/binary>> = File,
+    {Offset, Bytes} = {80 + Length, byte_size(Payload)},
+    #{1 := Fingerprint, 4 := Context, 9 := Encoded} = records(Tlv, #{}),
     Crc = bench_nif:table_crc32c(Payload),
     ok.
+
+records(<<>>, Records) ->
+    Records;
+records(<<Tag, Length:32/little, Value:Length/binary, Rest/binary>>, Records) ->
+    records(Rest, Records#{Tag => Value}).
 
 %%% The index: reservations with a monitor each, then rows.
 

@@ -31,7 +31,7 @@ fn path(bytes: &[u8]) -> std::path::PathBuf {
 
 const SMALL: usize = 256 * 1024;
 const PIECE: usize = 512 * 1024;
-const WRITEBACK: usize = 8 * 1024 * 1024;
+const WRITEBACK: usize = 2 * 1024 * 1024;
 
 fn save(root: &Path, name: &Path, prefix: &[u8], payload: &[u8]) -> io::Result<()> {
     let dir = File::open(root)?;

@@ -38,8 +38,8 @@ use crate::pool::{self, Answer};
 const SMALL: usize = 256 * 1024;
 
 /// How much is written while another thread checks: enough for the hand-over not to matter, little
-/// enough for a slice not to overrun by much.
-const BLOCK: usize = 4 * 1024 * 1024;
+/// enough for a slice not to overrun by much and for the disk to begin early.
+const BLOCK: usize = 2 * 1024 * 1024;
 
 /// How much is written by one call. For more at once, the kernel takes its pages in larger pieces
 /// of memory, and those are often ones that a virtual machine has given back to its host: every
@@ -54,11 +54,12 @@ const SUMMED_PIECE: usize = 64 * 1024;
 /// system for each save.
 const SMALL_READ_PIECE: usize = 16 * 1024;
 
-/// How much is written before the kernel is told to begin putting it on the disk, and how much is
-/// waited for at a time.
-const WRITEBACK: u64 = 8 * 1024 * 1024;
-const AWAITED: u64 = WRITEBACK;
-/// The same where it keeps a scheduler from other work.
+/// How much is written before the kernel is told to begin putting it on the disk. What is not begun
+/// with when all is written is time in which the disk had nothing to do.
+const WRITEBACK: u64 = 2 * 1024 * 1024;
+
+/// How much is waited for at a time, and how much where that keeps a scheduler from other work.
+const AWAITED: u64 = 8 * 1024 * 1024;
 const AWAITED_HERE: u64 = 1024 * 1024;
 
 /// How far the writing may be ahead of the disk. Where too much memory waits for a disk, the kernel

@@ -46,10 +46,6 @@ const BLOCK: usize = 2 * 1024 * 1024;
 /// page is then faulted in anew, and the save takes four times as long.
 const PIECE: usize = 512 * 1024;
 
-/// How much goes through one checksum before it goes through the other: what the first has fetched
-/// from memory is to be in the processor's own cache for the second.
-const SUMMED_PIECE: usize = 64 * 1024;
-
 /// How much of a small file is read back at a time: a larger buffer would be new pages from the
 /// system for each save.
 const SMALL_READ_PIECE: usize = 16 * 1024;
@@ -153,17 +149,6 @@ struct Writing {
 struct Sums {
     crc: Crc32c,
     digester: Option<Digester>,
-}
-
-impl Sums {
-    fn update(&mut self, bytes: &[u8]) {
-        for piece in bytes.chunks(SUMMED_PIECE) {
-            self.crc.update(piece);
-            if let Some(digester) = &mut self.digester {
-                digester.update(piece);
-            }
-        }
-    }
 }
 
 /// What comes back of what was written. It is either compared with the payload at once, or followed
@@ -431,7 +416,11 @@ impl TmpFile {
     }
 
     fn write_small(&mut self, payload: &[u8], mut writing: Box<Writing>) -> Result<(), Error> {
-        writing.sums.update(payload);
+        let sums = &mut writing.sums;
+        sums.crc.update(payload);
+        if let Some(digester) = &mut sums.digester {
+            digester.update(payload);
+        }
         self.seal(writing.sums);
         let prefix = self.prefix.as_bytes();
         let written = sys::write_two(&self.file, prefix, payload).call("pwritev")?;
@@ -451,23 +440,25 @@ impl TmpFile {
         Ok(())
     }
 
-    /// Writes the next block. With a digest, another thread goes over it meanwhile, and this one
-    /// reads back; without, it is the other that reads back, a block later, and this one that sums
-    /// up.
+    /// Writes the next block, sums it up and reads it back. A digest is made by another thread
+    /// meanwhile; without one, it is the other that reads back, a block later.
     fn write_block(&self, payload: &[u8], writing: &mut Writing) -> Result<(), Error> {
         let Writing {
-            pos, sums, back, ..
+            pos,
+            sums: Sums { crc, digester },
+            back,
+            ..
         } = writing;
         let end = payload.len().min(*pos + BLOCK);
         let block = &payload[*pos..end];
         let start = self.prefix.len() as u64;
         let offset = start + *pos as u64;
-        if sums.digester.is_some() {
+        if let Some(digester) = digester {
             let ((), written) = pool::join(
-                || sums.update(block),
-                // While the processor's cache still has it.
+                || digester.update(block),
                 || {
                     self.write_pieces(block, offset, |at, piece| {
+                        crc.update(piece);
                         back.compare(&self.file, at, piece)
                     })
                 },
@@ -478,7 +469,7 @@ impl TmpFile {
                 || back.follow(&self.file, start, *pos),
                 || {
                     self.write_pieces(block, offset, |_, piece| {
-                        sums.update(piece);
+                        crc.update(piece);
                         Ok(())
                     })
                 },
@@ -490,7 +481,8 @@ impl TmpFile {
         Ok(())
     }
 
-    /// Writes in pieces, and does something with each as soon as it is written.
+    /// Writes in pieces, and does something with each as soon as it is written, while the processor's
+    /// cache still has it.
     fn write_pieces(
         &self,
         block: &[u8],

@@ -72,8 +72,10 @@ fi
 ebin=$here/_build/crash/ebin
 mkdir -p "$ebin"
 erlc -Werror -o "$ebin" "$here/test/erllama_cache_crash.erl"
-linger=$here/_build/crash/linger.so
-cc -Wall -Wextra -Werror -O1 -shared -fPIC -o "$linger" "$here/test/crash/linger.c" -ldl
+for preload in linger xstate; do
+    cc -Wall -Wextra -Werror -O1 -shared -fPIC \
+        -o "$here/_build/crash/$preload.so" "$here/test/crash/$preload.c" -ldl
+done
 work=$(mktemp -d "$here/_build/crash/run.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 trap 'exit 1' HUP INT TERM
@@ -82,7 +84,8 @@ trap 'exit 1' HUP INT TERM
 PYTHONDONTWRITEBYTECODE=1 python3 "$here/test/crash/crash.py" \
     --ebin "${CRASH_EBIN:-$here/_build/default/lib/erllama_cache_nif/ebin}" \
     --ebin "$ebin" \
-    --linger "$linger" --modules "$uml" --work "$work" --modes "${MODES:-ordered writeback journal unknown}" \
+    --linger "$here/_build/crash/linger.so" --xstate "$here/_build/crash/xstate.so" \
+    --modules "$uml" --work "$work" --modes "${MODES:-ordered writeback journal unknown}" \
     --cuts "${CUTS:-100}" --saves "${SAVES:-25}" --samples "${SAMPLES:-4}" \
     --jobs "${JOBS:-$(nproc)}" ${SEED:+--seed "$SEED"} &
 pid=$!

@@ -41,7 +41,7 @@ class Failed(Exception):
 class Guest:
     """A virtual machine, and the lines it says."""
 
-    def __init__(self, work, job, disks):
+    def __init__(self, work, job, disks, preload):
         self.job = job
         self.console = os.path.join(work, "console")
         path = os.path.join(work, "job.json")
@@ -56,6 +56,7 @@ class Guest:
                  "panic=-1", "con=null", "con0=null,fd:%d" % console.fileno(),
                  "con1=null,fd:%d" % say, "init=" + sys.executable, "--", GUEST, path],
                 stdin=subprocess.DEVNULL, stdout=console, stderr=console,
+                env={**os.environ, "LD_PRELOAD": preload},
                 pass_fds=(console.fileno(), say), start_new_session=True)
         os.close(say)
         self.rest = b""
@@ -126,7 +127,7 @@ class Bench:
     """Where guests find what they need, and are found themselves."""
 
     def __init__(self, args, work, images):
-        self.work, self.images = work, images
+        self.work, self.images, self.preload = work, images, args.xstate
         self.job = {
             "erl": shutil.which("erl"), "ebins": args.ebin, "modules": args.modules,
             "linger": args.linger, "busy": False, "path": os.environ["PATH"],
@@ -142,7 +143,7 @@ class Bench:
             with self.lock:
                 if self.closed:
                     raise Failed("it was stopped")
-                guest = Guest(work, {**self.job, **job}, disks)
+                guest = Guest(work, {**self.job, **job}, disks, self.preload)
                 self.guests.add(guest)
             try:
                 yield guest
@@ -285,6 +286,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--ebin", action="append", required=True)
     parser.add_argument("--linger", required=True)
+    parser.add_argument("--xstate", required=True)
     parser.add_argument("--modules", required=True)
     parser.add_argument("--work", required=True)
     parser.add_argument("--modes", required=True)

@@ -825,7 +825,9 @@ some(Total, quick) -> lists:seq(1, 4) ++ lists:seq(Total - 3, Total).
 fail_kind(Again, Kind, N, Action, full) ->
     fail_until(Again, Kind, 1, N, Action);
 fail_kind(Again, Kind, N, Action, quick) ->
-    length([true = fail(Again(), Kind, M, Action) || M <- some(N, quick)]).
+    Reached = [fail(Again(), Kind, M, Action) || M <- some(N, quick)],
+    lists:all(fun(Is) -> Is end, Reached) orelse varies(Kind) orelse error({not_reached, Kind, N}),
+    length([true || true <- Reached]).
 
 %% There are hundreds of the same.
 thorough(_Amount, #case_{size = holes}) -> quick;
@@ -835,8 +837,11 @@ fail_until(Again, Kind, M, N, Action) ->
     case fail(Again(), Kind, M, Action) of
         true -> 1 + fail_until(Again, Kind, M + 1, N, Action);
         false when M > N -> 0;
-        false -> error({not_reached, Kind, M, N})
+        false -> varies(Kind) orelse error({not_reached, Kind, M, N}), 0
     end.
+
+%% The kernel is not asked again to begin with the disk while it is at that.
+varies(Kind) -> Kind =:= "sync_file_range_start".
 
 fail(#world{case_ = Case} = World, Kind, M, Action) ->
     Fault = #fault{kind = Kind, first = M, last = M, action = Action},

@@ -37,7 +37,7 @@ use crate::pool::{self, Answer};
 /// call; above it, it is worth reserving its space and keeping the disk busy while the rest comes.
 const SMALL: usize = 256 * 1024;
 
-/// How much is written while another thread checks: enough for the hand-over not to matter, little
+/// How much is written while another thread does its share: enough for the hand-over not to matter, little
 /// enough for a slice not to overrun by much and for the disk to begin early.
 const BLOCK: usize = 2 * 1024 * 1024;
 

@@ -126,20 +126,26 @@ impl Payload {
         self.prefix.header().payload_len
     }
 
-    /// Reads what stands at `offset`, and goes over it, with the help of another thread if there is
-    /// a digest: that takes longer than the reading.
+    /// Reads what stands at `offset` and goes over it. Where there is a digest, which takes longer than
+    /// the reading, another thread helps, provided that there are parts for two: waking a thread takes
+    /// longer than a small load.
     fn read_block(&mut self, block: &mut [u8], offset: u64) -> Result<(), Error> {
         let file = &self.file;
         let rest = match &mut self.proof {
             Proof::Digest(digester, _) => {
                 let (whole, rest) = block.split_at_mut(block.len() / PART * PART);
                 let rest_at = offset + whole.len() as u64;
+                let for_two = whole.len() >= 2 * PART;
                 let parts = Parts::new(digester, whole);
                 let work =
                     || parts.work(|at, part: &mut [u8]| fill(file, part, offset + at as u64));
-                let (theirs, ours) = pool::join(work, work);
-                theirs?;
-                ours?;
+                if for_two {
+                    let (theirs, ours) = pool::join(work, work);
+                    theirs?;
+                    ours?;
+                } else {
+                    work()?;
+                }
                 parts.finish(digester);
                 (rest, rest_at)
             }

@@ -370,6 +370,30 @@ fn a_valid_file_is_adopted() {
     assert_only(dir.path(), 1);
 }
 
+/// What is deleted while it is checked cannot be adopted: the payload in hand takes its place.
+#[test]
+fn a_file_deleted_while_it_is_checked_is_not_adopted() {
+    for swapped in [false, true] {
+        let dir = root();
+        save(dir.path(), 1, b"first").unwrap();
+        let mut tmp = written(dir.path(), 1, b"second");
+        assert!(matches!(tmp.publish(&slice()), Ok(Progress::More)));
+        fs::remove_file(path(dir.path(), 1)).unwrap();
+        if swapped {
+            save(dir.path(), 1, b"third").unwrap();
+        }
+        let published = publish(&mut tmp).unwrap();
+        if swapped {
+            assert_eq!(published.outcome, Outcome::Adopted);
+            assert_holds(dir.path(), 1, b"third");
+        } else {
+            assert_eq!(published.outcome, Outcome::Linked);
+            assert_holds(dir.path(), 1, b"second");
+        }
+        assert_only(dir.path(), 1);
+    }
+}
+
 #[test]
 fn an_invalid_file_is_replaced() {
     let dir = root();

@@ -556,7 +556,10 @@ impl TmpFile {
                 Phase::Taken(mut check) => match check.step(slice) {
                     Ok(Progress::More) => Phase::Taken(check),
                     Ok(Progress::Done(())) if self.is_of_same_key(&check) => {
-                        return self.adopt(&check).map(Progress::Done);
+                        match self.adopt(&check)? {
+                            Some(published) => return Ok(Progress::Done(published)),
+                            None => Phase::Ready,
+                        }
                     }
                     Err(error) if !error.condemns() => return Err(error),
                     // Corrupt, or of another key.
@@ -608,19 +611,27 @@ impl TmpFile {
     }
 
     /// Leaves the file that stands there. It may be so fresh that its writer has not synced the
-    /// directory yet, and this save's success is a promise too.
-    fn adopt(&mut self, check: &Check) -> Result<Published, Error> {
+    /// directory yet, and this save's success is a promise too. `None` when the name is not that file's
+    /// any more: somebody has deleted or evicted it during the check, and ours is still in hand.
+    fn adopt(&mut self, check: &Check) -> Result<Option<Published>, Error> {
         check.file().sync_all().call("fsync")?;
         self.root.sync_named(check.file(), false)?;
+        let name = final_name(&self.key);
+        match sys::stat_at(self.root.dir(), &name) {
+            Ok(there) if there.is_same_file(&sys::stat(check.file()).call("fstat")?) => {}
+            Ok(_) => return Ok(None),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(None),
+            Err(error) => return Err(error).call("fstatat"),
+        }
         self.remove_name().call("unlink")?;
         self.phase = Phase::Published;
         let mut header = [0; 48];
         check.file().read_exact_at(&mut header, 0).call("pread")?;
-        Ok(Published {
+        Ok(Some(Published {
             outcome: Outcome::Adopted,
             file_len: check.file_len(),
             header,
-        })
+        }))
     }
 
     /// Takes the place of what stands there. `None` when somebody else is about to remove or replace

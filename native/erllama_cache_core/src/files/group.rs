@@ -37,8 +37,11 @@ impl Group {
         let mut state = self.lock();
         if !state.running {
             state.running = true;
+            // Those who wait for the next run may not have woken yet: this is the next run, and it is
+            // theirs too. Otherwise one caller after another could get in ahead of them.
+            let batch = state.next.take().unwrap_or_default();
             drop(state);
-            return self.lead(work);
+            return self.lead_for(&batch, work);
         }
         let batch = Arc::clone(state.next.get_or_insert_default());
         loop {
@@ -68,10 +71,6 @@ impl Group {
         *lock(&batch.result) = Some(result.as_ref().copied().map_err(errno));
         drop(ended);
         result
-    }
-
-    fn lead(&self, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        self.lead_for(&Batch::default(), work)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -179,6 +178,17 @@ mod tests {
         });
         assert_eq!(failed.load(Ordering::Relaxed), 5);
         assert!(group.run(|| Ok(())).is_ok());
+    }
+
+    /// Between the end of a run and the moment in which those who wait for the next one wake.
+    #[test]
+    fn a_newcomer_runs_for_those_who_wait_already() {
+        let group = Group::default();
+        let batch = Arc::new(Batch::default());
+        group.lock().next = Some(Arc::clone(&batch));
+        group.run(|| Ok(())).expect("no run fails");
+        assert_eq!(*lock(&batch.result), Some(Ok(())));
+        assert!(group.lock().next.is_none());
     }
 
     #[test]

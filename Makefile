@@ -18,8 +18,8 @@ BENCH := erl -noshell -pa "$(BENCH_LIB)/ebin" "$(BENCH_LIB)/bench"
 export FILE
 
 .PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom soak-semaphore \
-  faults crash kill disks fuzz soak sanitize valgrind readme dropin chunks rustdoc bench- \
-  plots bench-semaphore bench-save bench-build edoc clean distclean
+  faults crash kill disks fuzz soak sanitize valgrind readme dropin chunks rustdoc \
+  bench-plots bench-semaphore bench-save bench-build edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile

@@ -120,6 +120,7 @@ format_error({mac_key, raised}) -> "the function that gives the secret has raise
 format_error({mac_key, Reason}) -> text("the secret cannot be read: ~ts", [format_error(Reason)]);
 format_error({errno, Number}) -> text("the system's error ~w", [Number]);
 format_error(out_of_turn) -> "the library was called out of turn, which is a bug";
+format_error(enokey) -> "the encryption key of the directory is not loaded";
 format_error(badarg) -> "the root's name has a NUL or cannot be encoded";
 format_error(Reason) when is_atom(Reason) -> file:format_error(Reason);
 format_error(Reason) -> text("~tp", [Reason]).

@@ -56,6 +56,7 @@ fn posix<'a>(env: Env<'a>, error: &io::Error) -> Term<'a> {
     };
     POSIX
         .iter()
+        .chain(OF_DAMAGED_DISKS)
         .find(|(known, _)| *known == number)
         .map_or_else(
             || (atom(env, "errno"), number).encode(env),
@@ -73,6 +74,17 @@ const POSIX: &[(i32, &str)] = posix! {
     EFAULT "efault" EFBIG "efbig" EINTR "eintr" EINVAL "einval" EIO "eio" EISDIR "eisdir"
     ELOOP "eloop" EMFILE "emfile" EMLINK "emlink" ENAMETOOLONG "enametoolong" ENFILE "enfile"
     ENODEV "enodev" ENOENT "enoent" ENOLCK "enolck" ENOMEM "enomem" ENOSPC "enospc" ENOSYS "enosys"
-    ENOTDIR "enotdir" ENOTEMPTY "enotempty" ENOTSUP "enotsup" ENXIO "enxio" EOVERFLOW "eoverflow"
-    EPERM "eperm" EROFS "erofs" ESTALE "estale" ETXTBSY "etxtbsy" EXDEV "exdev"
+    ENOTCONN "enotconn" ENOTDIR "enotdir" ENOTEMPTY "enotempty" ENOTSUP "enotsup" ENXIO "enxio"
+    EOVERFLOW "eoverflow" EPERM "eperm" EROFS "erofs" ESTALE "estale" ETIMEDOUT "etimedout"
+    ETXTBSY "etxtbsy" EXDEV "exdev"
 };
+
+/// What Linux answers for damage that a file system has found, for a device that does not answer, and
+/// for a directory whose encryption key is not loaded.
+#[cfg(target_os = "linux")]
+const OF_DAMAGED_DISKS: &[(i32, &str)] = posix! {
+    EBADMSG "ebadmsg" EHOSTDOWN "ehostdown" ENODATA "enodata" ENOKEY "enokey" EREMOTEIO "eremoteio"
+    EUCLEAN "euclean"
+};
+#[cfg(not(target_os = "linux"))]
+const OF_DAMAGED_DISKS: &[(i32, &str)] = &[];

@@ -220,7 +220,10 @@ pub(crate) fn is_in_memory(dir: &File) -> io::Result<bool> {
     // SAFETY: `dir` is open, `stat` has room for what the call writes.
     uninterrupted(|| unsafe { libc::fstatfs(dir.as_raw_fd(), stat.as_mut_ptr()) })?;
     // SAFETY: the call succeeded, so it has filled `stat`.
-    Ok(unsafe { stat.assume_init() }.f_type == libc::TMPFS_MAGIC)
+    let stat = unsafe { stat.assume_init() };
+    // The types of both depend on the C library.
+    #[allow(clippy::unnecessary_cast)]
+    Ok(stat.f_type as u64 == libc::TMPFS_MAGIC as u64)
 }
 
 /// Elsewhere nobody knows.

@@ -19,18 +19,25 @@
 -define(SAVES_SHUTDOWN, 8).
 -define(DUPLICATE_DROPPED, 16).
 
+%% The quant byte of all types that the host's table does not name.
+-define(NO_KNOWN_TYPE, 255).
+
 %% @private
 %% Key and quant byte are asked of the host: its table may have grown since this was written, and
 %% a key of our own making would be one it cannot find.
 identify(#{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash := CtxParamsHash,
            tokens := Tokens}) ->
-    case erllama_cache_meta:are_tokens(Tokens) of
-        true ->
+    case {erllama_cache_key:quant_byte(QuantType), erllama_cache_meta:are_tokens(Tokens)} of
+        {?NO_KNOWN_TYPE, _} ->
+            %% The host's parser refuses such a file and deletes it, but its row would stay: the key
+            %% would count as saved and never load.
+            {error, {unknown_quant_byte, ?NO_KNOWN_TYPE}};
+        {_, false} ->
+            {error, {invalid_meta, tokens}};
+        {QuantByte, true} ->
             Encoded = erllama_cache_key:encode_tokens(Tokens),
             Key = erllama_cache_key:make(Fingerprint, QuantType, CtxParamsHash, Encoded),
-            {ok, {Key, erllama_cache_key:quant_byte(QuantType), Encoded}};
-        false ->
-            {error, {invalid_meta, tokens}}
+            {ok, {Key, QuantByte, Encoded}}
     end.
 
 %% @private

@@ -1,8 +1,8 @@
 %% @doc What is saved beside a payload: the `build_meta' map, its check and its defaults.
 -module(erllama_cache_meta).
 
--export([complete/2, are_tokens/1]).
--export_type([build_meta/0, complete/0, save_reason/0, fingerprint_mode/0, defaults/0, invalid/0]).
+-export([complete/2, check_identity/1, are_tokens/1]).
+-export_type([build_meta/0, complete/0, identity/0, save_reason/0, fingerprint_mode/0, defaults/0, invalid/0]).
 
 -type save_reason() :: unknown | cold | continued | evict | shutdown | finish.
 -type fingerprint_mode() :: safe | gguf_chunked | fast_unsafe.
@@ -28,6 +28,15 @@
 %% Tokens are stored modulo 2^32 each. Times are unix seconds, now by default. Hostname and version
 %% default to this machine's and to that of the application `erllama'. Other keys are ignored.
 
+-type identity() :: #{
+    fingerprint := <<_:256>>,
+    quant_type := atom(),
+    ctx_params_hash := <<_:256>>,
+    tokens := [integer()],
+    atom() => term()
+}.
+%% What a key is made of, with or without the rest of a `build_meta'.
+
 -type complete() :: build_meta().
 %% A map with every key there and of its type.
 
@@ -36,6 +45,7 @@
 
 -define(REQUIRED, [save_reason, quant_bits, fingerprint, fingerprint_mode, quant_type,
                    ctx_params_hash, tokens, context_size]).
+-define(IDENTITY, [fingerprint, quant_type, ctx_params_hash, tokens]).
 -define(U32, 16#ffffffff).
 -define(U64, 16#ffffffffffffffff).
 
@@ -77,6 +87,20 @@ is_complete(#{
     true;
 is_complete(_Meta) ->
     false.
+
+%% @doc Checks those fields of a map that its key is made of, and no others. That the tokens are
+%% integers is left to whoever encodes them, as in {@link complete/2}.
+-spec check_identity(map()) -> ok | {error, invalid()}.
+check_identity(Meta) ->
+    case [Key || Key <- ?IDENTITY, not is_map_key(Key, Meta)] of
+        [Key | _] ->
+            {error, {missing_key, Key}};
+        [] ->
+            case check(maps:with(?IDENTITY, Meta)) of
+                {ok, _} -> ok;
+                {error, _} = Error -> Error
+            end
+    end.
 
 %% @doc Whether these can be encoded.
 -spec are_tokens(list()) -> boolean().

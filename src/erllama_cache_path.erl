@@ -3,7 +3,7 @@
 %% @private
 -module(erllama_cache_path).
 
--export([native/1, final/2]).
+-export([native/1, absolute/1, final/2]).
 
 %% A root as the system wants it: a binary is a raw path already, a string is encoded as the
 %% emulator encodes file names.
@@ -24,6 +24,30 @@ without_nul(Path) ->
     case binary:match(Path, <<0>>) of
         nomatch -> {ok, Path};
         _ -> {error, badarg}
+    end.
+
+%% A root that is the same directory whatever becomes of the node's current one, and that as the
+%% system wants it. An empty name stays empty: it is no name of the current directory.
+-spec absolute(file:name_all()) ->
+    {ok, file:name_all(), erllama_cache_nif:root()} | {error, badarg | file:posix()}.
+absolute(Root) ->
+    case native(Root) of
+        {ok, <<>>} -> {ok, Root, <<>>};
+        {ok, <<"/", _/binary>> = Path} -> {ok, Root, Path};
+        {ok, _Relative} -> below_current(Root);
+        {error, badarg} = Error -> Error
+    end.
+
+below_current(Root) ->
+    case file:get_cwd() of
+        {ok, Current} ->
+            Absolute = filename:absname(Root, Current),
+            case native(Absolute) of
+                {ok, Path} -> {ok, Absolute, Path};
+                {error, badarg} = Error -> Error
+            end;
+        {error, _} = Error ->
+            Error
     end.
 
 %% Where a key's file stands, as a string or a binary like the root.

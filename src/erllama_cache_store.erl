@@ -11,7 +11,7 @@
 -behaviour(gen_server).
 -behaviour(erllama_cache_host).
 
--include_lib("kernel/include/logger.hrl").
+-include("erllama_cache_log.hrl").
 
 -export([start_link/2, child_spec/2]).
 -export([load/2, delete/2, info/1, key/1]).
@@ -126,6 +126,9 @@
 -define(REFUSED, 5).
 -define(EVICTIONS, 6).
 
+%% The quant byte of all types that the table does not name.
+-define(NO_KNOWN_TYPE, 255).
+
 -define(IS_KEY(Key), (is_binary(Key) andalso byte_size(Key) =:= 32)).
 
 %%% Starting
@@ -139,14 +142,21 @@
 %%                                                      max_bytes => 100 bsl 30}).
 %% '''
 %%
+%% A relative root is taken from the current directory of the moment, and stays what it is when that
+%% changes.
+%%
 %% Errors: a POSIX reason, or `badarg', of the root.
 -spec start_link(name(), options()) -> {ok, pid()} | {error, term()}.
 start_link(Name, #{root := Root} = Options) when is_atom(Name) ->
     Complete = maps:merge(default_options(), Options),
     ok = maps:foreach(fun check_option/2, Complete),
-    case erllama_cache_path:native(Root) of
-        {ok, Path} -> gen_server:start_link({local, Name}, ?MODULE, {Name, Path, Complete}, []);
-        {error, _} = Error -> Error
+    case erllama_cache_path:absolute(Root) of
+        {ok, Absolute, Path} ->
+            gen_server:start_link(
+                {local, Name}, ?MODULE, {Name, Path, Complete#{root := Absolute}}, []
+            );
+        {error, _} = Error ->
+            Error
     end.
 
 default_options() ->
@@ -172,8 +182,14 @@ check_option(Key, Value) -> error({invalid_option, Key, Value}).
 %%     erllama_cache_store:child_spec(my_store, #{root => "/var/cache/kv"}).
 %% '''
 -spec child_spec(name(), options()) -> supervisor:child_spec().
-child_spec(Name, Options) ->
-    #{id => {?MODULE, Name}, start => {?MODULE, start_link, [Name, Options]}}.
+child_spec(Name, #{root := Root} = Options) ->
+    %% For a restart, too, which may come after a change of the current directory.
+    Fixed = case erllama_cache_path:absolute(Root) of
+        {ok, Absolute, _Path} -> Options#{root := Absolute};
+        %% The start says it.
+        {error, _} -> Options
+    end,
+    #{id => {?MODULE, Name}, start => {?MODULE, start_link, [Name, Fixed]}}.
 
 %%% For everybody
 
@@ -269,17 +285,21 @@ delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
         {error, _} = Error -> Error
     end.
 
-%% @doc The key that a save with this map gets: 32 bytes.
+%% @doc The key that a save with this map gets: 32 bytes. Of the map's keys it wants those that the
+%% key is made of, `fingerprint', `quant_type', `ctx_params_hash' and `tokens', and looks at no other.
 %%
 %% ```
-%% {ok, Key} = erllama_cache_store:key(Meta).
+%% {ok, Key} = erllama_cache_store:key(#{fingerprint => Fingerprint, quant_type => f16,
+%%                                       ctx_params_hash => CtxParamsHash, tokens => [1, 15043]}).
 %% '''
--spec key(erllama_cache_meta:build_meta()) ->
+%%
+%% Errors: `{missing_key, Key}' and `{invalid_meta, Key}'.
+-spec key(erllama_cache_meta:identity()) ->
     {ok, erllama_cache_writer:key()} | {error, erllama_cache_meta:invalid()}.
-key(Meta) ->
-    case erllama_cache_meta:complete(Meta, #{hostname => <<>>}) of
-        {ok, Complete} ->
-            case identify(Complete) of
+key(Meta) when is_map(Meta) ->
+    case erllama_cache_meta:check_identity(Meta) of
+        ok ->
+            case identify(Meta) of
                 {ok, {Key, _QuantByte, _Tokens}} -> {ok, Key};
                 {error, _} = Error -> Error
             end;
@@ -334,11 +354,14 @@ now_ms() ->
 %% @private
 identify(#{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash := CtxParamsHash,
            tokens := Tokens}) ->
-    case encode_tokens(Tokens) of
-        error ->
+    case {erllama_cache_nif:quant_byte(QuantType), encode_tokens(Tokens)} of
+        {?NO_KNOWN_TYPE, _} ->
+            %% All of them share one byte, and so would their keys: a load of the one would give the
+            %% other's state.
+            {error, {invalid_meta, quant_type}};
+        {_, error} ->
             {error, {invalid_meta, tokens}};
-        Encoded ->
-            QuantByte = erllama_cache_nif:quant_byte(QuantType),
+        {QuantByte, Encoded} ->
             Key = erllama_cache_nif:key(Fingerprint, QuantByte, CtxParamsHash, Encoded),
             {ok, {Key, QuantByte, Encoded}}
     end.
@@ -415,14 +438,17 @@ claimable(Name, Key) ->
             end
     end.
 
-%% Another node, or a person, may have deleted the file: then the row tells of nothing.
+%% Another node, or a person, may have deleted the file: then the row tells of nothing. Where the root
+%% cannot be looked into, nothing is known, and least of all that the key is stored.
 present_still(Name, #row{key = Key} = Row) ->
     case erllama_cache_nif:exists((config(Name))#config.path, Key) of
+        true ->
+            {error, already_present};
         false ->
             forget(Name, [Row]),
             {ok, none};
-        _ ->
-            {error, already_present}
+        {error, _} = Error ->
+            Error
     end.
 
 claim(Name, none, Row) ->
@@ -565,13 +591,12 @@ scan(Scan, #config{name = Name} = Config, Used) ->
     end.
 
 report_start(#config{name = Name, path = Path, root = Root}, Used, Took) ->
-    Domain = #{domain => [erllama_cache]},
     %% The config has a row too.
     Files = ets:info(Name, size) - 1,
     ?LOG_INFO(#{event => store_scanned, store => Name, root => Root, files => Files, bytes => Used,
-                ms => Took}, Domain),
+                ms => Took}, ?LOG_META),
     case erllama_cache_nif:takes_unnamed(Path) of
-        false -> ?LOG_NOTICE(#{event => root_needs_names, store => Name, root => Root}, Domain);
+        false -> ?LOG_NOTICE(#{event => root_needs_names, store => Name, root => Root}, ?LOG_META);
         %% An error is told by the first save that meets it.
         _ -> ok
     end.
@@ -584,14 +609,14 @@ report({removed, Key, Reason}, #config{name = Name, root = Root}) ->
     ?LOG_WARNING(#{
         event => corrupt_file_removed, store => Name, reason => Reason,
         file => erllama_cache_path:final(Root, Key)
-    }, #{domain => [erllama_cache]});
+    }, ?LOG_META);
 report({skipped, Key, Reason}, #config{name = Name, root = Root}) ->
     File = case Key of
         undefined -> temporary_file;
         _ -> erllama_cache_path:final(Root, Key)
     end,
     ?LOG_WARNING(#{event => file_skipped, store => Name, reason => Reason, file => File},
-                 #{domain => [erllama_cache]}).
+                 ?LOG_META).
 
 %% @private
 handle_call({admit, Row}, _From, #state{config = Config} = State) ->

@@ -8,7 +8,7 @@
 -module(erllama_cache_writer).
 -behaviour(gen_server).
 
--include_lib("kernel/include/logger.hrl").
+-include("erllama_cache_log.hrl").
 
 -export([start_link/0, start_link/1]).
 -export([save/4, save/5, save_async/4, save_async/5, cancel/1]).
@@ -107,6 +107,8 @@ format_error(expired) -> "the reservation of the key was lost to another process
 format_error(prefix_too_long) -> "prompt, tokens and texts are too long together";
 format_error({missing_key, Key}) -> text("the build_meta has no ~tp", [Key]);
 format_error({invalid_meta, Key}) -> text("the build_meta's ~tp has the wrong type or size", [Key]);
+format_error({unknown_quant_byte, Byte}) ->
+    text("the host's table does not name the build_meta's quant_type (byte ~w)", [Byte]);
 format_error({read_back, What}) ->
     text("what was written did not come back the same (~ts)", [words(What)]);
 format_error({corrupt, What}) -> text("the file is corrupt: ~ts", [words(What)]);
@@ -604,7 +606,7 @@ report_slow(TierSrv, Key, Payload, Took, Waited) ->
     ?LOG_WARNING(#{
         event => slow_save, tier_srv => TierSrv, key => Key, payload_bytes => byte_size(Payload),
         save_ms => Took div 1000, waited_ms => Waited div 1000
-    }, #{domain => [erllama_cache]}).
+    }, ?LOG_META).
 
 %% @doc As {@link save_async/5} with 30 seconds, cancelled when the caller dies.
 -spec save_async(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),

@@ -94,6 +94,7 @@ groups() ->
             missing_keys,
             invalid_values,
             extreme_values,
+            quant_type_of_no_table,
             defaults
         ]},
         {roots, [], [
@@ -673,7 +674,7 @@ varied() ->
         {
             maps:merge(meta([7]), Complete#{
                 hostname := <<>>, erllama_version := <<>>, save_reason => unknown,
-                fingerprint_mode => fast_unsafe, quant_type => some_later_quant, quant_bits => 0
+                fingerprint_mode => fast_unsafe, quant_type => bf16, quant_bits => 0
             }),
             %% Large enough to be written in pieces.
             crypto:strong_rand_bytes(2500000)
@@ -1079,9 +1080,18 @@ extreme() ->
         {prompt_text, <<0, 255, 128>>}, {prompt_text, binary:copy(<<"p">>, 3000000)},
         {save_reason_detail, binary:copy(<<"d">>, 70000)},
         {tokens, []}, {tokens, lists:seq(1, 300000)},
-        {quant_type, undefined},
         {a_later_versions_key, {any, term}}
     ].
+
+%% The host's parser takes no such file: saved, it would be deleted, and its key never load.
+quant_type_of_no_table(Config) ->
+    ok = erllama_standin:forget_calls(),
+    Meta = (meta())#{quant_type := mxfp4},
+    ?assertEqual({error, {unknown_quant_byte, 255}}, save(Meta)),
+    ?assertEqual([], files(?config(root, Config))),
+    ?assertNot(lists:keymember(reserve_save, 1, erllama_standin:calls())),
+    ?assertEqual(#{}, erllama_cache_counters:all()),
+    ?assertEqual(0, ?WRITER:current()).
 
 defaults(Config) ->
     Earliest = erlang:system_time(second),

@@ -213,7 +213,8 @@ page_block(Block) ->
         case Block of
             "1> " ++ _ -> session(Block);
             "handle(" ++ _ -> handler(Block);
-            "ok = logger:" ++ _ -> logging(in(Root, Block), filename:join(Root, "cache.log"));
+            "Ours = fun" ++ _ -> logging(in(Root, Block), filename:join(Root, "cache.log"));
+            "Only = fun" ++ _ -> logging(in(Root, Block), filename:join(Root, "cache.log"));
             _ -> evaluate(Block, page_bindings())
         end
     end).
@@ -225,7 +226,7 @@ logging(Block, File) ->
         {ok, _} ->
             {ok, #{level := Level}} = logger:get_handler_config(default),
             ok = logger:set_handler_config(default, level, none),
-            ok = logger:log(warning, #{event => ours}, #{domain => [erllama_cache]}),
+            ok = logger:log(warning, #{event => ours}, #{application => erllama_cache_nif}),
             ok = logger:log(warning, #{event => theirs}, #{}),
             ok = logger:set_handler_config(default, level, Level),
             ok = logger_std_h:filesync(cache),
@@ -236,7 +237,7 @@ logging(Block, File) ->
             {ok, #{filters := Filters}} = logger:get_handler_config(default),
             {Filter, Argument} = proplists:get_value(cache, Filters),
             Event = fun(Meta) -> #{level => warning, msg => {report, #{}}, meta => Meta} end,
-            ?assertEqual(stop, Filter(Event(#{domain => [erllama_cache]}), Argument)),
+            ?assertEqual(stop, Filter(Event(#{application => erllama_cache_nif}), Argument)),
             ?assertEqual(ignore, Filter(Event(#{}), Argument))
     end.
 

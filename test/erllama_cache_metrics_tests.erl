@@ -284,7 +284,7 @@ with_log(Fun) ->
         ok = logger:set_primary_config(level, Level)
     end.
 
-log(#{level := Level, msg := {report, Report}, meta := #{domain := [erllama_cache]}},
+log(#{level := Level, msg := {report, Report}, meta := #{application := erllama_cache_nif}},
     #{config := #{to := To}}) ->
     To ! {logged, Level, Report};
 log(_Event, _Config) ->

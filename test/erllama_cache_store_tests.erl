@@ -30,6 +30,7 @@ instantiators(Tests) ->
 store_tests() ->
     [
         fun starts_with_any_kind_of_path/1,
+        fun a_relative_root_stays_where_it_is/1,
         fun refuses_what_is_no_root/1,
         fun refuses_unknown_and_wrong_options/1,
         fun a_name_is_taken_once/1,
@@ -41,6 +42,8 @@ store_tests() ->
         fun a_save_is_loaded/1,
         fun a_save_in_many_slices_is_loaded/1,
         fun key_is_that_of_a_save/1,
+        fun key_wants_what_it_is_made_of/1,
+        fun a_quant_type_without_a_byte_is_refused/1,
         fun a_file_has_the_permissions_of_the_configuration/1,
         fun a_load_is_noted_in_the_file/1,
         fun a_miss_is_a_miss/1,
@@ -142,6 +145,29 @@ starts_with_any_kind_of_path(Root) ->
         end
      || Path <- [Unicode, unicode:characters_to_binary(Unicode ++ "b"), Raw]
     ].
+
+%% The current directory is the whole node's, and anybody may change it.
+a_relative_root_stays_where_it_is(Root) ->
+    {ok, Before} = file:get_cwd(),
+    [Here, There] = [filename:join(Root, Dir) || Dir <- ["here", "there"]],
+    [ok = file:make_dir(Dir) || Dir <- [Here, There, filename:join(Here, "kv")]],
+    try
+        ok = file:set_cwd(Here),
+        #{start := {Module, Function, [?STORE, _] = Args}} =
+            erllama_cache_store:child_spec(?STORE, #{root => "kv"}),
+        with_store(#{root => "kv"}, fun(Store) ->
+            ok = file:set_cwd(There),
+            Key = save(Store, 1),
+            ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(Store, Key)),
+            ?assertEqual([filename:basename(path(Here, Key))], list_dir(filename:join(Here, "kv"))),
+            ?assertMatch(#{files := 1}, erllama_cache_store:info(Store))
+        end),
+        {ok, Restarted} = apply(Module, Function, Args),
+        ?assertMatch(#{files := 1}, erllama_cache_store:info(?STORE)),
+        ok = gen_server:stop(Restarted)
+    after
+        ok = file:set_cwd(Before)
+    end.
 
 refuses_what_is_no_root(Root) ->
     process_flag(trap_exit, true),
@@ -278,6 +304,39 @@ key_is_that_of_a_save(Root) ->
             {error, {invalid_meta, tokens}},
             erllama_cache_store:key((meta(5))#{tokens => Many ++ [1.0]})
         )
+    end).
+
+key_wants_what_it_is_made_of(Root) ->
+    Identity = maps:with([fingerprint, quant_type, ctx_params_hash, tokens], meta(5)),
+    {ok, Key} = erllama_cache_store:key(Identity),
+    with_store(#{root => Root}, fun(Store) -> ?assertEqual(Key, save(Store, 5)) end),
+    [
+        begin
+            ?assertEqual(
+                {error, {missing_key, Field}}, erllama_cache_store:key(maps:remove(Field, Identity))
+            ),
+            ?assertEqual(
+                {error, {invalid_meta, Field}}, erllama_cache_store:key(Identity#{Field := 1.0})
+            )
+        end
+     || Field <- maps:keys(Identity)
+    ],
+    ?assertEqual({ok, Key}, erllama_cache_store:key(Identity#{save_reason => no_reason})).
+
+%% All of those share a byte, and so a key: one would be loaded for the other.
+a_quant_type_without_a_byte_is_refused(Root) ->
+    with_store(#{root => Root}, fun(Store) ->
+        [
+            begin
+                Meta = (meta(1))#{quant_type := Type},
+                Refused = {error, {invalid_meta, quant_type}},
+                ?assertEqual(Refused, erllama_cache_writer:save(Store, disk, Meta, ?PAYLOAD)),
+                ?assertEqual(Refused, erllama_cache_store:key(Meta))
+            end
+         || Type <- [mxfp4, tq1_0, q4_k, undefined]
+        ],
+        ?assertEqual([], list_dir(Root)),
+        ?assertMatch(#{reservations := 0}, erllama_cache_store:info(Store))
     end).
 
 a_file_has_the_permissions_of_the_configuration(Root) ->
@@ -986,9 +1045,12 @@ a_root_that_is_gone_is_an_error(Root) ->
         ok = file:del_dir_r(Gone),
         ?assertEqual({error, enoent}, erllama_cache_store:load(Store, Key)),
         ?assertEqual({error, enoent}, erllama_cache_store:delete(Store, Key)),
-        ?assertEqual(
-            {error, enoent}, erllama_cache_writer:save(Store, disk, meta(2), ?PAYLOAD)
-        ),
+        [
+            ?assertEqual(
+                {error, enoent}, erllama_cache_writer:save(Store, disk, meta(N), ?PAYLOAD)
+            )
+         || N <- [1, 2]
+        ],
         ?assertMatch(#{reservations := 0}, erllama_cache_store:info(Store)),
         ?assertEqual(0, erllama_cache_writer:current())
     end).
@@ -1243,7 +1305,7 @@ reports() ->
         []
     end.
 
-log(#{msg := {report, Report}, meta := #{domain := [erllama_cache]}}, #{config := #{pid := Pid}}) ->
+log(#{msg := {report, Report}, meta := #{application := erllama_cache_nif}}, #{config := #{pid := Pid}}) ->
     Pid ! {?MODULE, Report};
 log(_Event, _Config) ->
     ok.

@@ -76,8 +76,7 @@ expected_key(Meta) ->
 
 quant_byte(f32) -> 0;
 quant_byte(q4_k_m) -> 7;
-quant_byte(bf16) -> 29;
-quant_byte(_) -> 255.
+quant_byte(bf16) -> 29.
 
 %% The map that was saved, with what a load adds or says otherwise. What was left out is taken from
 %% the load: see defaults_hold/3.
@@ -248,7 +247,7 @@ required() ->
         {quant_bits, byte()},
         {fingerprint, binary(32)},
         {fingerprint_mode, oneof([safe, gguf_chunked, fast_unsafe])},
-        {quant_type, oneof([f32, q4_k_m, bf16, q1_unheard_of])},
+        {quant_type, oneof([f32, q4_k_m, bf16])},
         {ctx_params_hash, binary(32)},
         {tokens, list(token())},
         {context_size, u32()}

@@ -17,6 +17,7 @@
     saves := non_neg_integer(),
     saved_bytes := non_neg_integer(),
     save_errors := non_neg_integer(),
+    refused := non_neg_integer(),
     adoptions := non_neg_integer(),
     replacements := non_neg_integer(),
     sync_failures := non_neg_integer(),
@@ -24,14 +25,15 @@
     wait_time := histogram()
 }.
 
--type counter() :: saves | saved_bytes | save_errors | adoptions | replacements.
+-type counter() :: saves | saved_bytes | save_errors | adoptions | replacements | refused.
 
 -define(COUNTERS, [
     {saves, "Saves that ended well, adoptions among them."},
     {saved_bytes, "Bytes of payload that those had."},
-    {save_errors, "Saves that ended with an error."},
+    {save_errors, "Saves that ended with an error, or raised."},
     {adoptions, "Saves that found a valid file of their key and left it."},
-    {replacements, "Saves that replaced a file that was not valid."}
+    {replacements, "Saves that replaced a file that was not valid."},
+    {refused, "Saves and acquires that would not wait and found no slot free."}
 ]).
 -define(HISTOGRAMS, [
     {save_time, "From the slot to the end of a save."},
@@ -67,7 +69,8 @@ counter_index(saves) -> 1;
 counter_index(saved_bytes) -> 2;
 counter_index(save_errors) -> 3;
 counter_index(adoptions) -> 4;
-counter_index(replacements) -> 5.
+counter_index(replacements) -> 5;
+counter_index(refused) -> 6.
 
 %% @private
 -spec observe(save_time | wait_time, non_neg_integer()) -> ok.

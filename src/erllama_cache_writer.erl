@@ -61,6 +61,7 @@
     saves := non_neg_integer(),
     saved_bytes := non_neg_integer(),
     save_errors := non_neg_integer(),
+    refused := non_neg_integer(),
     adoptions := non_neg_integer(),
     replacements := non_neg_integer(),
     sync_failures := non_neg_integer(),
@@ -280,8 +281,9 @@ terminate(Reason, Semaphore) ->
 -spec acquire(timeout()) -> ok | {error, max_concurrent}.
 acquire(Timeout) when ?IS_TIMEOUT(Timeout) ->
     case take(1, 0, Timeout) of
+        {error, _} = Error -> Error;
         closed -> exit_noproc(acquire, [Timeout]);
-        Result -> Result
+        _Guard -> ok
     end.
 
 %% @doc As {@link acquire/1}, for `weight' slots at once (default 1). Heavy and light requests are
@@ -296,8 +298,9 @@ acquire(Timeout) when ?IS_TIMEOUT(Timeout) ->
     ok | {error, max_concurrent | weight_exceeds_limit}.
 acquire(Timeout, Opts) when ?IS_TIMEOUT(Timeout), is_map(Opts) ->
     case take(weight(Opts), 0, Timeout) of
+        {error, _} = Error -> Error;
         closed -> exit_noproc(acquire, [Timeout, Opts]);
-        Result -> Result
+        _Guard -> ok
     end.
 
 weight(Opts) ->
@@ -331,36 +334,41 @@ release() ->
 -spec with_slot(timeout(), fun(() -> Result)) -> Result | {error, max_concurrent}.
 with_slot(Timeout, Fun) when ?IS_TIMEOUT(Timeout), is_function(Fun, 0) ->
     case take(1, 0, Timeout) of
-        ok ->
+        {error, _} = Error ->
+            Error;
+        closed ->
+            exit_noproc(with_slot, [Timeout, Fun]);
+        Guard ->
             try
                 Fun()
             after
-                release()
-            end;
-        closed ->
-            exit_noproc(with_slot, [Timeout, Fun]);
-        {error, _} = Error ->
-            Error
+                %% Not release/0: `Fun' may have erased the process's dictionary.
+                erllama_cache_nif:release(Guard)
+            end
     end.
 
 take(Weight, Bytes, Timeout) ->
     take(Weight, Bytes, Timeout, never).
 
-%% A free slot is taken without a lock that anybody else holds; only who finds none pays for a
-%% reference and a place in the queue.
+%% Returns the guard that the slot belongs to. A free slot is taken without a lock that anybody else
+%% holds; only a caller that finds none pays for a reference and a place in the queue.
 take(Weight, Bytes, Timeout, Stop) ->
     case guard() of
         closed ->
             closed;
         Guard ->
             case try_take(Guard, Weight, Bytes) of
-                ok -> ok;
-                busy when Timeout =:= 0 -> {error, max_concurrent};
+                ok -> Guard;
+                busy when Timeout =:= 0 -> refuse();
                 busy -> wait(Guard, Weight, Bytes, Timeout, Stop);
                 weight_exceeds_limit -> {error, weight_exceeds_limit};
                 closed -> closed
             end
     end.
+
+refuse() ->
+    ok = erllama_cache_metrics:count(refused),
+    {error, max_concurrent}.
 
 try_take(Guard, 1, 0) -> erllama_cache_nif:try_acquire(Guard);
 try_take(Guard, Weight, Bytes) -> erllama_cache_nif:try_acquire(Guard, Weight, Bytes).
@@ -368,7 +376,7 @@ try_take(Guard, Weight, Bytes) -> erllama_cache_nif:try_acquire(Guard, Weight, B
 wait(Guard, Weight, Bytes, Timeout, Stop) ->
     Ref = make_ref(),
     case erllama_cache_nif:acquire_or_queue(Guard, Weight, Bytes, Ref) of
-        ok -> ok;
+        ok -> Guard;
         queued -> await(Guard, Ref, Timeout, Stop);
         weight_exceeds_limit -> {error, weight_exceeds_limit};
         closed -> closed
@@ -376,12 +384,12 @@ wait(Guard, Weight, Bytes, Timeout, Stop) ->
 
 await(Guard, Ref, Timeout, never) ->
     receive
-        {Ref, Verdict} -> verdict(Verdict)
+        {Ref, Verdict} -> verdict(Verdict, Guard)
     after Timeout -> leave(Guard, Ref, {error, max_concurrent})
     end;
 await(Guard, Ref, Timeout, {Cancel, Monitors}) ->
     receive
-        {Ref, Verdict} -> verdict(Verdict);
+        {Ref, Verdict} -> verdict(Verdict, Guard);
         {?MODULE, cancel, Cancel} -> stop_waiting(Guard, Ref);
         {'DOWN', Monitor, process, _, _} when [Monitor] =:= Monitors -> stop_waiting(Guard, Ref)
     after Timeout -> leave(Guard, Ref, {error, max_concurrent})
@@ -389,8 +397,8 @@ await(Guard, Ref, Timeout, {Cancel, Monitors}) ->
 
 stop_waiting(Guard, Ref) ->
     case leave(Guard, Ref, {error, cancelled}) of
-        ok ->
-            release(),
+        Guard ->
+            _ = erllama_cache_nif:release(Guard),
             {error, cancelled};
         Other ->
             Other
@@ -405,13 +413,13 @@ leave(Guard, Ref, Otherwise) ->
             %% The message is in the mailbox or on its way. Left there it would be a stray one, and
             %% the slot that it tells of would be lost.
             receive
-                {Ref, Verdict} -> verdict(Verdict)
+                {Ref, Verdict} -> verdict(Verdict, Guard)
             end
     end.
 
-verdict(granted) -> ok;
-verdict(weight_exceeds_limit) -> {error, weight_exceeds_limit};
-verdict(closed) -> closed.
+verdict(granted, Guard) -> Guard;
+verdict(weight_exceeds_limit, _Guard) -> {error, weight_exceeds_limit};
+verdict(closed, _Guard) -> closed.
 
 %% One guard for each process, made when it first asks for a slot and kept until it dies.
 guard() ->
@@ -566,19 +574,23 @@ save(TierSrv, Tier, Meta, Payload, Timeout) when
 save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
     Begun = erlang:monotonic_time(),
     case take(1, byte_size(Payload), Timeout, Stop) of
-        ok ->
-            Granted = erlang:monotonic_time(),
-            try
-                Result = save_with_slot(TierSrv, Tier, Meta, Payload, Stop),
-                ended(Result, TierSrv, Payload, Begun, Granted),
-                Result
-            after
-                release()
-            end;
+        {error, _} = Error ->
+            Error;
         closed ->
             exit_noproc(save, [TierSrv, Tier, '_', '_', Timeout]);
-        {error, _} = Error ->
-            Error
+        Guard ->
+            Granted = erlang:monotonic_time(),
+            try save_with_slot(Guard, TierSrv, Tier, Meta, Payload, Stop) of
+                Result ->
+                    ended(Result, TierSrv, Payload, Begun, Granted),
+                    Result
+            catch
+                Class:Reason:Stack ->
+                    ok = erllama_cache_metrics:count(save_errors),
+                    erlang:raise(Class, Reason, Stack)
+            after
+                erllama_cache_nif:release(Guard)
+            end
     end.
 
 ended(Result, TierSrv, Payload, Begun, Granted) ->
@@ -728,7 +740,7 @@ stopped({Ref, [Monitor]}) ->
     renewed :: integer()
 }).
 
-save_with_slot(TierSrv, Tier, BuildMeta, Payload, Stop) ->
+save_with_slot(Guard, TierSrv, Tier, BuildMeta, Payload, Stop) ->
     #{host := Host, defaults := Defaults, options := #{Tier := Options}} = state(save, []),
     case erllama_cache_meta:complete(BuildMeta, Defaults) of
         {ok, Meta} ->
@@ -737,7 +749,7 @@ save_with_slot(TierSrv, Tier, BuildMeta, Payload, Stop) ->
                     case Host:reserve(TierSrv, Tier, Key, file_size(Meta, Tokens, Payload)) of
                         {ok, Token} ->
                             save_reserved(#save{
-                                host = Host, guard = get(?GUARD), tier_srv = TierSrv, tier = Tier, meta = Meta,
+                                host = Host, guard = Guard, tier_srv = TierSrv, tier = Tier, meta = Meta,
                                 payload = Payload, options = Options, key = Key, quant_byte = QuantByte,
                                 tokens = Tokens, token = Token, turn = turn(Payload), stop = Stop,
                                 renewed = erlang:monotonic_time(millisecond)

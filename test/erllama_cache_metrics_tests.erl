@@ -13,6 +13,8 @@ metrics_test_() ->
         fun(Root) -> {atom_to_list(Name), {timeout, 60, fun() -> Test(Root) end}} end
      || {Name, Test} <- [
         {saves_are_counted, fun saves_are_counted/1},
+        {a_refused_save_is_counted, fun a_refused_save_is_counted/1},
+        {a_save_that_raises_is_counted, fun a_save_that_raises_is_counted/1},
         {histograms_add_up, fun histograms_add_up/1},
         {text_for_prometheus, fun text_for_prometheus/1},
         {a_slow_save_is_logged, fun a_slow_save_is_logged/1},
@@ -81,6 +83,22 @@ saves_are_counted(Root) ->
     ok = file:write_file(path(Root, Key), <<"damaged">>),
     {ok, Key} = save(1, <<"payload">>),
     ?assertEqual([3, 27, 1, 1, 1], added(Before)).
+
+%% As erllama calls it: without waiting.
+a_refused_save_is_counted(_Root) ->
+    #{refused := Before} = ?WRITER:info(),
+    Limit = ?WRITER:max_concurrent(),
+    [ok = ?WRITER:acquire(0) || _ <- lists:seq(1, Limit)],
+    {error, max_concurrent} = ?WRITER:save(?STORE, disk, meta(1), <<"payload">>, 0),
+    {error, max_concurrent} = ?WRITER:acquire(0),
+    {error, max_concurrent} = ?WRITER:acquire(1),
+    [ok = ?WRITER:release() || _ <- lists:seq(1, Limit)],
+    ?assertEqual(Before + 2, maps:get(refused, ?WRITER:info())).
+
+a_save_that_raises_is_counted(_Root) ->
+    Before = ?WRITER:info(),
+    ?assertExit({noproc, _}, ?WRITER:save(no_such_store, disk, meta(1), <<"payload">>)),
+    ?assertEqual([0, 0, 1, 0, 0], added(Before)).
 
 histograms_add_up(_Root) ->
     #{save_time := #{count := Saves0}, wait_time := #{count := Waits0}} = ?WRITER:info(),

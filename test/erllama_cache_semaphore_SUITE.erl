@@ -56,6 +56,7 @@ groups() ->
             crash_report_keeps_no_slot,
             guard_kept_elsewhere_keeps_no_slot,
             guard_without_a_process_keeps_no_slot,
+            erased_dictionary_keeps_no_slot,
             owner_returns,
             owner_dies_with_a_linked_process,
             suspended_owner_is_killed,
@@ -632,6 +633,25 @@ guard_without_a_process_keeps_no_slot(_Config) ->
     {error, max_concurrent} = ask(Owner, fun() -> ?WRITER:acquire(0) end),
     ok = kill(pid_of(Waiter)),
     ok = ask(Owner, fun() -> ?WRITER:acquire(infinity) end).
+
+%% Who runs with a slot, and who saves, may erase the dictionary that the guard is in.
+erased_dictionary_keeps_no_slot(_Config) ->
+    Owner = actor(),
+    Erase = fun() ->
+        _ = erase(),
+        erased
+    end,
+    erased = ask(Owner, fun() -> ?WRITER:with_slot(0, Erase) end),
+    ?assertEqual(0, ?WRITER:current()),
+    %% A guard of its own for what is acquired after that, and both come back.
+    erased = ask(Owner, fun() ->
+        ?WRITER:with_slot(0, fun() ->
+            erased = Erase(),
+            {error, max_concurrent} = ?WRITER:acquire(0),
+            erased
+        end)
+    end),
+    ?assertEqual(0, ?WRITER:current()).
 
 owner_returns(_Config) ->
     {Owner, Monitor} = spawn_monitor(fun() -> ok = ?WRITER:acquire(0) end),

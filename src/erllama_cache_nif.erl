@@ -17,7 +17,7 @@
     handle_new/1, handle_pid/1,
     quant_byte/1, encode_tokens/1, key/4,
     write_tmp/8, write_more/3, write_and_publish/8, write_and_publish_in_memory/8, publish/2, abort/1,
-    secret_new/1, sync_failures/0, live_objects/0, load/3, load_more/1, check/3, check_more/1,
+    secret_new/1, sync_failures/0, live_objects/0, load/3, load_more/1, note_use/4, check/3, check_more/1,
     takes_unnamed/1, exists/2, delete/2, scan/2, scan_more/1
 ]).
 -export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_options/0, failure/0]).
@@ -206,6 +206,11 @@ load(_Root, _Key, _Secret) -> ?NOT_LOADED.
 -spec load_more(reference()) ->
     {ok, erllama_cache_store:file_info(), Payload :: binary()} | more | failure().
 load_more(_Load) -> ?NOT_LOADED.
+
+%% Has it noted in the key's file that it was used, so many times more and last at that unix second:
+%% later, by another thread, and not at all where that would wait or copy. A hint.
+-spec note_use(root(), key(), Hits :: 0..16#ffffffff, At :: non_neg_integer()) -> ok.
+note_use(_Root, _Key, _Hits, _At) -> ?NOT_LOADED.
 
 %% Verifies a stored file, its key included, without bringing it into memory.
 -spec check(root(), key(), none | secret()) ->

@@ -118,6 +118,8 @@
 -define(UNWATCHED, 50).
 %% A check leaves at least this much of the lease; it renews one only when there is less.
 -define(LEASE_LEFT, 45000).
+%% Seconds between two notes of use in one file.
+-define(NOTE_EVERY, 3600).
 -define(COUNTERS, [saves, duplicates, hits, misses, refused, evictions]).
 -define(SAVES, 1).
 -define(DUPLICATES, 2).
@@ -212,9 +214,10 @@ load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     %% Only this row may be forgotten: a save can end while the load finds out that there is no file.
     Known = ets:lookup(Name, Key),
     case load_slices(Config, Key) of
-        {ok, #{file_size := Size}, _Payload} = Loaded ->
+        {ok, #{file_size := Size, last_used_time := LastUsed}, _Payload} = Loaded ->
             count_one(Config, ?HITS),
             note_use(Name, Key, Size, Known),
+            note_in_file(Config, Key, LastUsed),
             Loaded;
         miss ->
             count_one(Config, ?MISSES),
@@ -252,6 +255,15 @@ note_use(Name, Key, Size, Known) ->
             end;
         _TrueOrDeletedSince ->
             ok
+    end.
+
+%% For the order of eviction after a restart: an hour is exact enough, and a file that changes with each
+%% load would be resent by each backup.
+note_in_file(#config{path = Path}, Key, LastUsed) ->
+    Now = erlang:system_time(second),
+    case Now - LastUsed >= ?NOTE_EVERY of
+        true -> erllama_cache_nif:note_use(Path, Key, 1, Now);
+        false -> ok
     end.
 
 %% The token tells this row from a later one of the same key.

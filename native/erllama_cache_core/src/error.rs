@@ -33,13 +33,19 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether it proves that a file is not worth keeping, as against telling that nothing could be
-    /// found out.
+    /// Whether it proves that this library cannot use the file, as against telling that nothing could be
+    /// found out. A save, which has the state of that very key in hand, replaces such a file.
     pub fn condemns(&self) -> bool {
         matches!(
             self,
             Error::Corrupt(_) | Error::NotRegular | Error::Unauthenticated
         )
+    }
+
+    /// Whether a later version of this library could have written the file. Who has nothing to put in
+    /// its place leaves it alone.
+    pub fn may_be_newer(&self) -> bool {
+        matches!(self, Error::Corrupt(Corrupt::UnsupportedVersion))
     }
 
     /// Whether it is a sync that failed: of a file, of a directory, or the wait for write-back before.

@@ -3,6 +3,9 @@
 
 #![deny(missing_docs)]
 
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("a state may be larger than 4 GiB: a 64-bit system is needed");
+
 mod clock;
 pub mod digest;
 mod error;

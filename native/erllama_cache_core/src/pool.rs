@@ -3,8 +3,10 @@
 //!
 //! [`join`] runs two things at once and returns when both have ended. What the pool has no idle
 //! thread for runs on the caller's: many saves at once keep all processors busy as it is, and
-//! nobody ever waits for a thread. [`ask_waiter`] is for what takes time and no processor.
+//! nobody ever waits for a thread. [`ask_waiter`] is for what takes time and no processor, [`reap`]
+//! for what takes long to be dropped.
 
+use std::io;
 use std::mem;
 use std::panic::{self, AssertUnwindSafe};
 use std::thread;
@@ -71,10 +73,22 @@ impl<A> Drop for Ended<'_, A> {
     }
 }
 
-/// Runs something when a thread has time, or here and now when none has.
-pub(crate) fn detach(work: impl FnOnce() + Send + 'static) {
-    if let Err(work) = hand_over(Box::new(work)) {
-        work();
+/// Drops something whose drop takes long on a thread that does nothing else: never here, however many
+/// of them there are, unless there can be no such thread.
+pub(crate) fn reap<T: Send + 'static>(value: T) {
+    static REAPER: OnceCell<Sender<Box<dyn Send>>> = OnceCell::new();
+    let reaper = REAPER.get_or_try_init(|| {
+        let (values, queue) = channel::unbounded::<Box<dyn Send>>();
+        start_thread(move || {
+            for value in queue {
+                let _ = panic::catch_unwind(AssertUnwindSafe(|| drop(value)));
+            }
+        })?;
+        io::Result::Ok(values)
+    });
+    if let Ok(reaper) = reaper {
+        // The thread never ends, so this cannot fail; if it did, the value would be dropped here.
+        let _ = reaper.send(Box::new(value));
     }
 }
 
@@ -131,20 +145,23 @@ fn pool() -> Option<&'static Sender<Task>> {
     .ok()
 }
 
-fn start_pool(threads: usize) -> std::io::Result<Sender<Task>> {
+fn start_pool(threads: usize) -> io::Result<Sender<Task>> {
     let (tasks, queue) = channel::bounded::<Task>(0);
     for _ in 0..threads {
         let queue = queue.clone();
-        thread::Builder::new()
-            .name("erllama_pool".into())
-            .spawn(move || {
-                for task in queue {
-                    // A detached task's panic has been printed, and is nobody's concern here.
-                    let _ = panic::catch_unwind(AssertUnwindSafe(task));
-                }
-            })?;
+        start_thread(move || {
+            for task in queue {
+                // What a task does with its panic is the task's affair.
+                let _ = panic::catch_unwind(AssertUnwindSafe(task));
+            }
+        })?;
     }
     Ok(tasks)
+}
+
+fn start_thread(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let thread = thread::Builder::new().name("erllama_pool".into());
+    thread.spawn(work).map(drop)
 }
 
 #[cfg(test)]
@@ -216,16 +233,22 @@ mod tests {
         assert_eq!(join(|| 1, || 2), (1, 2));
     }
 
+    /// Also while all other threads of the pool are busy, and however many values there are.
     #[test]
-    fn what_is_detached_runs() {
-        let (tell, told) = channel::bounded(8);
-        for n in 0..8 {
-            let tell = tell.clone();
-            detach(move || tell.send(n).expect("the test waits"));
+    fn what_is_reaped_is_dropped_elsewhere() {
+        struct Dropped(Sender<thread::ThreadId>);
+        impl Drop for Dropped {
+            fn drop(&mut self) {
+                self.0.send(thread::current().id()).expect("the test waits");
+            }
+        }
+        let (tell, told) = channel::unbounded();
+        for _ in 0..100 {
+            reap(Dropped(tell.clone()));
         }
         drop(tell);
-        let mut numbers: Vec<_> = told.into_iter().collect();
-        numbers.sort_unstable();
-        assert_eq!(numbers, (0..8).collect::<Vec<_>>());
+        let threads: Vec<_> = told.into_iter().collect();
+        assert_eq!(threads.len(), 100);
+        assert!(threads.iter().all(|id| *id != thread::current().id()));
     }
 }

@@ -22,7 +22,7 @@ use std::time::Duration;
 use erllama_cache_core::Error;
 use erllama_cache_core::digest::Secret;
 use erllama_cache_core::files::{
-    Check, Found, Loader, Options, Outcome, Progress, Root, Scan, Slice, TmpFile,
+    Check, Found, Loader, Options, Outcome, Progress, Root, Scan, Slice, TmpFile, Use,
 };
 use erllama_cache_core::kvc::{
     Corrupt, Crc32c, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason,
@@ -196,7 +196,13 @@ impl Place {
         complete(|| loader.vet(&Slice::unlimited()))?;
         let mut payload = vec![0; loader.payload_len() as usize];
         complete(|| loader.read(&mut payload, &Slice::unlimited()))?;
-        loader.note_use(1_800_000_000);
+        let note = Use {
+            root: CString::new(self.0.path().as_os_str().as_bytes()).unwrap(),
+            key: *key,
+            hits: 1,
+            at: 1_800_000_000,
+        };
+        assert!(note.note().unwrap());
         Ok(Some(payload))
     }
 

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, SyncPlan,
-    TmpFile,
+    TmpFile, Use,
 };
 use erllama_cache_core::kvc::{
     Corrupt, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason, verify,
@@ -322,34 +322,83 @@ fn permissions_are_those_asked_for() {
     }
 }
 
+fn note(dir: &Path, hits: u32, at: u64) -> Result<bool, Error> {
+    let root = CString::new(dir.as_os_str().as_bytes()).unwrap();
+    let key = key(1);
+    Use {
+        root,
+        key,
+        hits,
+        at,
+    }
+    .note()
+}
+
 #[test]
 fn a_use_is_noted() {
     let dir = root();
+    assert!(!note(dir.path(), 1, 42).unwrap(), "there is no file");
     save(dir.path(), 1, b"payload").unwrap();
-    let load_and_note = |now| {
-        let mut loader = Loader::open(&open(dir.path()), &key(1), None)
-            .unwrap()
-            .unwrap();
-        assert_eq!(read(&mut loader).unwrap(), b"payload");
-        loader.note_use(now);
-        let header = loader.prefix().header();
+    let stored = || {
+        let loader = Loader::open(&open(dir.path()), &key(1), None);
+        let header = *loader.unwrap().unwrap().prefix().header();
+        assert_holds(dir.path(), 1, b"payload");
         (header.hit_count, header.last_used_time)
     };
-    assert_eq!(load_and_note(42), (0, 1_700_000_000));
-    assert_eq!(load_and_note(43), (1, 42));
-
-    let file = File::options()
-        .write(true)
-        .open(path(dir.path(), 1))
-        .unwrap();
-    file.write_all_at(&u32::MAX.to_le_bytes(), 12).unwrap();
-    load_and_note(44);
-    assert_eq!(load_and_note(45), (u32::MAX, 44), "the count stays there");
+    assert_eq!(stored(), (0, 1_700_000_000));
+    assert!(note(dir.path(), 1, 42).unwrap());
+    assert_eq!(stored(), (1, 42));
+    assert!(note(dir.path(), u32::MAX, 44).unwrap());
+    assert_eq!(stored(), (u32::MAX, 44), "the count stays there");
 
     // A file with a second name may be somebody's else.
     fs::hard_link(path(dir.path(), 1), dir.path().join("second name")).unwrap();
-    load_and_note(46);
-    assert_eq!(load_and_note(47), (u32::MAX, 45));
+    assert!(!note(dir.path(), 1, 46).unwrap());
+    assert_eq!(stored(), (u32::MAX, 44));
+}
+
+#[test]
+fn a_use_is_noted_later() {
+    let dir = root();
+    save(dir.path(), 1, b"payload").unwrap();
+    let root = CString::new(dir.path().as_os_str().as_bytes()).unwrap();
+    let key = key(1);
+    Use {
+        root,
+        key,
+        hits: 3,
+        at: 42,
+    }
+    .note_later();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let loader = Loader::open(&open(dir.path()), &key, None);
+        let header = *loader.unwrap().unwrap().prefix().header();
+        if (header.hit_count, header.last_used_time) == (3, 42) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{header:?}");
+        thread::yield_now();
+    }
+}
+
+/// Not to make a backup resend it, nor an overlay copy it.
+#[test]
+fn a_load_changes_nothing_in_the_file() {
+    use std::os::unix::fs::MetadataExt;
+
+    let dir = root();
+    save(dir.path(), 1, &payload(2 * SMALL)).unwrap();
+    let stat = || {
+        let stat = fs::metadata(path(dir.path(), 1)).unwrap();
+        (stat.mtime_nsec(), stat.ctime_nsec(), stat.ino())
+    };
+    let (before, bytes) = (stat(), fs::read(path(dir.path(), 1)).unwrap());
+    for _ in 0..100 {
+        assert!(load(dir.path(), 1).unwrap().is_some());
+    }
+    assert_eq!(stat(), before);
+    assert!(fs::read(path(dir.path(), 1)).unwrap() == bytes);
 }
 
 // The name is taken
@@ -1100,10 +1149,11 @@ mod failures {
         assert_holds(dir, 1, payload);
     }
 
-    const PLANS: [SyncPlan; 3] = [
+    const PLANS: [SyncPlan; 4] = [
         SyncPlan::Everything,
         SyncPlan::NoJournal,
         SyncPlan::OneCommit,
+        SyncPlan::OneLink,
     ];
 
     /// A root that is synced as if it were on another file system.
@@ -1150,7 +1200,10 @@ mod failures {
     fn each_plan_makes_its_own_calls() {
         for (number, needless) in [
             (libc::SYS_fdatasync, vec![SyncPlan::OneCommit]),
-            (libc::SYS_fchmod, vec![SyncPlan::OneCommit]),
+            (
+                libc::SYS_fchmod,
+                vec![SyncPlan::OneCommit, SyncPlan::OneLink],
+            ),
             (libc::SYS_fsync, vec![]),
         ] {
             for plan in PLANS {

@@ -3,11 +3,11 @@
 
 use std::ffi::CString;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{
-    Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile,
+    Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile, Use,
     fits_memory,
 };
 use erllama_cache_core::kvc::{Digest, EncodeError, Field, Key, Prefix};
@@ -147,9 +147,8 @@ fn write_and_publish_in_memory<'a>(
     options: Term<'a>,
 ) -> NifResult<Term<'a>> {
     let root = root(path)?;
-    match root.as_ref().map(Root::is_in_memory) {
-        Ok(Ok(true)) | Err(_) => {}
-        Ok(Ok(false) | Err(_)) => return Ok(atoms::on_device().encode(env)),
+    if root.as_ref().is_ok_and(|root| !root.is_in_memory()) {
+        return Ok(atoms::on_device().encode(env));
     }
     let Some(_running) = guard.running_io(env) else {
         return Ok(owner_died(env));
@@ -371,7 +370,6 @@ fn load_slice<'a>(
     match loader.read(payload.as_mut_slice(), slice) {
         Ok(Progress::More) => (Some((loader, Some(payload))), Ok(atoms::more().encode(env))),
         Ok(Progress::Done(())) => {
-            loader.note_use(unix_seconds());
             let term = kvc::info(env, loader.prefix())
                 .map(|info| (atoms::ok(), info, payload.release(env)).encode(env));
             (None, term)
@@ -392,10 +390,17 @@ fn allocate(len: u64) -> Option<OwnedBinary> {
     }
 }
 
-fn unix_seconds() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+/// Only queues it: see `Use::note_later`.
+#[rustler::nif]
+fn note_use(path: Binary<'_>, key: Binary<'_>, hits: u32, at: u64) -> NifResult<Atom> {
+    let note = Use {
+        root: CString::new(path.as_slice()).map_err(|_| rustler::Error::BadArg)?,
+        key: kvc::key(key)?,
+        hits,
+        at,
+    };
+    note.note_later();
+    Ok(atoms::ok())
 }
 
 #[rustler::nif(schedule = "DirtyIo")]

@@ -6,7 +6,6 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use erllama_cache_core::Error;
-use erllama_cache_core::kvc::Corrupt;
 
 use crate::text::{BAD, Shown};
 
@@ -21,7 +20,7 @@ impl Judgement {
     pub(crate) fn of(error: &Error) -> Judgement {
         match error {
             // Written by a later version, perhaps.
-            Error::Corrupt(Corrupt::UnsupportedVersion) => Judgement::Unknown,
+            error if error.may_be_newer() => Judgement::Unknown,
             error if error.condemns() => Judgement::Bad,
             _ => Judgement::Unknown,
         }

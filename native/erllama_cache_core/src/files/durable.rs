@@ -10,6 +10,8 @@
 //!   for needs no sync of its own, and one commit makes content, inode and name durable, or none. It is
 //!   the directory that is synced: that is a whole commit, while the sync of a file may be a fast one,
 //!   whose replay drops the first link of an inode that it has not seen before.
+//! - xfs: link, inode and entry are in one transaction of the log, and a directory's sync forces the
+//!   log. So after the sync of the data, the directory's is enough.
 //! - ext4 without a journal: the sync of a file brings along the entry that it has just got. But it
 //!   leaves out an inode in which nothing but the count of links has changed, and of two syncs that
 //!   meet in one directory the second does not wait for what the first is writing. So something else is
@@ -19,7 +21,7 @@
 //! system takes it for deleted, and drops the entry.
 //!
 //! Sources: `ext4_link`, `ext4_sync_file`, `ext4_sync_parent` and `ext4_fc_replay_link` in Linux's
-//! fs/ext4, `jbd2_journal_commit_transaction` in fs/jbd2, `fsync_buffers_list` in fs/buffer.c; `make
+//! fs/ext4, `xfs_link` and `xfs_dir_fsync` in fs/xfs, `jbd2_journal_commit_transaction` in fs/jbd2, `fsync_buffers_list` in fs/buffer.c; `make
 //! crash` tries what they say.
 
 use std::fs::{self, File};
@@ -40,6 +42,8 @@ pub enum SyncPlan {
     NoJournal,
     /// The directory's. Before the file gets its name its data is waited for: ext4 with a journal.
     OneCommit,
+    /// The file's before it gets its name, the directory's after: xfs.
+    OneLink,
 }
 
 impl SyncPlan {
@@ -61,19 +65,24 @@ impl SyncPlan {
         let Ok(options) = fs::read_to_string(options) else {
             return SyncPlan::Everything;
         };
-        // A journal inside the file system is the file of this inode. One on another device goes by
-        // that device's name, and its commits do not wait for this one's cache.
+        // There is a journal, somewhere: without one no way of journalling data is in force.
+        let journals = options.lines().any(|option| option.starts_with("data="));
+        // A journal inside the file system is the file of this inode, as mkfs makes it. One on another
+        // device goes by that device's name, and its commits do not wait for this one's cache.
         let journal = proc.join("fs/jbd2").join(format!("{name}-8"));
+        let journal = match fs::symlink_metadata(journal) {
+            Ok(_) => Some(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(false),
+            Err(_) => None,
+        };
         // One that does not wait with its commit flushes the device only after it.
         let waits = options
             .lines()
             .all(|option| option != "journal_async_commit");
-        if !journal.exists() {
-            SyncPlan::NoJournal
-        } else if waits && waits_for_all(proc) {
-            SyncPlan::OneCommit
-        } else {
-            SyncPlan::Everything
+        match journal {
+            Some(true) if waits && waits_for_all(proc) => SyncPlan::OneCommit,
+            Some(false) if !journals => SyncPlan::NoJournal,
+            _ => SyncPlan::Everything,
         }
     }
 }
@@ -93,7 +102,7 @@ impl Root {
     /// it ever had.
     pub(crate) fn sync_named(&self, file: &File, is_first: bool) -> Result<(), Error> {
         match self.sync_plan() {
-            SyncPlan::OneCommit => {}
+            SyncPlan::OneCommit | SyncPlan::OneLink => {}
             SyncPlan::Everything => sync_changed(file)?,
             SyncPlan::NoJournal => {
                 let brings_names = self.sync_alone_or_together(file)?;
@@ -172,7 +181,7 @@ mod tests {
             };
             file("proc/sys/kernel/osrelease", release);
             for path in there {
-                file(path, "rw\ndelalloc\n");
+                file(path, WITH_JOURNAL);
             }
             let devices = dir.path().join("sys/dev/block");
             fs::create_dir_all(&devices).unwrap();
@@ -186,6 +195,9 @@ mod tests {
         }
     }
 
+    /// Some lines of what Linux 6.1 prints.
+    const WITH_JOURNAL: &str = "rw\nbarrier\nauto_da_alloc\ncommit=5\ndata=ordered\ndelalloc\n";
+    const WITHOUT_JOURNAL: &str = "rw\nbarrier\nauto_da_alloc\ncommit=5\ndelalloc\n";
     const EXT4: &str = "proc/fs/ext4/sda1/options";
     const JOURNAL: &str = "proc/fs/jbd2/sda1-8/info";
 
@@ -221,7 +233,11 @@ mod tests {
     fn a_commit_that_is_not_waited_for_is_not_relied_on() {
         let machine = Machine::new("6.1.0", &[EXT4, JOURNAL]);
         let options = machine.0.path().join(EXT4);
-        fs::write(options, "rw\njournal_async_commit\ndelalloc\n").unwrap();
+        fs::write(
+            options,
+            "rw\njournal_async_commit\ndata=ordered\ndelalloc\n",
+        )
+        .unwrap();
         assert_eq!(machine.plan(8, 1), SyncPlan::Everything);
     }
 
@@ -237,15 +253,23 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_of_another_device_is_none() {
+    fn without_a_journal_no_data_is_journalled() {
+        let machine = Machine::new("6.1.0", &[EXT4, "proc/fs/jbd2/sdb1-8/info"]);
+        fs::write(machine.0.path().join(EXT4), WITHOUT_JOURNAL).unwrap();
+        assert_eq!(machine.plan(8, 1), SyncPlan::NoJournal);
+    }
+
+    /// On another device, or in another inode than mkfs puts it in.
+    #[test]
+    fn a_journal_that_is_elsewhere_is_not_none() {
+        for journal in ["proc/fs/jbd2/sdb1/info", "proc/fs/jbd2/sda1-12/info"] {
+            let machine = Machine::new("6.1.0", &[EXT4, journal]);
+            assert_eq!(machine.plan(8, 1), SyncPlan::Everything, "{journal}");
+        }
+        // Or it cannot be seen at all.
         assert_eq!(
             Machine::new("6.1.0", &[EXT4]).plan(8, 1),
-            SyncPlan::NoJournal
-        );
-        let there = [EXT4, "proc/fs/jbd2/sdb1/info", "proc/fs/jbd2/sda-8/info"];
-        assert_eq!(
-            Machine::new("6.1.0", &there).plan(8, 1),
-            SyncPlan::NoJournal
+            SyncPlan::Everything
         );
     }
 

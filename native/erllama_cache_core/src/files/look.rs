@@ -4,6 +4,8 @@
 use std::ffi::{CStr, CString};
 use std::fs::File;
 
+use once_cell::sync::OnceCell;
+
 use super::root::Root;
 use super::stored::open_regular;
 use super::sys;
@@ -67,7 +69,20 @@ impl Root {
 pub struct Stored {
     name: CString,
     file: File,
+    /// Holds the lock, where `file` cannot.
+    writable: OnceCell<File>,
     stat: sys::Stat,
+}
+
+/// What came of [`Stored::claim`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Claim {
+    /// The lock is held, and the name is this file's.
+    Held,
+    /// Somebody else has the lock.
+    Locked,
+    /// The name is another file's by now, or nobody's.
+    Changed,
 }
 
 impl Stored {
@@ -81,6 +96,7 @@ impl Stored {
         Ok(opened.map(|(file, stat)| Stored {
             name: name.to_owned(),
             file,
+            writable: OnceCell::new(),
             stat,
         }))
     }
@@ -121,7 +137,7 @@ impl Stored {
     /// # Errors
     /// [`Error::Io`].
     pub fn remove(&self, root: &Root) -> Result<bool, Error> {
-        if !self.claim(root) {
+        if self.claim(root) != Claim::Held {
             return Ok(false);
         }
         match sys::unlink_at(root.dir(), &self.name) {
@@ -131,15 +147,37 @@ impl Stored {
         }
     }
 
-    /// Takes the file's lock. Whoever removes or replaces a file has it until that is done, for no call
-    /// unlinks a name, or renames over it, only if it still is a certain file's: a save in another
-    /// node could have put a good one there. `false` when somebody else has the lock, or the name is
-    /// another file's by now. Where there are no locks, looking has to do.
-    pub(crate) fn claim(&self, root: &Root) -> bool {
+    /// Takes the file's lock, which is held for as long as this value lives. Whoever removes or replaces
+    /// a file has it until that is done, for no call unlinks a name, or renames over it, only if it
+    /// still is a certain file's: a save in another node could have put a good one there. Where there
+    /// are no locks, looking has to do.
+    pub(crate) fn claim(&self, root: &Root) -> Claim {
+        if self.lock(root).is_ok_and(|locked| !locked) {
+            return Claim::Locked;
+        }
         // While this file is open nobody else gets its number.
-        !matches!(sys::try_lock(&self.file), Ok(false))
-            && sys::stat_at(root.dir(), &self.name)
-                .is_ok_and(|there| there.is_same_file(&self.stat))
+        match sys::stat_at(root.dir(), &self.name) {
+            Ok(there) if there.is_same_file(&self.stat) => Claim::Held,
+            _ => Claim::Changed,
+        }
+    }
+
+    /// `false` when somebody else has the lock.
+    fn lock(&self, root: &Root) -> Result<bool, Error> {
+        match sys::try_lock(&self.file) {
+            // NFS locks what is open to be written only.
+            Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
+            result => return result.call("flock"),
+        }
+        match open_regular(root, &self.name, libc::O_RDWR)? {
+            Some((file, stat)) if stat.is_same_file(&self.stat) => {
+                let locked = sys::try_lock(&file).call("flock")?;
+                let _ = self.writable.set(file);
+                Ok(locked)
+            }
+            // What has become of the name is looked at next.
+            _ => Ok(true),
+        }
     }
 
     pub(crate) fn file(&self) -> &File {

@@ -4,6 +4,7 @@
 mod durable;
 mod group;
 mod look;
+mod note;
 mod root;
 mod scan;
 mod slice;
@@ -13,6 +14,7 @@ mod tmp;
 
 pub use durable::SyncPlan;
 pub use look::{Abandoned, Name, Names, Stored};
+pub use note::Use;
 pub use root::Root;
 pub use scan::{Found, Scan};
 pub use slice::{Progress, Slice};

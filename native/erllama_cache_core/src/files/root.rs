@@ -10,7 +10,7 @@ use once_cell::sync::{Lazy, OnceCell};
 
 use super::durable::SyncPlan;
 use super::group::Group;
-use super::sys;
+use super::sys::{self, FileSystem};
 use crate::error::{Context, Error};
 use crate::kvc::Key;
 
@@ -19,6 +19,7 @@ use crate::kvc::Key;
 #[derive(Debug)]
 pub struct Root {
     dir: File,
+    file_system: FileSystem,
     traits: Arc<Traits>,
 }
 
@@ -27,7 +28,8 @@ pub struct Root {
 #[derive(Debug, Default)]
 struct Traits {
     needs_names: AtomicBool,
-    in_memory: OnceCell<bool>,
+    /// Whether a file without a name was given one here, which some systems do not allow.
+    links_unnamed: AtomicBool,
     sync_plan: OnceCell<SyncPlan>,
     /// Shares directory syncs between all who save here at the same time.
     syncs: Group,
@@ -39,8 +41,9 @@ struct Traits {
 /// directories from remembering them all.
 const REMEMBERED: usize = 256;
 
-/// By device and inode.
-type Known = HashMap<(u64, u64), Arc<Traits>>;
+/// By device and inode, and by what is mounted there: the first two are used again for the next file
+/// system that is mounted.
+type Known = HashMap<(u64, u64, FileSystem), Arc<Traits>>;
 
 static KNOWN: Lazy<Mutex<Known>> = Lazy::new(Mutex::default);
 
@@ -52,12 +55,18 @@ impl Root {
     pub fn open(path: &CStr) -> Result<Root, Error> {
         let dir = sys::open_dir(path).call("open")?;
         let stat = sys::stat(&dir).call("fstat")?;
+        let file_system = sys::file_system(&dir).call("fstatfs")?;
         let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
         if known.len() >= REMEMBERED {
             known.retain(|_, traits| Arc::strong_count(traits) > 1);
         }
-        let traits = Arc::clone(known.entry((stat.device, stat.inode)).or_default());
-        Ok(Root { dir, traits })
+        let place = (stat.device, stat.inode, file_system);
+        let traits = Arc::clone(known.entry(place).or_default());
+        Ok(Root {
+            dir,
+            file_system,
+            traits,
+        })
     }
 
     pub(crate) fn dir(&self) -> &File {
@@ -73,23 +82,30 @@ impl Root {
         self.traits.needs_names.store(true, Ordering::Relaxed);
     }
 
+    /// Whether a file without a name is known to take one here.
+    pub(crate) fn links_unnamed(&self) -> bool {
+        self.traits.links_unnamed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn remember_links_unnamed(&self) {
+        self.traits.links_unnamed.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn file_system(&self) -> FileSystem {
+        self.file_system
+    }
+
     /// Whether this directory is on a file system in memory: then nothing here waits for a device.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn is_in_memory(&self) -> Result<bool, Error> {
-        self.traits
-            .in_memory
-            .get_or_try_init(|| sys::is_in_memory(&self.dir).call("fstatfs"))
-            .copied()
+    pub fn is_in_memory(&self) -> bool {
+        self.file_system.is_in_memory()
     }
 
     /// Which syncs make a new file in this directory durable.
-    ///
-    /// A file system that is made anew under a running node, on the same device and without the journal
-    /// that it had, is not noticed: restart the node then.
     pub fn sync_plan(&self) -> SyncPlan {
         *self.traits.sync_plan.get_or_init(|| {
+            if self.file_system.is_xfs() {
+                return SyncPlan::OneLink;
+            }
             // Where this fails, nothing is known.
             sys::stat(&self.dir).map_or(SyncPlan::Everything, |stat| {
                 SyncPlan::of_device(stat.major(), stat.minor())

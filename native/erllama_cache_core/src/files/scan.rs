@@ -94,16 +94,17 @@ impl Scan {
             Err(error) => return skipped(error),
         };
         match stored.header() {
-            Ok(_) if self.keyed_only && !has_keyed_digest(&stored) => {
-                skipped(Error::Unauthenticated)
-            }
-            Ok(header) => Some(Found::File {
-                key,
-                header,
-                file_len: stored.len(),
-            }),
-            // Written by a later version, perhaps: that is no proof of anything.
-            Err(error @ Error::Corrupt(Corrupt::UnsupportedVersion)) => skipped(error),
+            Ok(header) => match self.takes(&stored) {
+                Ok(true) => Some(Found::File {
+                    key,
+                    header,
+                    file_len: stored.len(),
+                }),
+                Ok(false) => skipped(Error::Unauthenticated),
+                // Damaged, or unreadable: that it was made without the secret is not known.
+                Err(error) => skipped(error),
+            },
+            Err(error) if error.may_be_newer() => skipped(error),
             Err(Error::Corrupt(corrupt)) => match stored.remove(&self.root) {
                 Ok(true) => Some(Found::Removed { key, corrupt }),
                 // A save in another node replaces it just now, or has done so.
@@ -112,6 +113,15 @@ impl Scan {
             },
             Err(error) => skipped(error),
         }
+    }
+
+    /// Whether a load would take the file, as far as its prefix tells.
+    fn takes(&self, stored: &Stored) -> Result<bool, Error> {
+        if !self.keyed_only {
+            return Ok(true);
+        }
+        let prefix = stored.prefix()?;
+        Ok(matches!(prefix.digest(), Some((DigestMode::Keyed, _))))
     }
 
     /// Removes a temporary file unless somebody holds its lock: then it is being written.
@@ -126,10 +136,4 @@ impl Scan {
             Err(error) => Some(Found::Skipped { key: None, error }),
         }
     }
-}
-
-fn has_keyed_digest(stored: &Stored) -> bool {
-    stored
-        .prefix()
-        .is_ok_and(|prefix| matches!(prefix.digest(), Some((DigestMode::Keyed, _))))
 }

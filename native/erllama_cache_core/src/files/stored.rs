@@ -323,8 +323,6 @@ pub struct Loader {
     payload: Payload,
     /// The check that has to come first, if there is one.
     vetting: Option<Box<Check>>,
-    links: u64,
-    owner: u32,
 }
 
 impl Loader {
@@ -334,20 +332,9 @@ impl Loader {
     /// # Errors
     /// As [`Check::open`].
     pub fn open(root: &Root, key: &Key, secret: Option<&Secret>) -> Result<Option<Loader>, Error> {
-        let name = final_name(key);
-        // To write, so that the use can be noted; where that is not allowed, reading will do.
-        let opened = match open_regular(root, &name, libc::O_RDWR) {
-            Err(error)
-                if matches!(
-                    error.errno(),
-                    Some(libc::EACCES | libc::EROFS | libc::EPERM)
-                ) =>
-            {
-                open_regular(root, &name, libc::O_RDONLY)?
-            }
-            result => result?,
-        };
-        let Some((file, stat)) = opened else {
+        // To be read only: opening a file to write into it can mean to copy it, and waits where a file
+        // system is frozen.
+        let Some((file, stat)) = open_regular(root, &final_name(key), libc::O_RDONLY)? else {
             return Ok(None);
         };
         let payload = Payload::begin(file, stat.len, secret)?;
@@ -364,12 +351,7 @@ impl Loader {
         } else {
             None
         };
-        Ok(Some(Loader {
-            payload,
-            vetting,
-            links: stat.links,
-            owner: stat.owner,
-        }))
+        Ok(Some(Loader { payload, vetting }))
     }
 
     /// All that comes before the payload.
@@ -421,19 +403,5 @@ impl Loader {
             }
         }
         payload.verdict().map(Progress::Done)
-    }
-
-    /// Notes in the file that it was used at `now` (unix seconds), once more than before, for those
-    /// who evict by last use after a restart. No checksum covers these bytes.
-    ///
-    /// It is a hint, so what fails here is let go. A file of somebody else's, or one that has a
-    /// second name somewhere, is left alone: its bytes may not be ours to write.
-    pub fn note_use(&self, now: u64) {
-        if self.links != 1 || self.owner != sys::effective_user() {
-            return;
-        }
-        let hits = self.prefix().header().hit_count.saturating_add(1);
-        let _ = self.payload.file.write_at(&hits.to_le_bytes(), 12);
-        let _ = self.payload.file.write_at(&now.to_le_bytes(), 32);
     }
 }

@@ -57,26 +57,30 @@ fn uninterrupted(mut call: impl FnMut() -> c_int) -> io::Result<c_int> {
     }
 }
 
-/// Takes ownership of a descriptor that a call has just returned.
-fn own(fd: c_int) -> File {
-    // SAFETY: `fd` is a descriptor that the caller got from a successful open and has not given to
-    // anybody else.
-    File::from(unsafe { OwnedFd::from_raw_fd(fd) })
+/// Opens something: takes ownership of the descriptor that a call returns.
+///
+/// # Safety
+/// What `call` returns, unless -1, must be a descriptor that nobody else owns.
+unsafe fn opened(call: impl FnMut() -> c_int) -> io::Result<File> {
+    let fd = uninterrupted(call)?;
+    // SAFETY: the caller's promise.
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 /// Opens a directory by its path. The path itself may be a symbolic link: it is the operator's.
 pub(crate) fn open_dir(path: &CStr) -> io::Result<File> {
     let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
-    // SAFETY: `path` is a NUL-terminated string that lives through the call.
-    uninterrupted(|| unsafe { libc::open(path.as_ptr(), flags) }).map(own)
+    // SAFETY: `path` is a NUL-terminated string that lives through the call, which opens a new
+    // descriptor.
+    unsafe { opened(|| libc::open(path.as_ptr(), flags)) }
 }
 
 /// Opens `name` in `dir`. `O_CLOEXEC` is added; a symbolic link is never followed.
 pub(crate) fn open_at(dir: &File, name: &CStr, flags: c_int, mode: u32) -> io::Result<File> {
     let flags = flags | libc::O_CLOEXEC | libc::O_NOFOLLOW;
     // SAFETY: `dir` is open, `name` is NUL-terminated and lives through the call; the mode is
-    // passed as the unsigned int that the variadic call expects.
-    uninterrupted(|| unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), flags, mode) }).map(own)
+    // passed as the unsigned int that the variadic call expects; the descriptor is new.
+    unsafe { opened(|| libc::openat(dir.as_raw_fd(), name.as_ptr(), flags, mode)) }
 }
 
 /// Creates a file without a name in `dir`. `O_EXCL` is left out: it would forbid to link it later.
@@ -84,7 +88,7 @@ pub(crate) fn open_at(dir: &File, name: &CStr, flags: c_int, mode: u32) -> io::R
 pub(crate) fn open_unnamed(dir: &File, mode: u32) -> io::Result<File> {
     let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
     // SAFETY: as in `open_at`.
-    uninterrupted(|| unsafe { libc::openat(dir.as_raw_fd(), c".".as_ptr(), flags, mode) }).map(own)
+    unsafe { opened(|| libc::openat(dir.as_raw_fd(), c".".as_ptr(), flags, mode)) }
 }
 
 /// Elsewhere every file has a name from the start.
@@ -213,23 +217,73 @@ pub(crate) fn effective_user() -> u32 {
     unsafe { libc::geteuid() }
 }
 
-/// Whether a directory's files live in memory, so that nothing done to them waits for a device.
-#[cfg(target_os = "linux")]
-pub(crate) fn is_in_memory(dir: &File) -> io::Result<bool> {
-    let mut stat = MaybeUninit::<libc::statfs>::uninit();
-    // SAFETY: `dir` is open, `stat` has room for what the call writes.
-    uninterrupted(|| unsafe { libc::fstatfs(dir.as_raw_fd(), stat.as_mut_ptr()) })?;
-    // SAFETY: the call succeeded, so it has filled `stat`.
-    let stat = unsafe { stat.assume_init() };
-    // The types of both depend on the C library.
-    #[allow(clippy::unnecessary_cast)]
-    Ok(stat.f_type as u64 == libc::TMPFS_MAGIC as u64)
+/// What kind of file system something is on, and which one. Unlike the numbers of a device, which are
+/// given to the next file system as soon as one is unmounted, the two together are not used again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct FileSystem {
+    kind: u64,
+    id: [i32; 2],
 }
 
-/// Elsewhere nobody knows.
+impl FileSystem {
+    /// Whether its files live in memory, so that nothing done to them waits for a device.
+    pub(crate) fn is_in_memory(self) -> bool {
+        self.kind == TMPFS
+    }
+
+    /// Whether writing into a file of it can mean to copy that file first.
+    pub(crate) fn copies_on_open(self) -> bool {
+        self.kind == OVERLAY
+    }
+
+    pub(crate) fn is_xfs(self) -> bool {
+        self.kind == XFS
+    }
+}
+
+// From Linux's include/uapi/linux/magic.h.
+const TMPFS: u64 = 0x0102_1994;
+const OVERLAY: u64 = 0x794c_7630;
+const XFS: u64 = 0x5846_5342;
+
+/// The file system that `file` is on.
+#[cfg(target_os = "linux")]
+pub(crate) fn file_system(file: &File) -> io::Result<FileSystem> {
+    let mut stat = MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: `file` is open, `stat` has room for what the call writes.
+    uninterrupted(|| unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) })?;
+    // SAFETY: the call succeeded, so it has filled `stat`.
+    let stat = unsafe { stat.assume_init() };
+    // SAFETY: the type is two ints in C, and any bits make two ints.
+    let id = unsafe { std::mem::transmute::<libc::fsid_t, [i32; 2]>(stat.f_fsid) };
+    // The type depends on the processor and on the C library, its upper half means nothing.
+    #[allow(clippy::unnecessary_cast)]
+    let kind = stat.f_type as u64 & 0xffff_ffff;
+    Ok(FileSystem { kind, id })
+}
+
+/// Elsewhere all are alike.
 #[cfg(not(target_os = "linux"))]
-pub(crate) fn is_in_memory(_dir: &File) -> io::Result<bool> {
-    Ok(false)
+pub(crate) fn file_system(_file: &File) -> io::Result<FileSystem> {
+    Ok(FileSystem::default())
+}
+
+/// Whether a file may become this long: `EFBIG` if not.
+///
+/// A write or a reservation beyond `RLIMIT_FSIZE` would end the process: SIGXFSZ, which the VM does not
+/// handle. So it is never tried.
+pub(crate) fn may_be_as_long_as(len: u64) -> io::Result<()> {
+    let mut limit = MaybeUninit::<libc::rlimit>::uninit();
+    // SAFETY: `limit` has room for what the call writes.
+    check(unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, limit.as_mut_ptr()) })?;
+    // SAFETY: the call succeeded, so it has filled `limit`.
+    let limit = unsafe { limit.assume_init() }.rlim_cur;
+    // Infinity is the largest number.
+    #[allow(clippy::unnecessary_cast)]
+    if len > limit as u64 {
+        return Err(io::Error::from_raw_os_error(libc::EFBIG));
+    }
+    Ok(())
 }
 
 /// Sets a file's permissions to exactly `mode`, whatever the process's umask.

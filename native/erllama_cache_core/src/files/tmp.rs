@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::look::Stored;
+use super::look::{Claim, Stored};
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
 use super::stored::{self, Check, READ_PIECE};
@@ -65,6 +65,9 @@ const AHEAD: u64 = 1024 * 1024 * 1024;
 /// Whoever has the lock of a corrupt file needs it for a system call or two. Who keeps it for longer
 /// does not mean well, and is not waited for.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long between two looks at a lock that somebody else has.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// How often a name for a temporary file is tried. Names are random: the second try is already
 /// a wonder, or somebody's work.
@@ -126,7 +129,10 @@ enum Phase {
     Ready,
     /// The final name is taken: by what, is being found out.
     Taken(Box<Check>),
+    /// The file has its final name.
     Published,
+    /// Another file stands under it, and this one has no name.
+    Adopted,
     /// A call failed. A failed sync in particular is never repeated: the kernel has marked the
     /// pages clean, and a second sync would say that all is well.
     Failed,
@@ -246,6 +252,7 @@ impl TmpFile {
         options: Options,
     ) -> Result<TmpFile, Error> {
         let mode = options.mode;
+        sys::may_be_as_long_as(prefix.file_len()).call("getrlimit")?;
         let (file, name) = create_file(&root, &key, mode)?;
         let phase = Phase::Payload(Box::new(Writing {
             pos: 0,
@@ -339,7 +346,7 @@ impl TmpFile {
                     self.phase = done;
                     return Ok(Progress::Done(()));
                 }
-                Phase::Taken(_) | Phase::Published | Phase::Failed => {
+                Phase::Taken(_) | Phase::Published | Phase::Adopted | Phase::Failed => {
                     return Err(Error::OutOfTurn);
                 }
             };
@@ -624,7 +631,7 @@ impl TmpFile {
             Err(error) => return Err(error).call("fstatat"),
         }
         self.remove_name().call("unlink")?;
-        self.phase = Phase::Published;
+        self.phase = Phase::Adopted;
         let mut header = [0; 48];
         check.file().read_exact_at(&mut header, 0).call("pread")?;
         Ok(Some(Published {
@@ -638,15 +645,28 @@ impl TmpFile {
     /// that, or has done so: then the name is to be looked at once more.
     fn replace(&mut self) -> Result<Option<Published>, Error> {
         let to = final_name(&self.key);
-        let is_claimed = match &self.judged {
+        let claim = match &self.judged {
             // With its lock, which is held until ours has the name.
             Some(stored) => stored.claim(&self.root),
             // A link and the like: no scan removes that.
-            None => !sys::stat_at(self.root.dir(), &to).is_ok_and(|there| there.is_regular),
+            None if sys::stat_at(self.root.dir(), &to).is_ok_and(|there| there.is_regular) => {
+                Claim::Changed
+            }
+            None => Claim::Held,
         };
-        if !is_claimed && self.refused.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
-            thread::yield_now();
-            return Ok(None);
+        match claim {
+            Claim::Held => {}
+            // Nobody has judged what stands there now.
+            Claim::Changed => {
+                self.refused = None;
+                return Ok(None);
+            }
+            Claim::Locked => {
+                if self.refused.get_or_insert_with(Instant::now).elapsed() < PATIENCE {
+                    thread::sleep(PAUSE);
+                    return Ok(None);
+                }
+            }
         }
         if self.name.is_none() {
             self.name = Some(self.link_temporary()?);
@@ -730,7 +750,7 @@ impl Drop for TmpFile {
         // Closing a large file that has no name frees its pages and blocks. That takes long, and
         // this may be a thread that runs processes.
         if !matches!(self.phase, Phase::Published) && self.prefix.payload_len() > SMALL as u64 {
-            pool::detach(move || drop(file));
+            pool::reap(file);
         }
     }
 }
@@ -738,15 +758,11 @@ impl Drop for TmpFile {
 /// Files hold people's prompts: nobody else's business.
 pub const DEFAULT_MODE: u32 = 0o600;
 
-/// Creates a file without a name, or, where the file system cannot, with a temporary one and a lock
+/// Creates a file without a name, or, where that cannot be published, with a temporary one and a lock
 /// on it.
 fn create_file(root: &Root, key: &Key, mode: u32) -> Result<(File, Option<CString>), Error> {
-    if !root.needs_names() {
-        match sys::open_unnamed(root.dir(), mode) {
-            Ok(file) => return Ok((file, None)),
-            Err(error) if is_unsupported(&error) => {}
-            Err(error) => return Err(error).call("openat"),
-        }
+    if let Some(file) = create_unnamed(root, key, mode)? {
+        return Ok((file, None));
     }
     let (file, name) = create_named(root, key, mode)?;
     // Only now: an unsupported call can also mean that the directory is gone.
@@ -754,23 +770,77 @@ fn create_file(root: &Root, key: &Key, mode: u32) -> Result<(File, Option<CStrin
     Ok((file, Some(name)))
 }
 
+/// `None` where there are no files without a name, or where they cannot be given one later.
+fn create_unnamed(root: &Root, key: &Key, mode: u32) -> Result<Option<File>, Error> {
+    if root.needs_names() {
+        return Ok(None);
+    }
+    let create = || match sys::open_unnamed(root.dir(), mode) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if is_unsupported(&error) => Ok(None),
+        Err(error) => Err(error).call("openat"),
+    };
+    if !root.links_unnamed() {
+        // With a file of its own: one that has lost its only name cannot get another.
+        match create()? {
+            Some(probe) if links(root, key, &probe)? => root.remember_links_unnamed(),
+            _ => return Ok(None),
+        }
+    }
+    create()
+}
+
+/// Whether a file without a name can be given one here. Without `/proc`, older kernels let only a
+/// privileged process do that.
+fn links(root: &Root, key: &Key, probe: &File) -> Result<bool, Error> {
+    let mut taken = io::Error::from_raw_os_error(libc::EEXIST);
+    for name in temporary_names(key) {
+        match sys::link_unnamed(probe, root.dir(), &name) {
+            Ok(()) => {
+                return match sys::unlink_at(root.dir(), &name) {
+                    Ok(()) => Ok(true),
+                    // A sweeper was faster.
+                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(true),
+                    Err(error) => Err(error).call("unlink"),
+                };
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => taken = error,
+            Err(error) if cannot_link(&error) => return Ok(false),
+            Err(error) => return Err(error).call("linkat"),
+        }
+    }
+    Err(taken).call("linkat")
+}
+
+/// What systems answer that do not let a file without a name be linked, as against disks that fail.
+fn cannot_link(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(
+            libc::ENOENT
+                | libc::EOPNOTSUPP
+                | libc::ENOSYS
+                | libc::EINVAL
+                | libc::EPERM
+                | libc::EACCES
+                | libc::EXDEV
+                | libc::EMLINK
+        )
+    )
+}
+
 impl Root {
-    /// Tries whether the file system can create files without a name, and remembers it if not.
+    /// Tries whether files without a name can be saved here, and remembers it if not.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn takes_unnamed(&self) -> Result<bool, Error> {
-        if self.needs_names() {
-            return Ok(false);
+        let any_key = Key::from_bytes([0; 32]);
+        let takes = create_unnamed(self, &any_key, DEFAULT_MODE)?.is_some();
+        if !takes {
+            self.remember_needs_names();
         }
-        match sys::open_unnamed(self.dir(), DEFAULT_MODE) {
-            Ok(_gone) => Ok(true),
-            Err(error) if is_unsupported(&error) => {
-                self.remember_needs_names();
-                Ok(false)
-            }
-            Err(error) => Err(error).call("openat"),
-        }
+        Ok(takes)
     }
 }
 

@@ -1,0 +1,90 @@
+//! Noting in a file that it was used, for those who evict by last use after a restart.
+//!
+//! It is a hint, and a load must not pay for it, nor wait: on a frozen or hung file system a write may
+//! take for ever. So notes are made by one thread, later, and what comes when too many wait already is
+//! let go.
+
+use std::ffi::CString;
+use std::os::unix::fs::FileExt;
+use std::thread;
+
+use crossbeam::channel::{self, Sender};
+use once_cell::sync::OnceCell;
+
+use super::root::{Root, final_name};
+use super::stored::open_regular;
+use super::sys;
+use crate::error::{Context, Error};
+use crate::kvc::{FIXED_LEN, Header, Key, read_exact_at};
+
+/// So many notes may wait.
+const WAITING: usize = 1024;
+
+/// What is written at one go: from the count of hits to the time of last use. No checksum covers the
+/// two, and what stands between them is written as it was read.
+const HITS_AT: usize = 12;
+const LAST_USED_AT: usize = 32;
+const END: usize = 40;
+
+/// A use, or several, of one file.
+#[derive(Debug)]
+pub struct Use {
+    /// The root's path.
+    pub root: CString,
+    /// Whose file.
+    pub key: Key,
+    /// How many uses.
+    pub hits: u32,
+    /// When the last of them was, in unix seconds.
+    pub at: u64,
+}
+
+impl Use {
+    /// Has it noted at some time, if nothing stands in the way.
+    pub fn note_later(self) {
+        static NOTES: OnceCell<Sender<Use>> = OnceCell::new();
+        let notes = NOTES.get_or_try_init(|| {
+            let (notes, queue) = channel::bounded::<Use>(WAITING);
+            thread::Builder::new()
+                .name("erllama_notes".into())
+                .spawn(move || {
+                    for note in queue {
+                        let _ = note.note();
+                    }
+                })?;
+            std::io::Result::Ok(notes)
+        });
+        if let Ok(notes) = notes {
+            let _ = notes.try_send(self);
+        }
+    }
+
+    /// Notes it now. `false` where that is not to be done: there is no such file, or it is somebody
+    /// else's, or has a second name somewhere, so that its bytes may not be ours to write; or the file
+    /// system would copy it first.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Corrupt`] when it has no header.
+    pub fn note(&self) -> Result<bool, Error> {
+        let root = Root::open(&self.root)?;
+        if root.file_system().copies_on_open() {
+            return Ok(false);
+        }
+        let Some((file, stat)) = open_regular(&root, &final_name(&self.key), libc::O_RDWR)? else {
+            return Ok(false);
+        };
+        if stat.links != 1 || stat.owner != sys::effective_user() {
+            return Ok(false);
+        }
+        sys::may_be_as_long_as(END as u64).call("getrlimit")?;
+        let mut fixed = [0; FIXED_LEN];
+        read_exact_at(&file, &mut fixed, 0)?;
+        let header = Header::parse(&fixed, stat.len)?;
+        let hits = header.hit_count.saturating_add(self.hits);
+        fixed[HITS_AT..HITS_AT + 4].copy_from_slice(&hits.to_le_bytes());
+        fixed[LAST_USED_AT..END].copy_from_slice(&self.at.to_le_bytes());
+        file.write_all_at(&fixed[HITS_AT..END], HITS_AT as u64)
+            .call("pwrite")?;
+        Ok(true)
+    }
+}

@@ -99,21 +99,21 @@ impl Digester {
         self.tail.set_input_offset(self.parts * PART as u64);
     }
 
-    /// The digest, after `view`, the prefix as the digest takes it.
+    /// The digest of all that was added, after `view`, the prefix as the digest takes it.
     #[must_use]
-    pub fn finish(self, view: &[u8]) -> [u8; 32] {
+    pub fn finish(self, view: &[&[u8]]) -> [u8; 32] {
         *self.root(view).as_bytes()
     }
 
     /// Whether [`Digester::finish`] gives `digest`; compared in constant time.
     #[must_use]
-    pub fn matches(self, view: &[u8], digest: &[u8; 32]) -> bool {
+    pub fn matches(self, view: &[&[u8]], digest: &[u8; 32]) -> bool {
         // It is the comparison of this type that is in constant time.
         self.root(view) == blake3::Hash::from_bytes(*digest)
     }
 
-    fn root(mut self, view: &[u8]) -> blake3::Hash {
-        self.update(view);
+    fn root(mut self, view: &[&[u8]]) -> blake3::Hash {
+        view.iter().for_each(|piece| self.update(piece));
         let Some(mut left) = self.subtrees.pop() else {
             return self.tail.finalize();
         };
@@ -210,7 +210,7 @@ mod tests {
         digester.update(b"pay");
         digester.update(b"load");
         assert_eq!(
-            digester.finish(b"view"),
+            digester.finish(&[b"view"]),
             *blake3::hash(b"payloadview").as_bytes()
         );
     }
@@ -257,11 +257,14 @@ mod tests {
                         }
                         assert_eq!(buf[..whole], input[..whole]);
                         digester.update(&input[whole..len]);
-                        assert!(digester.matches(view, expected.as_bytes()), "{len} {block}");
+                        assert!(
+                            digester.matches(&[view], expected.as_bytes()),
+                            "{len} {block}"
+                        );
                     }
                     let mut digester = Digester::new(secret);
                     digester.update(&input[..len]);
-                    assert_eq!(digester.finish(view), *expected.as_bytes(), "{len}");
+                    assert_eq!(digester.finish(&[view]), *expected.as_bytes(), "{len}");
                 }
             }
         }
@@ -271,9 +274,9 @@ mod tests {
     fn a_secret_makes_another_digest_and_is_not_shown() {
         let secret = Secret::new([42; 32]);
         assert_eq!(format!("{secret:?}"), "Secret");
-        let keyed = Digester::new(Some(&secret)).finish(b"x");
+        let keyed = Digester::new(Some(&secret)).finish(&[b"x"]);
         assert_eq!(keyed, *blake3::keyed_hash(&[42; 32], b"x").as_bytes());
-        assert!(Digester::new(Some(&secret)).matches(b"x", &keyed));
-        assert!(!Digester::new(None).matches(b"x", &keyed));
+        assert!(Digester::new(Some(&secret)).matches(&[b"x"], &keyed));
+        assert!(!Digester::new(None).matches(&[b"x"], &keyed));
     }
 }

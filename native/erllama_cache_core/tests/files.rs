@@ -20,6 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use erllama_cache_core::Error;
+use erllama_cache_core::digest::Secret;
 use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, SyncPlan,
     TmpFile, Use,
@@ -46,14 +47,18 @@ fn key(n: u32) -> Key {
 }
 
 fn prefix(n: u32, payload: &[u8]) -> Prefix {
-    let meta = Meta {
+    Prefix::encode(&meta(&n.to_le_bytes()), payload.len() as u64, Digest::None).unwrap()
+}
+
+fn meta(tokens: &[u8]) -> Meta<'_> {
+    Meta {
         save_reason: SaveReason::Cold,
         quant_bits: 16,
         quant_byte: QUANT_BYTE,
         fingerprint: &FINGERPRINT,
         fingerprint_mode: FingerprintMode::Safe,
         ctx_params_hash: &CTX_PARAMS_HASH,
-        tokens: &n.to_le_bytes(),
+        tokens,
         context_size: 4096,
         creation_time: 1_700_000_000,
         last_used_time: 1_700_000_000,
@@ -62,8 +67,7 @@ fn prefix(n: u32, payload: &[u8]) -> Prefix {
         hostname: b"",
         erllama_version: b"",
         save_reason_detail: b"",
-    };
-    Prefix::encode(&meta, payload.len() as u64, Digest::None).unwrap()
+    }
 }
 
 fn payload(len: usize) -> Vec<u8> {
@@ -399,6 +403,48 @@ fn a_load_changes_nothing_in_the_file() {
     }
     assert_eq!(stat(), before);
     assert!(fs::read(path(dir.path(), 1)).unwrap() == bytes);
+}
+
+/// A text-keyed host's prompt may be as long as its state. Around the lengths at which another block
+/// begins, the digest must not be cut in two.
+#[test]
+fn a_long_prefix_is_written_as_any_other() {
+    const BLOCK: usize = 2 << 20;
+    let secret = Secret::new([7; 32]);
+    let text = payload(3 * BLOCK);
+    for (len, digest) in [
+        (SMALL, Digest::None),
+        (BLOCK - 300, Digest::Blake3),
+        (BLOCK - 100, Digest::Blake3Keyed),
+        (BLOCK, Digest::Blake3),
+        (2 * BLOCK - 200, Digest::Blake3Keyed),
+        (3 * BLOCK, Digest::Blake3),
+    ]
+    .into_iter()
+    .chain((0..90).map(|n| (BLOCK - 180 + n, Digest::Blake3)))
+    {
+        let dir = root();
+        let (key, tokens) = (key(1), 1u32.to_le_bytes());
+        let payload = b"payload";
+        let meta = Meta {
+            prompt_text: &text[..len],
+            ..meta(&tokens)
+        };
+        let prefix = Prefix::encode(&meta, payload.len() as u64, digest).unwrap();
+        let secret = (digest == Digest::Blake3Keyed).then(|| secret.clone());
+        let options = Options {
+            secret: secret.clone(),
+            ..Options::default()
+        };
+        let mut tmp = TmpFile::create(open(dir.path()), key, prefix, options).unwrap();
+        write(&mut tmp, payload).unwrap();
+        publish(&mut tmp).unwrap();
+        let mut loader = Loader::open(&open(dir.path()), &key, secret.as_ref())
+            .unwrap()
+            .unwrap();
+        assert_eq!(read(&mut loader).unwrap(), payload, "{len} {digest:?}");
+        assert!(loader.prefix().prompt_text() == &text[..len]);
+    }
 }
 
 // The name is taken

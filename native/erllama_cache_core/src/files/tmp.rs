@@ -30,12 +30,12 @@ use super::stored::{self, Check, READ_PIECE};
 use super::sys;
 use crate::digest::{Digester, Secret};
 use crate::error::{Context, Error};
-use crate::kvc::{Corrupt, Crc32c, Digest, Key, ParsedPrefix, Prefix};
+use crate::kvc::{Corrupt, Crc32c, Digest, Key, MIN_PREFIX_LEN, ParsedPrefix, Prefix};
 use crate::pool::{self, Answer};
 
-/// Up to this size a payload is checksummed at one go and written together with its prefix in one
-/// call; above it, it is worth reserving its space and keeping the disk busy while the rest comes.
-const SMALL: usize = 256 * 1024;
+/// Up to this size a file is checksummed at one go and written by one call; above it, it is worth
+/// reserving its space and keeping the disk busy while the rest comes.
+const SMALL: u64 = 256 * 1024;
 
 /// How much is written while another thread does its share: enough for the hand-over not to matter, little
 /// enough for a slice not to overrun by much and for the disk to begin early.
@@ -142,6 +142,8 @@ enum Phase {
 #[derive(Debug)]
 struct Writing {
     pos: usize,
+    /// How far the prefix is, which comes after the payload.
+    prefix_pos: usize,
     sums: Sums,
     back: ReadBack,
     /// Up to where the kernel was told to begin with the disk.
@@ -169,9 +171,9 @@ struct ReadBack {
 }
 
 impl ReadBack {
-    /// For a payload of this length.
-    fn new(payload_len: u64) -> ReadBack {
-        let piece = if payload_len <= SMALL as u64 {
+    /// For a file of this length.
+    fn new(file_len: u64) -> ReadBack {
+        let piece = if file_len <= SMALL {
             SMALL_READ_PIECE
         } else {
             READ_PIECE
@@ -256,6 +258,7 @@ impl TmpFile {
         let (file, name) = create_file(&root, &key, mode)?;
         let phase = Phase::Payload(Box::new(Writing {
             pos: 0,
+            prefix_pos: 0,
             sums: Sums {
                 crc: Crc32c::new(),
                 digester: match prefix.digest() {
@@ -264,7 +267,7 @@ impl TmpFile {
                     Digest::Blake3Keyed => Some(Digester::new(options.secret.as_ref())),
                 },
             },
-            back: ReadBack::new(prefix.payload_len()),
+            back: ReadBack::new(prefix.file_len()),
             started: 0,
             awaited: 0,
         }));
@@ -286,7 +289,7 @@ impl TmpFile {
         if mode != DEFAULT_MODE {
             sys::set_mode(&tmp.file, mode).call("fchmod")?;
         }
-        if tmp.prefix.payload_len() > SMALL as u64 {
+        if !tmp.is_small() {
             sys::reserve(&tmp.file, tmp.prefix.file_len()).call("fallocate")?;
         }
         Ok(tmp)
@@ -306,7 +309,7 @@ impl TmpFile {
             // Taken out, so that an error on the way leaves `Failed` behind.
             let phase = mem::replace(&mut self.phase, Phase::Failed);
             self.phase = match phase {
-                Phase::Payload(writing) if payload.len() <= SMALL => {
+                Phase::Payload(writing) if self.is_small() => {
                     self.write_small(payload, writing)?;
                     // Its sync is left to `publish`: the disk's time is the same, and a small save
                     // changes threads once less while the disk works.
@@ -317,13 +320,19 @@ impl TmpFile {
                     writing.awaited += self.await_disk(writing.awaited, slice)?;
                     Phase::Payload(writing)
                 }
-                Phase::Payload(mut writing) => {
+                Phase::Payload(mut writing) if writing.pos < payload.len() => {
                     self.write_block(payload, &mut writing)?;
                     self.start_writeback(&mut writing);
-                    if writing.pos < payload.len() {
+                    Phase::Payload(writing)
+                }
+                Phase::Payload(mut writing) => {
+                    if writing.prefix_pos == 0 {
+                        self.finish_payload(&mut writing)?;
+                    }
+                    self.write_prefix_block(&mut writing)?;
+                    if writing.prefix_pos < self.prefix.len() {
                         Phase::Payload(writing)
                     } else {
-                        self.write_prefix(writing)?;
                         Phase::Start
                     }
                 }
@@ -354,6 +363,10 @@ impl TmpFile {
                 return Ok(Progress::More);
             }
         }
+    }
+
+    fn is_small(&self) -> bool {
+        self.prefix.file_len() <= SMALL
     }
 
     /// Where in the file the payload has got to.
@@ -505,21 +518,60 @@ impl TmpFile {
         Ok(())
     }
 
-    /// Checks what is left, and writes what comes before the payload, now that its checksums are
-    /// known.
-    fn write_prefix(&mut self, mut writing: Box<Writing>) -> Result<(), Error> {
-        let start = self.prefix.len() as u64;
-        let back = &mut writing.back;
+    /// Checks what is left of the payload, now that all of it is written, and puts in its checksum.
+    fn finish_payload(&mut self, writing: &mut Writing) -> Result<(), Error> {
+        let crc = writing.sums.crc.finish();
         if writing.sums.digester.is_none() {
-            back.follow(&self.file, start, writing.pos)?;
-            if back.crc.finish() != writing.sums.crc.finish() {
+            let back = &mut writing.back;
+            back.follow(&self.file, self.prefix.len() as u64, writing.pos)?;
+            if back.crc.finish() != crc {
                 return Err(Error::ReadBack(Corrupt::ContentMismatch));
             }
         }
-        self.seal(writing.sums);
-        let prefix = self.prefix.as_bytes();
-        self.file.write_all_at(prefix, 0).call("pwrite")?;
-        back.compare(&self.file, 0, prefix)?;
+        self.prefix.set_crc(crc);
+        Ok(())
+    }
+
+    /// Writes the next block of what comes before the payload, sums it up and reads it back. With the
+    /// last block, which is the only one of most, comes the digest: it has to be known by then.
+    fn write_prefix_block(&mut self, writing: &mut Writing) -> Result<(), Error> {
+        let Writing {
+            prefix_pos,
+            sums: Sums { digester, .. },
+            back,
+            ..
+        } = writing;
+        let (start, len) = (*prefix_pos, self.prefix.len());
+        if len - start > BLOCK + MIN_PREFIX_LEN {
+            let end = start + BLOCK;
+            let this = &*self;
+            let view = this.prefix.digest_view_of(start..end);
+            let block = &this.prefix.as_bytes()[start..end];
+            let ((), written) = pool::join(
+                || {
+                    if let Some(digester) = digester {
+                        view.into_iter().for_each(|piece| digester.update(piece));
+                    }
+                },
+                || {
+                    this.write_pieces(block, start as u64, |at, piece| {
+                        back.compare(&this.file, at, piece)
+                    })
+                },
+            );
+            written?;
+            *prefix_pos = end;
+        } else {
+            if let Some(digester) = digester.take() {
+                let digest = digester.finish(&self.prefix.digest_view_of(start..len));
+                self.prefix.set_digest(&digest);
+            }
+            let block = &self.prefix.as_bytes()[start..];
+            self.write_pieces(block, start as u64, |at, piece| {
+                back.compare(&self.file, at, piece)
+            })?;
+            *prefix_pos = len;
+        }
         Ok(())
     }
 
@@ -749,7 +801,7 @@ impl Drop for TmpFile {
         let file = unsafe { ManuallyDrop::take(&mut self.file) };
         // Closing a large file that has no name frees its pages and blocks. That takes long, and
         // this may be a thread that runs processes.
-        if !matches!(self.phase, Phase::Published) && self.prefix.payload_len() > SMALL as u64 {
+        if !matches!(self.phase, Phase::Published) && !self.is_small() {
             pool::reap(file);
         }
     }

@@ -1,6 +1,7 @@
 //! The writer's side: every byte before the payload.
 
 use std::fmt;
+use std::ops::Range;
 
 use super::layout::{
     AT_CRC, DIGEST_LEN, FIXED_LEN, HEADER_LEN, LENGTH_LEN, MAGIC, MAX_PREFIX_LEN, MIN_PREFIX_LEN,
@@ -220,11 +221,17 @@ impl Prefix {
         }
     }
 
-    /// The bytes as the digest takes them after the payload: hit_count, last_used_time and the
-    /// digest itself as zero. Call it after [`set_crc`](Prefix::set_crc).
+    /// The bytes as the digest takes them after the payload, in pieces: hit_count, last_used_time and
+    /// the digest itself as zero. Call it after [`set_crc`](Prefix::set_crc).
     #[must_use]
-    pub fn digest_view(&self) -> Vec<u8> {
-        digest_view(&self.bytes, self.digest_at)
+    pub fn digest_view(&self) -> Vec<&[u8]> {
+        self.digest_view_of(0..self.len())
+    }
+
+    /// A part of [`digest_view`](Prefix::digest_view): of the bytes in `range`.
+    #[must_use]
+    pub fn digest_view_of(&self, range: Range<usize>) -> Vec<&[u8]> {
+        digest_view(&self.bytes, self.digest_at, range)
     }
 
     /// Which digest there is room for.
@@ -385,11 +392,11 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_has_up_to_a_gigabyte() {
+    fn a_prefix_has_its_bound() {
         for field in Field::ALL {
             // One token or four characters are enough for the record to be there.
             let around = sizes(field, 4).unwrap().prefix - 4;
-            let most = ((1 << 30) - around) / 4 * 4;
+            let most = (MAX_PREFIX_LEN - around) / 4 * 4;
             assert_eq!(sizes(field, most).unwrap().prefix, around + most);
             let result = sizes(field, most + 4);
             assert_eq!(result, Err(EncodeError::PrefixTooLong));

@@ -14,7 +14,7 @@ pub const MIN_PREFIX_LEN: usize = FIXED_LEN + 2 * LENGTH_LEN;
 /// The prefix is the one part of a file that is held in memory whole. The length of the file does
 /// not bound it well, because a sparse file of a terabyte costs whoever makes it nothing. A million
 /// tokens with their text take some 10 MB, so no honest file comes near this.
-pub const MAX_PREFIX_LEN: usize = 1 << 30;
+pub const MAX_PREFIX_LEN: usize = 64 << 20;
 
 /// The first bytes of every file.
 pub(super) const MAGIC: &[u8; 3] = b"KVC";
@@ -54,17 +54,29 @@ pub(super) const TAG_TOKEN_COUNT: u8 = 0x08;
 pub(super) const TAG_TOKENS: u8 = 0x09;
 pub(super) const TAG_DIGEST: u8 = 0xB3;
 
-/// The prefix as the digest takes it: without what changes while the file lives, and without the
-/// digest itself, whose 32 bytes begin at `digest_at`.
-pub(super) fn digest_view(prefix: &[u8], digest_at: Option<usize>) -> Vec<u8> {
-    let mut view = prefix.to_vec();
-    let changing: [Range<usize>; 2] = [
+/// The bytes of a prefix in `range` as the digest takes them, in pieces: without what changes while the
+/// file lives, and without the digest itself, whose 32 bytes begin at `digest_at`.
+pub(super) fn digest_view(
+    prefix: &[u8],
+    digest_at: Option<usize>,
+    range: Range<usize>,
+) -> Vec<&[u8]> {
+    const ZEROS: &[u8] = &[0; DIGEST_LEN];
+    let changing = [
         AT_HIT_COUNT..AT_HIT_COUNT + 4,
         AT_LAST_USED_TIME..AT_LAST_USED_TIME + 8,
     ];
     let digest = digest_at.map(|at| at..at + DIGEST_LEN);
-    for range in changing.into_iter().chain(digest) {
-        view[range].fill(0);
+    let mut view = Vec::new();
+    let mut at = range.start;
+    for left_out in changing.into_iter().chain(digest) {
+        let (start, end) = (left_out.start.max(at), left_out.end.min(range.end));
+        if start < end {
+            view.push(&prefix[at..start]);
+            view.push(&ZEROS[..end - start]);
+            at = end;
+        }
     }
+    view.push(&prefix[at..range.end]);
     view
 }

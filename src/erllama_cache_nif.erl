@@ -15,7 +15,7 @@
     semaphore_info/1, semaphore_holders/1, semaphore_waiters/1,
     guard_new/1, try_acquire/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
     handle_new/1, handle_pid/1,
-    quant_byte/1, encode_tokens/1, key/4,
+    quant_byte/1, encode_tokens/1, key/4, key_of_many/4,
     write_tmp/8, write_more/3, write_and_publish/8, write_and_publish_in_memory/8, publish/2, abort/1,
     secret_new/1, sync_failures/0, live_objects/0, load/3, load_more/1, note_use/4, check/3, check_more/1,
     takes_unnamed/1, exists/2, delete/2, scan/2, scan_more/1
@@ -143,6 +143,10 @@ encode_tokens(_Tokens) -> ?NOT_LOADED.
 -spec key(<<_:256>>, byte(), <<_:256>>, binary()) -> key().
 key(_Fingerprint, _QuantByte, _CtxParamsHash, _Tokens) -> ?NOT_LOADED.
 
+%% The same on a dirty scheduler, for many tokens.
+-spec key_of_many(<<_:256>>, byte(), <<_:256>>, binary()) -> key().
+key_of_many(_Fingerprint, _QuantByte, _CtxParamsHash, _Tokens) -> ?NOT_LOADED.
+
 %% How many syncs of files and directories have failed since the library was loaded.
 -spec sync_failures() -> non_neg_integer().
 sync_failures() -> ?NOT_LOADED.
@@ -173,8 +177,8 @@ write_tmp(_Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options) -
 write_and_publish(_Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options) ->
     ?NOT_LOADED.
 
-%% The same on the caller's own scheduler, if the root's file system is one in memory: then no call
-%% waits for a device.
+%% The same on the caller's own scheduler, in a root that is known to be in memory: then no call
+%% waits for a device. `on_device' where it is not, or not known to be: the call before makes it known.
 -spec write_and_publish_in_memory(
     guard(), root(), key(), erllama_cache_meta:complete(), byte(),
     Tokens :: binary(), Payload :: binary(), save_options()

@@ -131,6 +131,9 @@
 %% The quant byte of all types that the table does not name.
 -define(NO_KNOWN_TYPE, 255).
 
+%% Bytes that are hashed within half a millisecond on any processor.
+-define(FEW_TOKENS, 131072).
+
 -define(IS_KEY(Key), (is_binary(Key) andalso byte_size(Key) =:= 32)).
 
 %%% Starting
@@ -233,14 +236,14 @@ load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     end.
 
 load_slices(#config{path = Path, secret = Secret}, Key) ->
-    case erllama_cache_nif:load(Path, Key, Secret) of
-        {more, Load} -> load_more(Load, erllama_cache_turn:new());
+    case erllama_cache_turn:run(fun() -> erllama_cache_nif:load(Path, Key, Secret) end) of
+        {more, Load} -> load_more(Load);
         Result -> Result
     end.
 
-load_more(Load, Turn) ->
-    case erllama_cache_turn:run(Turn, fun() -> erllama_cache_nif:load_more(Load) end) of
-        more -> load_more(Load, Turn);
+load_more(Load) ->
+    case erllama_cache_turn:run(fun() -> erllama_cache_nif:load_more(Load) end) of
+        more -> load_more(Load);
         Result -> Result
     end.
 
@@ -292,10 +295,14 @@ forget(_Name, _NothingOrReserved) ->
 delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     Config = config(Name),
     Known = ets:lookup(Name, Key),
-    case erllama_cache_nif:delete(Config#config.path, Key) of
+    case delete_file(Config, Key) of
         Existed when is_boolean(Existed) -> forget(Name, Known);
         {error, _} = Error -> Error
     end.
+
+%% Whether there was one.
+delete_file(#config{path = Path}, Key) ->
+    erllama_cache_turn:run(fun() -> erllama_cache_nif:delete(Path, Key) end).
 
 %% @doc The key that a save with this map gets: 32 bytes. Of the map's keys it wants those that the
 %% key is made of, `fingerprint', `quant_type', `ctx_params_hash' and `tokens', and looks at no other.
@@ -374,9 +381,13 @@ identify(#{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash 
         {_, error} ->
             {error, {invalid_meta, tokens}};
         {QuantByte, Encoded} ->
-            Key = erllama_cache_nif:key(Fingerprint, QuantByte, CtxParamsHash, Encoded),
-            {ok, {Key, QuantByte, Encoded}}
+            {ok, {key(Fingerprint, QuantByte, CtxParamsHash, Encoded), QuantByte, Encoded}}
     end.
+
+key(Fingerprint, QuantByte, CtxParamsHash, Encoded) when byte_size(Encoded) =< ?FEW_TOKENS ->
+    erllama_cache_nif:key(Fingerprint, QuantByte, CtxParamsHash, Encoded);
+key(Fingerprint, QuantByte, CtxParamsHash, Encoded) ->
+    erllama_cache_nif:key_of_many(Fingerprint, QuantByte, CtxParamsHash, Encoded).
 
 %% More tokens than a NIF should hold a scheduler for, and numbers beyond 64 bits, are rare enough to
 %% be Erlang's.
@@ -453,7 +464,8 @@ claimable(Name, Key) ->
 %% Another node, or a person, may have deleted the file: then the row tells of nothing. Where the root
 %% cannot be looked into, nothing is known, and least of all that the key is stored.
 present_still(Name, #row{key = Key} = Row) ->
-    case erllama_cache_nif:exists((config(Name))#config.path, Key) of
+    #config{path = Path} = config(Name),
+    case erllama_cache_turn:run(fun() -> erllama_cache_nif:exists(Path, Key) end) of
         true ->
             {error, already_present};
         false ->
@@ -579,13 +591,13 @@ open(Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}, Secret) -
     end.
 
 scan(#config{path = Path, secret = Secret} = Config) ->
-    case erllama_cache_nif:scan(Path, Secret =/= none) of
+    case erllama_cache_turn:run(fun() -> erllama_cache_nif:scan(Path, Secret =/= none) end) of
         {ok, Scan} -> scan(Scan, Config, 0);
         {error, _} = Error -> Error
     end.
 
 scan(Scan, #config{name = Name} = Config, Used) ->
-    case erllama_cache_nif:scan_more(Scan) of
+    case erllama_cache_turn:run(fun() -> erllama_cache_nif:scan_more(Scan) end) of
         {Progress, Found} when is_list(Found) ->
             Rows = [
                 present(Key, Size, not_ahead(LastUsed * 1000))
@@ -607,7 +619,7 @@ report_start(#config{name = Name, path = Path, root = Root}, Used, Took) ->
     Files = ets:info(Name, size) - 1,
     ?LOG_INFO(#{event => store_scanned, store => Name, root => Root, files => Files, bytes => Used,
                 ms => Took}, ?LOG_META),
-    case erllama_cache_nif:takes_unnamed(Path) of
+    case erllama_cache_turn:run(fun() -> erllama_cache_nif:takes_unnamed(Path) end) of
         false -> ?LOG_NOTICE(#{event => root_needs_names, store => Name, root => Root}, ?LOG_META);
         %% An error is told by the first save that meets it.
         _ -> ok
@@ -721,13 +733,13 @@ owner_died(Token, #state{config = #config{name = Name} = Config, watches = Watch
     end.
 
 check_file(#config{path = Path, secret = Secret}, Key) ->
-    case erllama_cache_nif:check(Path, Key, Secret) of
+    case erllama_cache_turn:run(fun() -> erllama_cache_nif:check(Path, Key, Secret) end) of
         {more, Check} -> check_more(Check);
         Result -> Result
     end.
 
 check_more(Check) ->
-    case erllama_cache_nif:check_more(Check) of
+    case erllama_cache_turn:run(fun() -> erllama_cache_nif:check_more(Check) end) of
         more -> check_more(Check);
         Result -> Result
     end.
@@ -768,8 +780,8 @@ make_room(Needed, #state{oldest = [{LastUsed, Key} | Rest], config = Config} = S
             make_room(Needed, Next, Evicted)
     end.
 
-evict(#row{key = Key, size = Size}, #config{name = Name, path = Path} = Config) ->
-    case erllama_cache_nif:delete(Path, Key) of
+evict(#row{key = Key, size = Size}, #config{name = Name} = Config) ->
+    case delete_file(Config, Key) of
         Existed when is_boolean(Existed) ->
             Pattern = #row{key = Key, size = Size, state = present, _ = '_'},
             case ets:select_delete(Name, [{Pattern, [], [true]}]) of

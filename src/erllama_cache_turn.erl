@@ -1,19 +1,19 @@
-%% Turns on the dirty I/O schedulers. Large saves and loads work in slices, and each slice takes a
-%% turn first: there are fewer turns than such schedulers, so that whoever else in this node needs
-%% one, be it for a look at a file, finds one free, however many saves run.
+%% Turns on the dirty I/O schedulers. Saves and loads take a turn for each slice of theirs: there are
+%% fewer turns than such schedulers, so that whatever else in this node needs one, be it a look at a
+%% file, finds one free, however many saves and loads wait for a disk.
 %%
-%% Turns are slots of a semaphore of their own: fair, and given back when their owner dies.
+%% Turns are slots of a semaphore of their own: fair, and given back when their owner dies. A process
+%% has one guard for them, made at its first turn.
 %%
 %% @private
 -module(erllama_cache_turn).
 
--export([setup/0, new/0, run/2]).
--export_type([turn/0]).
-
--opaque turn() :: erllama_cache_nif:guard().
+-export([setup/0, run/1]).
 
 %% So many schedulers are left to others.
 -define(LEFT, 2).
+%% The entry in a process's dictionary.
+-define(GUARD, '$erllama_cache_turns').
 
 %% Makes the turns, once for the node's life.
 -spec setup() -> ok.
@@ -27,28 +27,34 @@ setup() ->
             ok
     end.
 
-%% For one save or load.
--spec new() -> turn().
-new() ->
-    erllama_cache_nif:guard_new(persistent_term:get(?MODULE)).
-
-%% Runs one slice when it is its turn.
--spec run(turn(), fun(() -> Result)) -> Result.
-run(Turn, Slice) ->
-    ok = take(Turn),
+%% Runs one slice when it is its turn. It does not nest.
+-spec run(fun(() -> Result)) -> Result.
+run(Slice) ->
+    Guard = guard(),
+    ok = take(Guard),
     try
         Slice()
     after
-        _ = erllama_cache_nif:release(Turn)
+        _ = erllama_cache_nif:release(Guard)
     end.
 
-take(Turn) ->
-    case erllama_cache_nif:try_acquire(Turn) of
+guard() ->
+    case get(?GUARD) of
+        undefined ->
+            Guard = erllama_cache_nif:guard_new(persistent_term:get(?MODULE)),
+            _ = put(?GUARD, Guard),
+            Guard;
+        Guard ->
+            Guard
+    end.
+
+take(Guard) ->
+    case erllama_cache_nif:try_acquire(Guard) of
         ok ->
             ok;
         busy ->
             Ref = make_ref(),
-            case erllama_cache_nif:acquire_or_queue(Turn, 1, 0, Ref) of
+            case erllama_cache_nif:acquire_or_queue(Guard, 1, 0, Ref) of
                 ok -> ok;
                 queued -> receive {Ref, granted} -> ok end
             end

@@ -83,7 +83,7 @@
 -define(MAX_BYTES, 16#ffffffffffffffff).
 %% A save that takes long renews its reservation's lease of 60 s this often.
 -define(RENEW_EVERY, 15000).
-%% Up to this many bytes of payload, a save is one call of the library.
+%% Up to this many bytes of file, a save is one call of the library.
 -define(SMALL, 65536).
 
 -define(IS_TIMEOUT(T), (T =:= infinity orelse (is_integer(T) andalso T >= 0 andalso T =< ?MAX_TIMEOUT))).
@@ -734,8 +734,8 @@ stopped({Ref, [Monitor]}) ->
     key :: key(),
     quant_byte :: byte(),
     tokens :: binary(),
+    size :: pos_integer(),
     token :: erllama_cache_host:token(),
-    turn :: none | erllama_cache_turn:turn(),
     stop :: stop(),
     renewed :: integer()
 }).
@@ -746,12 +746,13 @@ save_with_slot(Guard, TierSrv, Tier, BuildMeta, Payload, Stop) ->
         {ok, Meta} ->
             case Host:identify(Meta) of
                 {ok, {Key, QuantByte, Tokens}} ->
-                    case Host:reserve(TierSrv, Tier, Key, file_size(Meta, Tokens, Payload)) of
+                    Size = file_size(Meta, Tokens, Payload),
+                    case Host:reserve(TierSrv, Tier, Key, Size) of
                         {ok, Token} ->
                             save_reserved(#save{
                                 host = Host, guard = Guard, tier_srv = TierSrv, tier = Tier, meta = Meta,
                                 payload = Payload, options = Options, key = Key, quant_byte = QuantByte,
-                                tokens = Tokens, token = Token, turn = turn(Payload), stop = Stop,
+                                tokens = Tokens, size = Size, token = Token, stop = Stop,
                                 renewed = erlang:monotonic_time(millisecond)
                             });
                         {error, already_present} = Error ->
@@ -766,9 +767,6 @@ save_with_slot(Guard, TierSrv, Tier, BuildMeta, Payload, Stop) ->
         {error, _} = Error ->
             Error
     end.
-
-turn(Payload) when byte_size(Payload) =< ?SMALL -> none;
-turn(_Payload) -> erllama_cache_turn:new().
 
 %% What the file will take, for a host that makes room: exact but for the fixed fields and tags,
 %% which are less than this.
@@ -799,7 +797,7 @@ save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
             erlang:raise(Class, Reason, Stack)
     end.
 
-begin_write({ok, Path}, #save{payload = Payload} = Save) when byte_size(Payload) =< ?SMALL ->
+begin_write({ok, Path}, #save{size = Size} = Save) when Size =< ?SMALL ->
     %% The way to a dirty scheduler and back takes longer than the write of a few pages, so there is
     %% at most one way for all; the reservation, milliseconds old, is checked before it.
     case check(Save) of
@@ -807,8 +805,8 @@ begin_write({ok, Path}, #save{payload = Payload} = Save) when byte_size(Payload)
         {error, _} = Error -> {lost, Error}
     end;
 begin_write({ok, Path}, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
-                              tokens = Tokens, payload = Payload, options = Options} = Save) ->
-    in_turn(Save, fun() ->
+                              tokens = Tokens, payload = Payload, options = Options}) ->
+    erllama_cache_turn:run(fun() ->
         erllama_cache_nif:write_tmp(Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options)
     end);
 begin_write({error, _} = Error, _Save) ->
@@ -826,12 +824,11 @@ write_and_publish(Path, #save{tier = ram_file, guard = Guard, key = Key, meta = 
     end;
 write_and_publish(Path, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
                               tokens = Tokens, payload = Payload, options = Options}) ->
-    erllama_cache_nif:write_and_publish(
-        Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
-    ).
-
-in_turn(#save{turn = none}, Slice) -> Slice();
-in_turn(#save{turn = Turn}, Slice) -> erllama_cache_turn:run(Turn, Slice).
+    erllama_cache_turn:run(fun() ->
+        erllama_cache_nif:write_and_publish(
+            Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
+        )
+    end).
 
 %% There is a temporary file: a failed call has dropped it, everything else has to.
 save_begun(Progress, Root, Tmp, Save) ->
@@ -870,7 +867,8 @@ go_on(ok, _Tmp, Save) ->
 go_on(more, Tmp, #save{guard = Guard, payload = Payload} = Save) ->
     case renew(Save) of
         {ok, Renewed} ->
-            case in_turn(Save, fun() -> erllama_cache_nif:write_more(Guard, Tmp, Payload) end) of
+            Slice = fun() -> erllama_cache_nif:write_more(Guard, Tmp, Payload) end,
+            case erllama_cache_turn:run(Slice) of
                 {error, _} = Error -> {failed, Error};
                 Progress -> write_rest(Progress, Tmp, Renewed)
             end;
@@ -895,7 +893,7 @@ check(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
     Host:check(TierSrv, Key, Token).
 
 publish(Root, Tmp, #save{guard = Guard} = Save) ->
-    case in_turn(Save, fun() -> erllama_cache_nif:publish(Guard, Tmp) end) of
+    case erllama_cache_turn:run(fun() -> erllama_cache_nif:publish(Guard, Tmp) end) of
         more ->
             publish(Root, Tmp, Save);
         {ok, Outcome, Size, Header} ->

@@ -10,7 +10,7 @@
 
 -include_lib("stdlib/include/assert.hrl").
 
--import(erllama_cache_hooked_host, [with_hook/2, stop_large_save/1, go_on/1]).
+-import(erllama_cache_hooked_host, [with_hook/2, stop_after_first_slice/1, go_on/1]).
 -import(erllama_cache_test_util, [
     files/1, open_files/1, file_of/2, meta/1, eventually/1, actor/0, tell/2, answer/2, kill/1,
     run_command/2
@@ -203,7 +203,7 @@ repair(Image, Mount) ->
 paused_in_slices(Root, Meanwhile) ->
     Saver = actor(),
     Self = self(),
-    Turns = stop_large_save(fun() ->
+    Turns = stop_after_first_slice(fun() ->
         Self ! {saving, tell(Saver, fun() -> try_save(100, 24 * ?MIB) end)},
         Saver
     end),

@@ -3,7 +3,7 @@
 -module(erllama_cache_hooked_host).
 -behaviour(erllama_cache_host).
 
--export([with_hook/2, stop_large_save/1, stop_large_load/1, go_on/1]).
+-export([with_hook/2, stop_after_first_slice/1, go_on/1]).
 -export_type([turns/0]).
 -export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 
@@ -19,10 +19,10 @@ with_hook(Hook, Fun) ->
         persistent_term:erase(?MODULE)
     end.
 
-%% Begins something large in a process of its own, which is stopped after its first slice: all turns
+%% Begins a large save or load in a process of its own, which is stopped after its first slice: all turns
 %% on the dirty schedulers are taken, and until go_on/1 no slice of anything runs.
--spec stop_large_save(fun(() -> pid())) -> turns().
-stop_large_save(Begin) ->
+-spec stop_after_first_slice(fun(() -> pid())) -> turns().
+stop_after_first_slice(Begin) ->
     First = all_turns(),
     ok = taken(First),
     waits_for_a_turn(Begin()),
@@ -31,14 +31,6 @@ stop_large_save(Begin) ->
     ok = go_on(First),
     ok = taken(Second),
     Second.
-
-%% A load takes no turn for its first slice.
--spec stop_large_load(fun(() -> pid())) -> turns().
-stop_large_load(Begin) ->
-    Turns = all_turns(),
-    ok = taken(Turns),
-    waits_for_a_turn(Begin()),
-    Turns.
 
 -spec go_on(turns()) -> ok.
 go_on({Guard, _}) ->

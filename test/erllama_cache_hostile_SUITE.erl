@@ -10,7 +10,7 @@
 
 -compile(export_all).
 
--import(erllama_cache_hooked_host, [with_hook/2, stop_large_save/1, stop_large_load/1, go_on/1]).
+-import(erllama_cache_hooked_host, [with_hook/2, stop_after_first_slice/1, go_on/1]).
 -import(erllama_cache_test_util, [
     fresh_dir/2, files/1, open_files/1, file_of/2, meta/1, eventually/1,
     actor/0, ask/2, tell/2, answer/2, kill/1, run_command/2
@@ -447,7 +447,7 @@ a_root_swapped_between_slices_of_a_save(Config) ->
     Theirs = valid(Outside, 1, ?THEIRS),
     Before = snapshot([Theirs]),
     {Saver, Begin} = actor_for(fun() -> save(1, Payload) end),
-    Turns = stop_large_save(Begin),
+    Turns = stop_after_first_slice(Begin),
     _ = swap_root(Root, Outside),
     ok = go_on(Turns),
     assert_saved_in_moved(answer(Saver), Payload, Root, Before, Config).
@@ -470,7 +470,7 @@ a_root_swapped_between_slices_of_a_load(Config) ->
     Theirs = valid(Outside, 1, ?THEIRS),
     Before = snapshot([Theirs]),
     {Loader, Begin} = actor_for(fun() -> load(1) end),
-    Turns = stop_large_load(Begin),
+    Turns = stop_after_first_slice(Begin),
     Moved = swap_root(Root, Outside),
     ok = file:delete(path(Moved, 1)),
     ok = file:make_symlink(Theirs, path(Moved, 1)),

@@ -53,10 +53,10 @@ defmodule ElixirKVTest do
   end
 
   test "an error can be matched, read and raised", %{model: model} do
-    words = "the build_meta's quant_bits has the wrong type or size"
-    wrong = %{model | quant_bits: 256}
+    words = "the build_meta's fingerprint has the wrong type or size"
+    wrong = %{model | fingerprint: "too short"}
 
-    assert {:error, %ElixirKV.Error{reason: {:invalid_meta, :quant_bits}} = error} =
+    assert {:error, %ElixirKV.Error{reason: {:invalid_meta, :fingerprint}} = error} =
              ElixirKV.save(wrong, @tokens, "x")
 
     assert Exception.message(error) == words

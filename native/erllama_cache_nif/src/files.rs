@@ -127,12 +127,17 @@ fn write_and_publish<'a>(
         return Ok(owner_died(env));
     };
     let prefix = prefix(meta, quant_byte, tokens, payload, options)?;
-    write_then_publish(env, root(path)?, key, prefix, payload, &Slice::of(SLICE))
+    let root = root(path)?;
+    if root.as_ref().is_ok_and(Root::is_in_memory) {
+        in_memory::remember(&path, true);
+    }
+    write_then_publish(env, root, key, prefix, payload, &Slice::of(SLICE))
 }
 
-/// The same without the way to another thread and back: for a root in memory, where nothing waits
-/// for a device. What could take longer, the check of a file that is there already, is left for
-/// `publish`.
+/// The same without the way to another thread and back, where nothing waits for a device: in a root
+/// that was in memory when [`write_and_publish`] saw it last. Any other root is not even opened here,
+/// for on a hung file system that alone could take for ever. What could take longer, the check of a
+/// file that is there already, is left for `publish`.
 #[rustler::nif]
 #[allow(clippy::too_many_arguments)]
 fn write_and_publish_in_memory<'a>(
@@ -146,8 +151,13 @@ fn write_and_publish_in_memory<'a>(
     payload: Binary<'a>,
     options: Term<'a>,
 ) -> NifResult<Term<'a>> {
+    if !in_memory::contains(&path) {
+        return Ok(atoms::on_device().encode(env));
+    }
     let root = root(path)?;
-    if root.as_ref().is_ok_and(|root| !root.is_in_memory()) {
+    if !root.as_ref().is_ok_and(Root::is_in_memory) {
+        // Something else is mounted there by now, or nothing.
+        in_memory::remember(&path, false);
         return Ok(atoms::on_device().encode(env));
     }
     let Some(_running) = guard.running_io(env) else {
@@ -155,6 +165,31 @@ fn write_and_publish_in_memory<'a>(
     };
     let prefix = prefix(meta, quant_byte, tokens, payload, options)?;
     write_then_publish(env, root, key, prefix, payload, &Slice::of(Duration::ZERO))
+}
+
+/// Roots that were in memory when they were opened last.
+mod in_memory {
+    use std::collections::HashSet;
+    use std::sync::{LazyLock, Mutex, PoisonError};
+
+    /// More than any node has; beyond it none is added, and saves take the longer way.
+    const REMEMBERED: usize = 256;
+
+    static ROOTS: LazyLock<Mutex<HashSet<Box<[u8]>>>> = LazyLock::new(Mutex::default);
+
+    pub(super) fn contains(path: &[u8]) -> bool {
+        let roots = ROOTS.lock().unwrap_or_else(PoisonError::into_inner);
+        roots.contains(path)
+    }
+
+    pub(super) fn remember(path: &[u8], is_in_memory: bool) {
+        let mut roots = ROOTS.lock().unwrap_or_else(PoisonError::into_inner);
+        if !is_in_memory {
+            roots.remove(path);
+        } else if roots.len() < REMEMBERED && !roots.contains(path) {
+            roots.insert(path.into());
+        }
+    }
 }
 
 fn write_then_publish<'a>(

@@ -159,6 +159,7 @@ fn encode_tokens<'a>(env: Env<'a>, tokens: Term<'a>) -> Term<'a> {
         encoded.extend_from_slice(&(token as u32).to_le_bytes());
         rest = tail;
     }
+    report_time(env, encoded.len());
     if rest.is_empty_list() {
         binary(env, &encoded)
     } else {
@@ -190,8 +191,31 @@ fn integer(term: Term<'_>) -> Option<i64> {
     (is_integer != 0).then_some(value)
 }
 
+/// The key of a state with few tokens: for more than some ten thousand, [`key_of_many`] is the call.
 #[rustler::nif(name = "key")]
 fn key_nif<'a>(
+    env: Env<'a>,
+    fingerprint: Binary<'a>,
+    quant_byte: u8,
+    ctx_params_hash: Binary<'a>,
+    tokens: Binary<'a>,
+) -> NifResult<Term<'a>> {
+    report_time(env, tokens.len());
+    hash(env, fingerprint, quant_byte, ctx_params_hash, tokens)
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn key_of_many<'a>(
+    env: Env<'a>,
+    fingerprint: Binary<'a>,
+    quant_byte: u8,
+    ctx_params_hash: Binary<'a>,
+    tokens: Binary<'a>,
+) -> NifResult<Term<'a>> {
+    hash(env, fingerprint, quant_byte, ctx_params_hash, tokens)
+}
+
+fn hash<'a>(
     env: Env<'a>,
     fingerprint: Binary<'a>,
     quant_byte: u8,
@@ -205,4 +229,15 @@ fn key_nif<'a>(
         tokens.as_slice(),
     );
     Ok(binary(env, key.as_bytes()))
+}
+
+/// Bytes of tokens that take a percent of a millisecond, which is how schedulers count, on a processor
+/// without instructions for SHA-256.
+const BYTES_PER_PERCENT: usize = 2 * 1024;
+
+/// Has a call of this many bytes count as the work that it is: otherwise a process that makes many
+/// would be charged next to nothing for them.
+fn report_time(env: Env<'_>, bytes: usize) {
+    let percent = (bytes / BYTES_PER_PERCENT).clamp(1, 100);
+    rustler::schedule::consume_timeslice(env, percent as i32);
 }

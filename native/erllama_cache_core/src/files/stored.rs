@@ -62,8 +62,9 @@ pub(crate) fn open_regular(
     }
 }
 
-/// How much is read between two looks at the clock.
-const BLOCK: usize = 16 * 1024 * 1024;
+/// How much is read between two looks at the clock: parts enough for two threads, and little enough
+/// for a slow disk not to make a slice much longer.
+const BLOCK: usize = 2 * 1024 * 1024;
 
 /// A file's payload on its way in: where it is, and what it has to come to.
 #[derive(Debug)]

@@ -18,7 +18,7 @@
     quant_byte/1, encode_tokens/1, key/4, key_of_many/4,
     write_tmp/8, write_more/3, write_and_publish/8, write_and_publish_in_memory/8, publish/2, abort/1,
     secret_new/1, sync_failures/0, live_objects/0, load/3, load_more/1, note_use/4, check/3, check_more/1,
-    takes_unnamed/1, exists/2, delete/2, scan/2, scan_more/1
+    takes_unnamed/1, root_generation/1, exists/2, delete/2, scan/2, scan_more/1
 ]).
 -export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_options/0, failure/0]).
 
@@ -43,7 +43,8 @@
 -type found() :: {file, key(), Size :: pos_integer(), LastUsed :: non_neg_integer()}
                | {removed, key(), Reason :: atom()}
                | swept
-               | {skipped, key() | undefined, Reason :: term()}.
+               | {skipped, key() | undefined, Size :: non_neg_integer(),
+                  Modified :: non_neg_integer(), Reason :: term()}.
 
 -define(NOT_LOADED, erlang:nif_error(nif_not_loaded)).
 
@@ -215,6 +216,11 @@ load_more(_Load) -> ?NOT_LOADED.
 %% later, by another thread, and not at all where that would wait or copy. A hint.
 -spec note_use(root(), key(), Hits :: 0..16#ffffffff, At :: non_neg_integer()) -> ok.
 note_use(_Root, _Key, _Hits, _At) -> ?NOT_LOADED.
+
+%% A number that changes when the root at a path was found to be another directory than the time
+%% before; 0 when none was ever opened. It asks what is remembered, not the system.
+-spec root_generation(root()) -> non_neg_integer().
+root_generation(_Root) -> ?NOT_LOADED.
 
 %% Verifies a stored file, its key included, without bringing it into memory.
 -spec check(root(), key(), none | secret()) ->

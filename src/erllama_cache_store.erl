@@ -11,6 +11,7 @@
 -behaviour(gen_server).
 -behaviour(erllama_cache_host).
 
+-include("erllama_cache_index.hrl").
 -include("erllama_cache_log.hrl").
 
 -export([start_link/2, child_spec/2]).
@@ -69,22 +70,7 @@
     evictions := non_neg_integer()
 }.
 
-%% A row of the index. While its state is not `present' somebody has reserved the key: then `size'
-%% is what the file may take.
--record(row, {
-    key :: erllama_cache_nif:key() | '_' | '$2',
-    size :: non_neg_integer() | '_',
-    %% Milliseconds of system time.
-    last_used :: integer() | '_' | '$1',
-    state :: present | reserved | '_',
-    token :: reference() | undefined | '_',
-    pid :: pid() | undefined | '_',
-    %% Milliseconds of monotonic time.
-    expires :: integer() | undefined | '_'
-}).
-
-%% What never changes of a store. It is in the index too, as `{config, config, #config{}}': no key
-%% looks like that.
+%% What never changes of a store. It is in the index too, for those who do not ask the server.
 -record(config, {
     name :: name(),
     server :: pid(),
@@ -93,10 +79,14 @@
     tier :: erllama_cache_host:tier(),
     max_bytes :: pos_integer() | infinity,
     secret :: none | erllama_cache_nif:secret(),
-    counters :: counters:counters_ref()
+    counters :: counters:counters_ref(),
+    %% Which directory the root was when it was looked through last: see root_generation/1 of the
+    %% library. One number, changed by the server.
+    generation :: atomics:atomics_ref()
 }).
 
-%% A reservation that the server watches over.
+%% A reservation that the server watches over: until its owner says that it is over, or dies. Its room
+%% is taken until then, whatever has become of its row.
 -record(watch, {key :: erllama_cache_nif:key(), monitor :: reference(), size :: non_neg_integer()}).
 
 -record(state, {
@@ -104,20 +94,18 @@
     watches = #{} :: #{reference() => #watch{}},
     %% Which reservation a monitor belongs to.
     monitors = #{} :: #{reference() => reference()},
-    %% Bytes of all files and reservations. What changes it is told to the server in the order in
-    %% which it happens, so it errs on the high side only.
+    %% In a bounded store: bytes of all that is watched, and of all files whose tokens are not watched.
+    %% In such a store the server alone makes rows and removes them, but for a reservation's owner, who
+    %% makes it a file or gives it up and then tells of it, or dies.
     used = 0 :: non_neg_integer(),
     %% The least recently used keys with the time of their last use, as of the last look: a key that
     %% was used since then is skipped.
     oldest = [] :: [{LastUsed :: integer(), erllama_cache_nif:key()}]
 }).
 
--define(LEASE, 60000).
 %% For so many milliseconds a reservation in an unbounded store is watched by a timer alone, which
 %% tells the server of it: most saves have ended by then, and those wake no server.
 -define(UNWATCHED, 50).
-%% A check leaves at least this much of the lease; it renews one only when there is less.
--define(LEASE_LEFT, 45000).
 %% Seconds between two notes of use in one file.
 -define(NOTE_EVERY, 3600).
 -define(COUNTERS, [saves, duplicates, hits, misses, refused, evictions]).
@@ -214,77 +202,83 @@ child_spec(Name, #{root := Root} = Options) ->
     {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
 load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     Config = config(Name),
-    %% Only this row may be forgotten: a save can end while the load finds out that there is no file.
-    Known = ets:lookup(Name, Key),
-    case load_slices(Config, Key) of
-        {ok, #{file_size := Size, last_used_time := LastUsed}, _Payload} = Loaded ->
+    %% Only this row may be removed: a save can end while the load finds out that there is no file.
+    Known = erllama_cache_index:row(Name, Key),
+    Result = load_slices(Config, Key),
+    ok = notice_other_root(Config),
+    case Result of
+        {ok, Info, _Payload} ->
             count_one(Config, ?HITS),
-            note_use(Name, Key, Size, Known),
-            note_in_file(Config, Key, LastUsed),
-            Loaded;
+            used(Config, Key, Info, Known);
         miss ->
             count_one(Config, ?MISSES),
-            forget(Name, Known),
-            miss;
-        {error, Reason} = Error when Reason =:= unauthenticated; element(1, Reason) =:= corrupt ->
-            %% Forgotten, so that a save of this key finds it and replaces it.
+            gone(Config, Known);
+        {error, Reason} when Reason =:= unauthenticated; element(1, Reason) =:= corrupt ->
+            %% A save of this key finds the file and replaces it.
             count_one(Config, ?REFUSED),
-            forget(Name, Known),
-            Error;
-        {error, _} = Error ->
-            Error
-    end.
+            erllama_cache_index:refuse(Name, Known);
+        {error, _} ->
+            ok
+    end,
+    Result.
 
 load_slices(#config{path = Path, secret = Secret}, Key) ->
     case erllama_cache_turn:run(fun() -> erllama_cache_nif:load(Path, Key, Secret) end) of
-        {more, Load} -> load_more(Load);
+        {more, Load} -> until_done(fun() -> erllama_cache_nif:load_more(Load) end);
         Result -> Result
     end.
 
-load_more(Load) ->
-    case erllama_cache_turn:run(fun() -> erllama_cache_nif:load_more(Load) end) of
-        more -> load_more(Load);
+%% Slice by slice, each in its turn.
+until_done(Slice) ->
+    case erllama_cache_turn:run(Slice) of
+        more -> until_done(Slice);
         Result -> Result
     end.
 
-note_use(Name, Key, Size, Known) ->
+used(#config{name = Name} = Config, Key, #{file_size := Size, last_used_time := InFile}, Known) ->
     Now = now_ms(),
-    case ets:update_element(Name, Key, {#row.last_used, Now}) of
-        false when Known =:= [] ->
-            %% Saved by another node on the same root.
-            case ets:insert_new(Name, present(Key, Size, Now)) of
-                true -> gen_server:cast(Name, {used, Size});
-                false -> ok
-            end;
-        _TrueOrDeletedSince ->
-            ok
+    case erllama_cache_index:use(Name, Key, Now) of
+        {Uses, Noted} -> note_in_file(Config, Key, Uses, max(Noted, InFile), Now div 1000);
+        %% Saved by another node on the same root.
+        false when Known =:= none -> found(Config, Key, Size, Now);
+        %% Deleted since.
+        false -> ok
     end.
 
 %% For the order of eviction after a restart: an hour is exact enough, and a file that changes with each
 %% load would be resent by each backup.
-note_in_file(#config{path = Path}, Key, LastUsed) ->
-    Now = erlang:system_time(second),
-    case Now - LastUsed >= ?NOTE_EVERY of
-        true -> erllama_cache_nif:note_use(Path, Key, 1, Now);
-        false -> ok
-    end.
-
-%% The token tells this row from a later one of the same key.
-present(Key, Size, LastUsed) ->
-    #row{key = Key, size = Size, last_used = LastUsed, state = present, token = make_ref()}.
-
-%% Nothing covers the time of last use in a file: one in the future would never be evicted.
-not_ahead(LastUsed) ->
-    min(LastUsed, now_ms()).
-
-%% Removes the row of a file that is not there, or not worth anything, unless it is another by now.
-forget(Name, [#row{state = present, size = Size} = Row]) ->
-    case ets:select_delete(Name, [{Row#row{last_used = '_'}, [], [true]}]) of
-        1 -> gen_server:cast(Name, {used, -Size});
-        0 -> ok
-    end;
-forget(_Name, _NothingOrReserved) ->
+note_in_file(#config{name = Name, path = Path}, Key, Uses, Noted, Now) when
+    Now - Noted >= ?NOTE_EVERY, Uses > 0
+->
+    ok = erllama_cache_nif:note_use(Path, Key, min(Uses, 16#ffffffff), Now),
+    erllama_cache_index:noted(Name, Key, Uses, Now);
+note_in_file(_Config, _Key, _Uses, _Noted, _Now) ->
     ok.
+
+%% A file is there that the index does not know.
+found(#config{max_bytes = infinity, name = Name}, Key, Size, LastUsed) ->
+    _ = erllama_cache_index:add(Name, erllama_cache_index:file(Key, Size, LastUsed, make_ref())),
+    ok;
+found(#config{name = Name}, Key, Size, LastUsed) ->
+    gen_server:cast(Name, {found, Key, Size, LastUsed}).
+
+%% The file of this row is not there.
+gone(_Config, none) ->
+    ok;
+gone(_Config, #row{state = reserved}) ->
+    ok;
+gone(#config{max_bytes = infinity, name = Name}, Row) ->
+    _ = erllama_cache_index:remove(Name, Row),
+    ok;
+gone(#config{name = Name}, Row) ->
+    gen_server:cast(Name, {gone, Row}).
+
+%% Somebody has made the root anew, or mounted something there: the index is that of another directory.
+notice_other_root(#config{name = Name, path = Path, generation = Generation}) ->
+    case erllama_cache_nif:root_generation(Path) =:= atomics:get(Generation, 1) of
+        true -> ok;
+        false -> gen_server:cast(Name, look_again)
+    end.
 
 %% @doc Deletes what is stored under a key; `ok' also when nothing is. Errors: a POSIX reason.
 %%
@@ -294,9 +288,9 @@ forget(_Name, _NothingOrReserved) ->
 -spec delete(name(), erllama_cache_writer:key()) -> ok | {error, term()}.
 delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     Config = config(Name),
-    Known = ets:lookup(Name, Key),
+    Known = erllama_cache_index:row(Name, Key),
     case delete_file(Config, Key) of
-        Existed when is_boolean(Existed) -> forget(Name, Known);
+        Existed when is_boolean(Existed) -> gone(Config, Known);
         {error, _} = Error -> Error
     end.
 
@@ -326,8 +320,9 @@ key(Meta) when is_map(Meta) ->
             Error
     end.
 
-%% @doc What the store holds and what it has done since it started. Bytes are those of whole files.
-%% `refused' counts loads that found a corrupt file. Exits with `{noproc, _}' when the store does
+%% @doc What the store holds and what it has done since it started. Files are all under keys' names,
+%% those among them that no load takes; bytes are those of whole files. `refused' counts loads that found
+%% such a file. Exits with `{noproc, _}' when the store does
 %% not run.
 %%
 %% ```
@@ -336,31 +331,21 @@ key(Meta) when is_map(Meta) ->
 -spec info(name()) -> info().
 info(Name) when is_atom(Name) ->
     #config{root = Root, tier = Tier, max_bytes = MaxBytes, counters = Counters} = config(Name),
-    Held = ets:foldl(fun count_row/2, #{files => 0, bytes => 0, reservations => 0}, Name),
+    {Files, Bytes, Reservations} = erllama_cache_index:count(Name),
     Done = [{Counter, counters:get(Counters, Index)} || {Index, Counter} <- enumerate(?COUNTERS)],
     maps:merge(
-        Held#{name => Name, root => Root, tier => Tier, max_bytes => MaxBytes},
+        #{
+            name => Name, root => Root, tier => Tier, max_bytes => MaxBytes,
+            files => Files, bytes => Bytes, reservations => Reservations
+        },
         maps:from_list(Done)
     ).
-
-count_row(#row{state = present, size = Size}, #{files := Files, bytes := Bytes} = Sum) ->
-    Sum#{files := Files + 1, bytes := Bytes + Size};
-count_row(#row{}, #{reservations := Reservations} = Sum) ->
-    Sum#{reservations := Reservations + 1};
-count_row({config, config, #config{}}, Sum) ->
-    Sum.
 
 enumerate(List) ->
     lists:zip(lists:seq(1, length(List)), List).
 
 config(Name) ->
-    try
-        ets:lookup_element(Name, config, 3)
-    of
-        Config -> Config
-    catch
-        error:badarg -> exit({noproc, {?MODULE, config, [Name]}})
-    end.
+    erllama_cache_index:config(Name).
 
 count_one(#config{counters = Counters}, Index) ->
     counters:add(Counters, Index, 1).
@@ -419,41 +404,41 @@ reserve_unbounded(Name, Server, Key, Size) ->
             %% Set first: should this process be killed in between, the server still hears of it. Not by
             %% its name, which may be that of the next one by then.
             Token = erlang:start_timer(?UNWATCHED, Server, {watch, Key, Size, self()}),
-            case claim(Name, Old, reserved(Key, Size, Token)) of
+            Row = erllama_cache_index:reservation(Key, Size, Token, self()),
+            case erllama_cache_index:claim(Name, Old, Row) of
                 true ->
+                    ok = overdue(Name, Old),
                     {ok, Token};
                 false ->
-                    done(Name, Token, 0),
+                    done(Name, Token),
                     reserve_unbounded(Name, Server, Key, Size)
             end;
         {error, _} = Error ->
             Error
     end.
 
+%% The server may still watch over the reservation whose place was taken.
+overdue(Name, #row{state = reserved, token = Token}) -> gen_server:cast(Name, {done, Token});
+overdue(_Name, _FileOrNone) -> ok.
+
 reserve_bounded(Name, Key, Size) ->
-    %% Who makes room has to be one.
+    %% Who makes room has to be one. What the disk knows, the server need not wait for.
     case claimable(Name, Key) of
         {ok, _Old} ->
-            Row = reserved(Key, Size, make_ref()),
+            Row = erllama_cache_index:reservation(Key, Size, make_ref(), self()),
             gen_server:call(Name, {admit, Row}, infinity);
         {error, _} = Error ->
             Error
     end.
 
-reserved(Key, Size, Token) ->
-    #row{key = Key, size = Size, last_used = 0, state = reserved, token = Token, pid = self(),
-         expires = lease()}.
-
-lease() ->
-    erlang:monotonic_time(millisecond) + ?LEASE.
-
-%% What a reservation may take the place of: nothing, or one whose process is dead or whose lease
-%% has ended.
+%% What a reservation may take the place of: nothing; the row of a file that is not there any more, or
+%% that no load takes; a reservation whose process is dead or whose lease has ended.
 claimable(Name, Key) ->
-    case ets:lookup(Name, Key) of
-        [] -> {ok, none};
-        [#row{state = present} = Row] -> present_still(Name, Row);
-        [#row{pid = Pid, expires = Expires} = Row] ->
+    case erllama_cache_index:row(Name, Key) of
+        none -> {ok, none};
+        #row{state = refused} = Row -> {ok, Row};
+        #row{state = present} = Row -> present_still(Name, Row);
+        #row{pid = Pid, expires = Expires} = Row ->
             Stands = Expires > erlang:monotonic_time(millisecond) andalso is_process_alive(Pid),
             case Stands of
                 true -> {error, conflict};
@@ -466,19 +451,10 @@ claimable(Name, Key) ->
 present_still(Name, #row{key = Key} = Row) ->
     #config{path = Path} = config(Name),
     case erllama_cache_turn:run(fun() -> erllama_cache_nif:exists(Path, Key) end) of
-        true ->
-            {error, already_present};
-        false ->
-            forget(Name, [Row]),
-            {ok, none};
-        {error, _} = Error ->
-            Error
+        true -> {error, already_present};
+        false -> {ok, Row};
+        {error, _} = Error -> Error
     end.
-
-claim(Name, none, Row) ->
-    ets:insert_new(Name, Row);
-claim(Name, Old, Row) ->
-    ets:select_replace(Name, [{Old, [], [{const, Row}]}]) =:= 1.
 
 %% @private
 root(Name) ->
@@ -487,26 +463,7 @@ root(Name) ->
 %% @private
 %% A reservation whose lease has ended stands until somebody else takes it: nobody wanted the key.
 check(Name, Key, Token) ->
-    case held(Name, Key, Token) of
-        {surely, _Row} -> ok;
-        {maybe_still, Row} -> replace(Name, Row, Row#row{expires = lease()});
-        no -> {error, expired}
-    end.
-
-%% Whether the reservation is its owner's, and will be for long enough to act on that.
-held(Name, Key, Token) ->
-    Enough = erlang:monotonic_time(millisecond) + ?LEASE_LEFT,
-    case ets:lookup(table(Name), Key) of
-        [#row{token = Token, expires = Expires} = Row] when Expires > Enough -> {surely, Row};
-        [#row{token = Token} = Row] -> {maybe_still, Row};
-        _ -> no
-    end.
-
-replace(Name, Old, New) ->
-    case ets:select_replace(table(Name), [{Old, [], [{const, New}]}]) of
-        1 -> ok;
-        0 -> {error, expired}
-    end.
+    erllama_cache_index:renew(Name, Key, Token).
 
 %% @private
 %% There is nothing to remember: should the process die now, the server looks for a file anyway.
@@ -515,47 +472,32 @@ mark_published(Name, Key, Token, _Root) ->
 
 %% @private
 announce(Name, Key, Token, Size, _Header, _Tokens) ->
-    Present = present(Key, Size, now_ms()),
-    Settled = case held(Name, Key, Token) of
-        {surely, _Row} ->
-            true = ets:insert(Name, Present),
-            ok;
-        _ ->
-            settle(Name, Token, Present)
-    end,
-    case Settled of
-        ok -> done(Name, Token, Size);
-        {error, expired} = Error -> Error
+    File = erllama_cache_index:file(Key, Size, now_ms(), Token),
+    case erllama_cache_index:settle(Name, Token, File) of
+        ok ->
+            ok = done(Name, Token),
+            notice_other_root(config(Name));
+        {error, expired} = Error ->
+            Error
     end.
-
-%% Makes a reservation a file, whatever has become of its owner.
-settle(Name, Token, #row{key = Key} = Present) ->
-    Reserved = #row{key = Key, token = Token, _ = '_'},
-    replace(Name, Reserved, Present).
 
 %% @private
 cancel(Name, Key, Token) ->
-    _ = ets:select_delete(table(Name), [{#row{key = Key, token = Token, _ = '_'}, [], [true]}]),
-    done(Name, Token, 0).
+    _ = erllama_cache_index:remove(Name, #row{key = Key, token = Token, state = reserved}),
+    done(Name, Token).
 
 %% @private
 count(Name, {saved, _Reason}) -> count_one(config(Name), ?SAVES);
 count(Name, duplicate_dropped) -> count_one(config(Name), ?DUPLICATES).
 
-%% The reservation is over, and this is what became of the room it took. In an unbounded store the
-%% server need not know, unless it has been told of the reservation.
-done(Name, Token, Size) ->
+%% The reservation is over. In an unbounded store the server need not know, unless it has been told of
+%% the reservation.
+done(Name, Token) ->
     Unheard = (config(Name))#config.max_bytes =:= infinity andalso
         is_integer(erlang:cancel_timer(Token)),
     case Unheard of
         true -> ok;
-        false -> gen_server:cast(Name, {done, Token, Size})
-    end.
-
-table(Name) ->
-    case ets:whereis(Name) of
-        undefined -> exit({noproc, {?MODULE, table, [Name]}});
-        Table -> Table
+        false -> gen_server:cast(Name, {done, Token})
     end.
 
 %%% The server
@@ -568,56 +510,71 @@ init({Name, Path, Options}) ->
     end.
 
 open(Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}, Secret) ->
-    Name = ets:new(Name, [
-        named_table, public, {keypos, #row.key}, {read_concurrency, true}, {write_concurrency, true}
-    ]),
     ok = erllama_cache_turn:setup(),
     ok = erllama_cache_metrics:setup(),
     Config = #config{
         name = Name, server = self(), path = Path, root = Root, tier = Tier, max_bytes = MaxBytes,
-        secret = Secret, counters = counters:new(length(?COUNTERS), [write_concurrency])
+        secret = Secret, counters = counters:new(length(?COUNTERS), [write_concurrency]),
+        generation = atomics:new(1, [])
     },
-    true = ets:insert(Name, {config, config, Config}),
+    case erllama_cache_index:new(Name, Config) of
+        ok -> look_through(#state{config = Config});
+        error -> {stop, {name_taken, Name}}
+    end.
+
+look_through(#state{config = #config{name = Name} = Config} = State) ->
     Begun = erlang:monotonic_time(millisecond),
-    case scan(Config) of
-        {ok, Used} ->
-            report_start(Config, Used, erlang:monotonic_time(millisecond) - Begun),
-            {_, State} = make_room(0, #state{config = Config, used = Used}),
-            {ok, State};
+    case scan(State) of
+        {ok, Scanned} ->
+            report_start(Config, erlang:monotonic_time(millisecond) - Begun),
+            {_, Roomy} = make_room(0, Scanned),
+            {ok, Roomy};
         {error, Reason} ->
             %% The starter hears of it before this process is gone, and may try again at once.
-            true = ets:delete(Name),
+            ok = erllama_cache_index:delete(Name),
             {stop, Reason}
     end.
 
-scan(#config{path = Path, secret = Secret} = Config) ->
+%% Adds what the root has to the index. Others save and load meanwhile: what they know is newer.
+scan(#state{config = #config{path = Path, secret = Secret, generation = Generation}} = State) ->
     case erllama_cache_turn:run(fun() -> erllama_cache_nif:scan(Path, Secret =/= none) end) of
-        {ok, Scan} -> scan(Scan, Config, 0);
-        {error, _} = Error -> Error
+        {ok, Scan} ->
+            ok = atomics:put(Generation, 1, erllama_cache_nif:root_generation(Path)),
+            scan(Scan, State);
+        {error, _} = Error ->
+            Error
     end.
 
-scan(Scan, #config{name = Name} = Config, Used) ->
+scan(Scan, #state{config = Config} = State) ->
     case erllama_cache_turn:run(fun() -> erllama_cache_nif:scan_more(Scan) end) of
         {Progress, Found} when is_list(Found) ->
-            Rows = [
-                present(Key, Size, not_ahead(LastUsed * 1000))
-             || {file, Key, Size, LastUsed} <- Found
-            ],
-            true = ets:insert(Name, Rows),
-            lists:foreach(fun(Other) -> report(Other, Config) end, Found),
-            Sum = lists:sum([Size || #row{size = Size} <- Rows]),
+            ok = lists:foreach(fun(Other) -> report(Other, Config) end, Found),
+            Added = lists:foldl(fun add_found/2, State, Found),
             case Progress of
-                more -> scan(Scan, Config, Used + Sum);
-                ok -> {ok, Used + Sum}
+                more -> scan(Scan, Added);
+                ok -> {ok, Added}
             end;
         {error, _} = Error ->
             Error
     end.
 
-report_start(#config{name = Name, path = Path, root = Root}, Used, Took) ->
-    %% The config has a row too.
-    Files = ets:info(Name, size) - 1,
-    ?LOG_INFO(#{event => store_scanned, store => Name, root => Root, files => Files, bytes => Used,
+add_found({file, Key, Size, LastUsed}, State) ->
+    add(erllama_cache_index:file(Key, Size, LastUsed * 1000, make_ref()), State);
+%% What no load takes has its room, too, and goes when room is wanted.
+add_found({skipped, <<_:256>> = Key, Size, Modified, _Reason}, State) when Size > 0 ->
+    add(erllama_cache_index:refused_file(Key, Size, Modified * 1000, make_ref()), State);
+add_found(_Other, State) ->
+    State.
+
+add(#row{size = Size} = Row, #state{config = #config{name = Name}, used = Used} = State) ->
+    case erllama_cache_index:add(Name, Row) of
+        true -> State#state{used = Used + Size};
+        false -> State
+    end.
+
+report_start(#config{name = Name, path = Path, root = Root}, Took) ->
+    {Files, Bytes, _Reservations} = erllama_cache_index:count(Name),
+    ?LOG_INFO(#{event => store_scanned, store => Name, root => Root, files => Files, bytes => Bytes,
                 ms => Took}, ?LOG_META),
     case erllama_cache_turn:run(fun() -> erllama_cache_nif:takes_unnamed(Path) end) of
         false -> ?LOG_NOTICE(#{event => root_needs_names, store => Name, root => Root}, ?LOG_META);
@@ -634,7 +591,7 @@ report({removed, Key, Reason}, #config{name = Name, root = Root}) ->
         event => corrupt_file_removed, store => Name, reason => Reason,
         file => erllama_cache_path:final(Root, Key)
     }, ?LOG_META);
-report({skipped, Key, Reason}, #config{name = Name, root = Root}) ->
+report({skipped, Key, _Size, _Modified, Reason}, #config{name = Name, root = Root}) ->
     File = case Key of
         undefined -> temporary_file;
         _ -> erllama_cache_path:final(Root, Key)
@@ -643,47 +600,43 @@ report({skipped, Key, Reason}, #config{name = Name, root = Root}) ->
                  ?LOG_META).
 
 %% @private
-handle_call({admit, Row}, _From, #state{config = Config} = State) ->
-    #row{key = Key, size = Size, token = Token, pid = Pid} = Row,
-    #config{name = Name, max_bytes = MaxBytes} = Config,
-    case Size =< MaxBytes andalso claimable(Name, Key) of
-        false ->
-            {reply, {error, exceeds_max_bytes}, State};
-        {error, _} = Error ->
-            {reply, Error, State};
-        {ok, Old} ->
-            case make_room(Size, State) of
-                {ok, Roomy} ->
-                    %% Loads of other nodes' files make rows too: it may be taken by now.
-                    case claim(Name, Old, Row) of
-                        true -> {reply, {ok, Token}, watch(Token, Key, Size, Pid, Roomy)};
-                        false -> {reply, {error, already_present}, Roomy}
-                    end;
-                {{error, _} = Error, Tried} ->
-                    {reply, Error, Tried}
-            end
-    end;
+handle_call({admit, Row}, _From, State) ->
+    {Reply, Next} = admit(Row, State),
+    {reply, Reply, Next};
+handle_call(audit, _From, State) ->
+    {reply, books(State), State};
 handle_call(_Request, _From, State) ->
     {reply, {error, unknown_call}, State}.
 
 %% @private
-handle_cast({used, Bytes}, #state{used = Used} = State) ->
-    {noreply, State#state{used = Used + Bytes}};
-handle_cast({done, Token, Size}, State) ->
-    {noreply, unwatch(Token, Size, State)};
-handle_cast({checked, Token, Key, {ok, Size, LastUsed}}, #state{config = Config} = State) ->
-    Present = present(Key, Size, not_ahead(LastUsed * 1000)),
-    case settle(Config#config.name, Token, Present) of
-        ok -> {noreply, unwatch(Token, Size, State)};
-        {error, expired} -> {noreply, unwatch(Token, 0, State)}
+handle_cast({done, Token}, State) ->
+    {noreply, unwatch(Token, State)};
+handle_cast({found, Key, Size, LastUsed}, State) ->
+    {noreply, add(erllama_cache_index:file(Key, Size, LastUsed, make_ref()), State)};
+handle_cast({gone, Row}, #state{config = #config{name = Name}} = State) ->
+    case erllama_cache_index:remove(Name, Row) of
+        true -> {noreply, left(Row, State)};
+        false -> {noreply, State}
     end;
+handle_cast({checked, Token, Key, {ok, Size, LastUsed}}, #state{config = Config} = State) ->
+    File = erllama_cache_index:file(Key, Size, LastUsed * 1000, Token),
+    _ = erllama_cache_index:settle(Config#config.name, Token, File),
+    {noreply, unwatch(Token, State)};
 handle_cast({checked, Token, Key, _NotThere}, #state{config = Config} = State) ->
-    ok = cancel(Config#config.name, Key, Token),
-    {noreply, State}.
+    _ = erllama_cache_index:remove(
+        Config#config.name, #row{key = Key, token = Token, state = reserved}
+    ),
+    {noreply, unwatch(Token, State)};
+handle_cast(look_again, State) ->
+    {noreply, look_again(State)}.
 
 %% @private
-handle_info({timeout, Token, {watch, Key, Size, Pid}}, State) ->
-    {noreply, watch(Token, Key, Size, Pid, State)};
+handle_info({timeout, Token, {watch, Key, Size, Pid}}, #state{config = Config} = State) ->
+    %% The timer may have gone off just as the save ended, and this come after its `done'.
+    case erllama_cache_index:row(Config#config.name, Key) of
+        #row{token = Token, state = reserved} -> {noreply, watch(Token, Key, Size, Pid, State)};
+        _ -> {noreply, State}
+    end;
 handle_info({'DOWN', Monitor, process, _Pid, _Reason}, #state{monitors = Monitors} = State) ->
     case Monitors of
         #{Monitor := Token} -> {noreply, owner_died(Token, State)};
@@ -691,6 +644,45 @@ handle_info({'DOWN', Monitor, process, _Pid, _Reason}, #state{monitors = Monitor
     end;
 handle_info(_Message, State) ->
     {noreply, State}.
+
+admit(#row{key = Key, size = Size, token = Token, pid = Pid} = Row, State) ->
+    #state{config = #config{name = Name, max_bytes = MaxBytes}} = State,
+    case Size =< MaxBytes andalso claimable(Name, Key) of
+        false ->
+            {{error, exceeds_max_bytes}, State};
+        {error, _} = Error ->
+            {Error, State};
+        {ok, Old} ->
+            %% A file that is not there any more, or that is to be replaced, has its room no longer.
+            case make_room(Size - room_of(Old, State), State) of
+                {ok, Roomy} ->
+                    case erllama_cache_index:claim(Name, Old, Row) of
+                        true -> {{ok, Token}, watch(Token, Key, Size, Pid, left(Old, Roomy))};
+                        %% It was evicted to make room, or a load has refused it since.
+                        false -> admit(Row, Roomy)
+                    end;
+                {{error, _} = Error, Tried} ->
+                    {Error, Tried}
+            end
+    end.
+
+%% What a row's going would free.
+room_of(none, _State) -> 0;
+room_of(#row{token = Token, size = Size, state = RowState}, #state{watches = Watches}) ->
+    case Watches of
+        #{Token := #watch{size = Watched}} -> Watched;
+        #{} when RowState =:= reserved -> 0;
+        #{} -> Size
+    end.
+
+%% A row has left the index, or has made way for another: its room is free.
+left(none, State) ->
+    State;
+left(#row{token = Token} = Row, #state{watches = Watches, used = Used} = State) ->
+    case Watches of
+        #{Token := _} -> forget(Token, State);
+        #{} -> State#state{used = Used - room_of(Row, State)}
+    end.
 
 watch(Token, Key, Size, Pid, State) ->
     #state{watches = Watches, monitors = Monitors, used = Used} = State,
@@ -701,52 +693,87 @@ watch(Token, Key, Size, Pid, State) ->
         used = Used + Size
     }.
 
-unwatch(Token, FileSize, #state{watches = Watches, monitors = Monitors, used = Used} = State) ->
-    case maps:take(Token, Watches) of
-        {#watch{monitor = Monitor, size = Size}, Rest} ->
-            true = demonitor(Monitor, [flush]),
-            State#state{
-                watches = Rest,
-                monitors = maps:remove(Monitor, Monitors),
-                used = Used - Size + FileSize
-            };
-        error ->
+%% The reservation is over: what it has become, if anything, has its own room now.
+unwatch(Token, #state{watches = Watches, config = #config{name = Name}} = State) ->
+    case Watches of
+        #{Token := #watch{key = Key}} ->
+            #state{used = Used} = Forgotten = forget(Token, State),
+            case erllama_cache_index:row(Name, Key) of
+                #row{token = Token, state = FileState, size = Size} when FileState =/= reserved ->
+                    Forgotten#state{used = Used + Size};
+                _ ->
+                    Forgotten
+            end;
+        #{} ->
             State
     end.
+
+forget(Token, #state{watches = Watches, monitors = Monitors, used = Used} = State) ->
+    {#watch{monitor = Monitor, size = Size}, Rest} = maps:take(Token, Watches),
+    true = demonitor(Monitor, [flush]),
+    State#state{
+        watches = Rest, monitors = maps:remove(Monitor, Monitors), used = Used - Size
+    }.
 
 %% Its owner died in the middle of a save. If it had published the file by then, the file is looked
 %% at and taken if it is good.
 owner_died(Token, #state{config = #config{name = Name} = Config, watches = Watches} = State) ->
     #{Token := #watch{key = Key}} = Watches,
-    case ets:lookup(Name, Key) of
-        [#row{token = Token}] ->
+    case erllama_cache_index:row(Name, Key) of
+        #row{token = Token, state = reserved} ->
             Server = self(),
-            _ = spawn_link(fun() ->
+            %% Not linked: should the look fail, the reservation's lease ends, and that is all.
+            _ = spawn(fun() ->
                 gen_server:cast(Server, {checked, Token, Key, check_file(Config, Key)})
             end),
             State;
-        [#row{state = present, size = Size}] ->
-            %% It had announced the file and could not say so any more.
-            unwatch(Token, Size, State);
+        %% It had announced the file, or somebody else has the key by now.
         _ ->
-            unwatch(Token, 0, State)
+            unwatch(Token, State)
     end.
 
 check_file(#config{path = Path, secret = Secret}, Key) ->
     case erllama_cache_turn:run(fun() -> erllama_cache_nif:check(Path, Key, Secret) end) of
-        {more, Check} -> check_more(Check);
+        {more, Check} -> until_done(fun() -> erllama_cache_nif:check_more(Check) end);
         Result -> Result
     end.
 
-check_more(Check) ->
-    case erllama_cache_turn:run(fun() -> erllama_cache_nif:check_more(Check) end) of
-        more -> check_more(Check);
-        Result -> Result
+%% The root's path leads to another directory than the index is of. What is being saved is being saved
+%% there, or has been saved here.
+look_again(#state{config = #config{name = Name, path = Path, root = Root} = Config} = State) ->
+    #config{generation = Generation} = Config,
+    case erllama_cache_nif:root_generation(Path) =:= atomics:get(Generation, 1) of
+        true ->
+            %% Several have noticed it.
+            State;
+        false ->
+            ?LOG_WARNING(#{event => root_changed, store => Name, root => Root}, ?LOG_META),
+            ok = erllama_cache_index:clear(Name),
+            Watched = lists:sum([Size || #watch{size = Size} <- maps:values(State#state.watches)]),
+            case scan(State#state{used = Watched, oldest = []}) of
+                {ok, Scanned} ->
+                    {_, Roomy} = make_room(0, Scanned),
+                    Roomy;
+                {error, Reason} ->
+                    ?LOG_WARNING(#{event => root_unreadable, store => Name, root => Root,
+                                   reason => Reason}, ?LOG_META),
+                    State#state{used = Watched, oldest = []}
+            end
     end.
+
+%% For tests: what the store counts as used, and what it should; equal at any time in a bounded store.
+books(#state{config = #config{name = Name}, watches = Watches, used = Used}) ->
+    Files = maps:without(maps:keys(Watches), erllama_cache_index:sizes(Name)),
+    Watched = [Size || #watch{size = Size} <- maps:values(Watches)],
+    #{
+        used => Used,
+        should => lists:sum(maps:values(Files)) + lists:sum(Watched),
+        watches => map_size(Watches)
+    }.
 
 %%% Eviction
 
-%% How many of the least recently used are remembered from one look at all of them.
+%% At least so many of the least recently used are remembered from one look at all of them.
 -define(LOOK, 1000).
 
 make_room(_Needed, #state{config = #config{max_bytes = infinity}} = State) ->
@@ -762,37 +789,42 @@ make_room(Needed, #state{used = Used, config = #config{max_bytes = Max}} = State
 make_room(_Needed, #state{oldest = []} = State, 0) ->
     {{error, no_room}, State};
 make_room(Needed, #state{oldest = [], config = #config{name = Name}} = State, _Evicted) ->
-    Pattern = #row{key = '$2', last_used = '$1', state = present, _ = '_'},
-    All = ets:select(Name, [{Pattern, [], [{{'$1', '$2'}}]}]),
-    make_room(Needed, State#state{oldest = lists:sublist(lists:sort(All), ?LOOK)}, 0);
+    make_room(Needed, State#state{oldest = erllama_cache_index:oldest(Name, ?LOOK)}, 0);
 make_room(Needed, #state{oldest = [{LastUsed, Key} | Rest], config = Config} = State, Evicted) ->
     Next = State#state{oldest = Rest},
-    case ets:lookup(Config#config.name, Key) of
-        [#row{state = present, last_used = LastUsed} = Row] ->
+    case erllama_cache_index:row(Config#config.name, Key) of
+        #row{state = RowState, last_used = LastUsed} = Row when RowState =/= reserved ->
             case evict(Row, Config) of
-                true ->
-                    Left = Next#state{used = State#state.used - Row#row.size},
-                    make_room(Needed, Left, Evicted + 1);
-                false ->
-                    make_room(Needed, Next, Evicted)
+                evicted -> make_room(Needed, left(Row, Next), Evicted + 1);
+                kept -> make_room(Needed, Next, Evicted);
+                %% No other file could be evicted either.
+                {error, _} = Error -> {Error, Next}
             end;
         _UsedSince ->
             make_room(Needed, Next, Evicted)
     end.
 
-evict(#row{key = Key, size = Size}, #config{name = Name} = Config) ->
+evict(#row{key = Key, size = Size} = Row, #config{name = Name} = Config) ->
     case delete_file(Config, Key) of
         Existed when is_boolean(Existed) ->
-            Pattern = #row{key = Key, size = Size, state = present, _ = '_'},
-            case ets:select_delete(Name, [{Pattern, [], [true]}]) of
-                1 ->
+            case erllama_cache_index:remove(Name, Row) of
+                true ->
                     count_one(Config, ?EVICTIONS),
-                    true;
-                0 ->
-                    %% A load that missed has taken the row and told of it.
-                    false
+                    evicted;
+                false ->
+                    kept
             end;
         {error, Reason} ->
-            report({skipped, Key, Reason}, Config),
-            false
+            report({skipped, Key, Size, 0, Reason}, Config),
+            case is_of_one_file(Reason) of
+                true -> kept;
+                false -> {error, Reason}
+            end
     end.
+
+%% What forbids to remove this file, as against what is wrong with the whole root.
+is_of_one_file(eperm) -> true;
+is_of_one_file(eisdir) -> true;
+is_of_one_file(ebusy) -> true;
+is_of_one_file(etxtbsy) -> true;
+is_of_one_file(_) -> false.

@@ -81,8 +81,6 @@
 -define(MAX_TIMEOUT, 16#ffffffff).
 -define(MAX_LIMIT, 16#7fffffff).
 -define(MAX_BYTES, 16#ffffffffffffffff).
-%% A save that takes long renews its reservation's lease of 60 s this often.
--define(RENEW_EVERY, 15000).
 %% Up to this many bytes of file, a save is one call of the library.
 -define(SMALL, 65536).
 
@@ -879,7 +877,7 @@ go_on(more, Tmp, #save{guard = Guard, payload = Payload} = Save) ->
 %% A disk that takes longer than the lease must not lose a save that goes well.
 renew(#save{renewed = Renewed} = Save) ->
     Now = erlang:monotonic_time(millisecond),
-    case Now - Renewed < ?RENEW_EVERY of
+    case Now - Renewed < erllama_cache_host:renew_every() of
         true ->
             {ok, Save};
         false ->

@@ -154,7 +154,7 @@ fn check(dir: &Path, n: u32) -> Result<(), Error> {
 }
 
 fn scan(dir: &Path) -> Vec<Found> {
-    let mut scan = Scan::open(open(dir), false).unwrap();
+    let mut scan = Scan::open(open(dir), false, Duration::ZERO).unwrap();
     let mut found = Vec::new();
     complete(|| scan.step(&mut found, &slice())).unwrap();
     found
@@ -823,7 +823,7 @@ fn a_scan_tells_what_is_there_and_removes_what_is_nothing() {
             }
             Found::Removed { key, corrupt } => removed.push((key.to_hex(), corrupt.name())),
             Found::Swept => swept += 1,
-            Found::Skipped { key, error } => {
+            Found::Skipped { key, error, .. } => {
                 skipped.push((key.map(|key| key.to_hex()), error.to_string()));
             }
         }
@@ -859,6 +859,73 @@ fn a_scan_tells_what_is_there_and_removes_what_is_nothing() {
     let kept = (0..30).chain(32..=34).map(|n| key(n).file_name());
     let kept = kept.chain(others).chain([temporary_name(2)]);
     assert_eq!(left, kept.collect());
+}
+
+/// Whoever copies a file here writes under its final name: only when nobody has written for a while is
+/// it what it is.
+#[test]
+fn a_scan_leaves_what_is_being_copied_in() {
+    let dir = root();
+    save(dir.path(), 1, &payload(SMALL)).unwrap();
+    let whole = fs::read(path(dir.path(), 1)).unwrap();
+    let half = &whole[..whole.len() / 2];
+    fs::write(path(dir.path(), 1), half).unwrap();
+    let scan_after = |settled| {
+        let mut scan = Scan::open(open(dir.path()), false, settled).unwrap();
+        let mut found = Vec::new();
+        while scan.step(&mut found, &slice()).unwrap() == Progress::More {}
+        found
+    };
+    let found = scan_after(Duration::from_secs(600));
+    let [
+        Found::Skipped {
+            error: Error::Corrupt(Corrupt::Truncated),
+            taken: Some(taken),
+            ..
+        },
+    ] = &found[..]
+    else {
+        panic!("{found:?}");
+    };
+    assert_eq!(taken.len, half.len() as u64);
+    fs::write(path(dir.path(), 1), &whole).unwrap();
+    assert!(matches!(
+        scan_after(Duration::from_secs(600))[..],
+        [Found::File { .. }]
+    ));
+
+    fs::write(path(dir.path(), 1), half).unwrap();
+    let old = std::time::SystemTime::now() - Duration::from_secs(601);
+    let file = File::options()
+        .write(true)
+        .open(path(dir.path(), 1))
+        .unwrap();
+    file.set_modified(old).unwrap();
+    assert!(matches!(
+        scan_after(Duration::from_secs(600))[..],
+        [Found::Removed { .. }]
+    ));
+    assert_empty(dir.path());
+}
+
+/// A path that leads elsewhere is noticed by the next to open it, and only then.
+#[test]
+fn a_root_made_anew_has_another_generation() {
+    let dir = root();
+    let place = dir.path().join("root");
+    let path = CString::new(place.as_os_str().as_bytes()).unwrap();
+    assert_eq!(Root::generation(&path), None);
+    fs::create_dir(&place).unwrap();
+    try_open(&place).unwrap();
+    let first = Root::generation(&path);
+    try_open(&place).unwrap();
+    assert_eq!(Root::generation(&path), first);
+    fs::rename(&place, dir.path().join("moved")).unwrap();
+    assert!(try_open(&place).is_err());
+    assert_eq!(Root::generation(&path), first);
+    fs::create_dir(&place).unwrap();
+    try_open(&place).unwrap();
+    assert_ne!(Root::generation(&path), first);
 }
 
 #[test]
@@ -1363,7 +1430,12 @@ mod failures {
             assert_errno(load(dir.path(), 1), libc::EIO);
             assert_errno(check(dir.path(), 1), libc::EIO);
             let found = scan(dir.path());
-            let [Found::Skipped { key: found, error }] = &found[..] else {
+            let [
+                Found::Skipped {
+                    key: found, error, ..
+                },
+            ] = &found[..]
+            else {
                 panic!("{found:?}");
             };
             assert_eq!((*found, error.errno()), (Some(key(1)), Some(libc::EIO)));

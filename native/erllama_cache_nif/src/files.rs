@@ -24,6 +24,10 @@ use crate::semaphore::Guard;
 /// How long one call works. A piece in it may wait for the disk and overrun.
 const SLICE: Duration = Duration::from_millis(10);
 
+/// How long a file that is not what its name says must not have changed for a start to remove it: it may
+/// be on its way, from a backup or by a copy.
+const SETTLED: Duration = Duration::from_secs(600);
+
 /// Something that is worked on in slices and gone when it is finished, has failed, or is dropped.
 struct InSlices<T> {
     value: Mutex<Option<T>>,
@@ -68,8 +72,16 @@ impl Resource for Scanning {}
 
 /// A file system path, as bytes. Erlang has refused one with a NUL before.
 fn root(path: Binary<'_>) -> NifResult<Result<Root, Error>> {
-    let path = CString::new(path.as_slice()).map_err(|_| rustler::Error::BadArg)?;
-    Ok(Root::open(&path))
+    Ok(Root::open(&c_path(&path)?))
+}
+
+fn c_path(path: &[u8]) -> NifResult<CString> {
+    CString::new(path).map_err(|_| rustler::Error::BadArg)
+}
+
+#[rustler::nif]
+fn root_generation(path: Binary<'_>) -> NifResult<u64> {
+    Ok(Root::generation(&c_path(&path)?).unwrap_or_default())
 }
 
 fn gone<'a>(env: Env<'a>) -> Term<'a> {
@@ -127,15 +139,11 @@ fn write_and_publish<'a>(
         return Ok(owner_died(env));
     };
     let prefix = prefix(meta, quant_byte, tokens, payload, options)?;
-    let root = root(path)?;
-    if root.as_ref().is_ok_and(Root::is_in_memory) {
-        in_memory::remember(&path, true);
-    }
-    write_then_publish(env, root, key, prefix, payload, &Slice::of(SLICE))
+    write_then_publish(env, root(path)?, key, prefix, payload, &Slice::of(SLICE))
 }
 
 /// The same without the way to another thread and back, where nothing waits for a device: in a root
-/// that was in memory when [`write_and_publish`] saw it last. Any other root is not even opened here,
+/// that was in memory when it was opened last. Any other root is not even opened here,
 /// for on a hung file system that alone could take for ever. What could take longer, the check of a
 /// file that is there already, is left for `publish`.
 #[rustler::nif]
@@ -151,13 +159,12 @@ fn write_and_publish_in_memory<'a>(
     payload: Binary<'a>,
     options: Term<'a>,
 ) -> NifResult<Term<'a>> {
-    if !in_memory::contains(&path) {
+    if !Root::was_in_memory(&c_path(&path)?) {
         return Ok(atoms::on_device().encode(env));
     }
     let root = root(path)?;
     if !root.as_ref().is_ok_and(Root::is_in_memory) {
         // Something else is mounted there by now, or nothing.
-        in_memory::remember(&path, false);
         return Ok(atoms::on_device().encode(env));
     }
     let Some(_running) = guard.running_io(env) else {
@@ -165,31 +172,6 @@ fn write_and_publish_in_memory<'a>(
     };
     let prefix = prefix(meta, quant_byte, tokens, payload, options)?;
     write_then_publish(env, root, key, prefix, payload, &Slice::of(Duration::ZERO))
-}
-
-/// Roots that were in memory when they were opened last.
-mod in_memory {
-    use std::collections::HashSet;
-    use std::sync::{LazyLock, Mutex, PoisonError};
-
-    /// More than any node has; beyond it none is added, and saves take the longer way.
-    const REMEMBERED: usize = 256;
-
-    static ROOTS: LazyLock<Mutex<HashSet<Box<[u8]>>>> = LazyLock::new(Mutex::default);
-
-    pub(super) fn contains(path: &[u8]) -> bool {
-        let roots = ROOTS.lock().unwrap_or_else(PoisonError::into_inner);
-        roots.contains(path)
-    }
-
-    pub(super) fn remember(path: &[u8], is_in_memory: bool) {
-        let mut roots = ROOTS.lock().unwrap_or_else(PoisonError::into_inner);
-        if !is_in_memory {
-            roots.remove(path);
-        } else if roots.len() < REMEMBERED && !roots.contains(path) {
-            roots.insert(path.into());
-        }
-    }
 }
 
 fn write_then_publish<'a>(
@@ -429,7 +411,7 @@ fn allocate(len: u64) -> Option<OwnedBinary> {
 #[rustler::nif]
 fn note_use(path: Binary<'_>, key: Binary<'_>, hits: u32, at: u64) -> NifResult<Atom> {
     let note = Use {
-        root: CString::new(path.as_slice()).map_err(|_| rustler::Error::BadArg)?,
+        root: c_path(&path)?,
         key: kvc::key(key)?,
         hits,
         at,
@@ -513,7 +495,7 @@ fn delete<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term
 #[rustler::nif(schedule = "DirtyIo")]
 fn scan<'a>(env: Env<'a>, path: Binary<'a>, keyed_only: bool) -> NifResult<Term<'a>> {
     Ok(
-        match root(path)?.and_then(|root| Scan::open(root, keyed_only)) {
+        match root(path)?.and_then(|root| Scan::open(root, keyed_only, SETTLED)) {
             Ok(scan) => (
                 atoms::ok(),
                 ResourceArc::new(Scanning(InSlices::new(Kind::Scan, scan))),
@@ -562,11 +544,13 @@ fn found_term<'a>(env: Env<'a>, found: &Found) -> Term<'a> {
             (atoms::removed(), key_term(key), reason).encode(env)
         }
         Found::Swept => atoms::swept().encode(env),
-        Found::Skipped { key, error } => {
+        Found::Skipped { key, error, taken } => {
             let key = key
                 .as_ref()
                 .map_or_else(|| atoms::undefined().encode(env), key_term);
-            (atoms::skipped(), key, reason(env, error)).encode(env)
+            let (len, modified) = taken.map_or((0, 0), |taken| (taken.len, taken.modified));
+            let reason = reason(env, error);
+            (atoms::skipped(), key, len, modified, reason).encode(env)
         }
     }
 }

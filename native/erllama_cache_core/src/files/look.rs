@@ -183,6 +183,10 @@ impl Stored {
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
+
+    pub(crate) fn stat(&self) -> &sys::Stat {
+        &self.stat
+    }
 }
 
 /// A temporary file that nobody works on any more. As long as this value lives its lock is held, so

@@ -16,7 +16,7 @@ pub use durable::SyncPlan;
 pub use look::{Abandoned, Name, Names, Stored};
 pub use note::Use;
 pub use root::Root;
-pub use scan::{Found, Scan};
+pub use scan::{Found, Scan, Taken};
 pub use slice::{Progress, Slice};
 pub use stored::{Check, Loader, fits_memory};
 pub use tmp::{DEFAULT_MODE, Options, Outcome, Published, TmpFile};

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use once_cell::sync::{Lazy, OnceCell};
 
@@ -41,11 +41,49 @@ struct Traits {
 /// directories from remembering them all.
 const REMEMBERED: usize = 256;
 
-/// By device and inode, and by what is mounted there: the first two are used again for the next file
-/// system that is mounted.
-type Known = HashMap<(u64, u64, FileSystem), Arc<Traits>>;
+/// A directory, by device and inode and by what is mounted there: the first two are used again for the
+/// next file system that is mounted.
+type Place = (u64, u64, FileSystem);
+
+/// What has been seen of directories and paths.
+#[derive(Debug, Default)]
+struct Known {
+    traits: HashMap<Place, Arc<Traits>>,
+    paths: HashMap<CString, Seen>,
+    generations: u64,
+}
+
+/// What a path led to when it was opened last.
+#[derive(Debug)]
+struct Seen {
+    place: Place,
+    generation: u64,
+}
 
 static KNOWN: Lazy<Mutex<Known>> = Lazy::new(Mutex::default);
+
+fn known() -> MutexGuard<'static, Known> {
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Known {
+    fn see(&mut self, path: &CStr, place: Place) -> Arc<Traits> {
+        if self.traits.len() >= REMEMBERED {
+            self.traits
+                .retain(|_, traits| Arc::strong_count(traits) > 1);
+        }
+        if self.paths.get(path).is_none_or(|seen| seen.place != place) {
+            if self.paths.len() >= REMEMBERED {
+                self.paths.clear();
+            }
+            self.generations += 1;
+            let generation = self.generations;
+            self.paths
+                .insert(path.to_owned(), Seen { place, generation });
+        }
+        Arc::clone(self.traits.entry(place).or_default())
+    }
+}
 
 impl Root {
     /// Opens the directory at `path`.
@@ -56,17 +94,27 @@ impl Root {
         let dir = sys::open_dir(path).call("open")?;
         let stat = sys::stat(&dir).call("fstat")?;
         let file_system = sys::file_system(&dir).call("fstatfs")?;
-        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= REMEMBERED {
-            known.retain(|_, traits| Arc::strong_count(traits) > 1);
-        }
-        let place = (stat.device, stat.inode, file_system);
-        let traits = Arc::clone(known.entry(place).or_default());
+        let traits = known().see(path, (stat.device, stat.inode, file_system));
         Ok(Root {
             dir,
             file_system,
             traits,
         })
+    }
+
+    /// A number that changes when opening this path has led to another directory than the time before:
+    /// it was made anew, or something was mounted or unmounted there. `None` when it was never opened.
+    /// It asks what is remembered, not the system.
+    pub fn generation(path: &CStr) -> Option<u64> {
+        known().paths.get(path).map(|seen| seen.generation)
+    }
+
+    /// Whether this path led to a directory in memory when it was opened last. It asks what is
+    /// remembered, not the system.
+    pub fn was_in_memory(path: &CStr) -> bool {
+        let known = known();
+        let seen = known.paths.get(path);
+        seen.is_some_and(|seen| seen.place.2.is_in_memory())
     }
 
     pub(crate) fn dir(&self) -> &File {

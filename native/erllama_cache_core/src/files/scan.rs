@@ -1,10 +1,12 @@
 //! A first look at a root: which files it has, by their headers alone.
 
 use std::ffi::CStr;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::look::{Abandoned, Name, Names, Stored};
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
+use super::sys;
 use crate::error::Error;
 use crate::kvc::{Corrupt, DigestMode, Header, Key};
 
@@ -35,7 +37,27 @@ pub enum Found {
         key: Option<Key>,
         /// Why.
         error: Error,
+        /// The room that it takes, where that could be found out and it is a file.
+        taken: Option<Taken>,
     },
+}
+
+/// The room that a file takes which was only looked at from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// Its length in bytes.
+    pub len: u64,
+    /// When it was last changed, in unix seconds.
+    pub modified: u64,
+}
+
+impl From<sys::Stat> for Taken {
+    fn from(stat: sys::Stat) -> Taken {
+        Taken {
+            len: stat.len,
+            modified: stat.modified,
+        }
+    }
 }
 
 /// A scan in slices.
@@ -44,20 +66,24 @@ pub struct Scan {
     root: Root,
     names: Names,
     keyed_only: bool,
+    settled: Duration,
 }
 
 impl Scan {
     /// Begins at the root's first name. If `keyed_only`, a file without a keyed digest is skipped:
-    /// no load would take it. Whether the digest is right is left to that load.
+    /// no load would take it. Whether the digest is right is left to that load. What is no file of its
+    /// key is removed only if it has not changed for as long as `settled`: before that somebody may be
+    /// copying it here.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn open(root: Root, keyed_only: bool) -> Result<Scan, Error> {
+    pub fn open(root: Root, keyed_only: bool, settled: Duration) -> Result<Scan, Error> {
         let names = root.names()?;
         Ok(Scan {
             root,
             names,
             keyed_only,
+            settled,
         })
     }
 
@@ -80,18 +106,27 @@ impl Scan {
     }
 
     fn look(&self, key: Key) -> Option<Found> {
-        let skipped = |error| {
-            Some(Found::Skipped {
-                key: Some(key),
-                error,
-            })
-        };
         let name = final_name(&key);
         let stored = match Stored::open(&self.root, &name) {
             Ok(Some(stored)) => stored,
             // Gone since its name was read.
             Ok(None) => return None,
-            Err(error) => return skipped(error),
+            Err(error) => {
+                let stat = sys::stat_at(self.root.dir(), &name);
+                let file = stat.ok().filter(|stat| stat.is_regular);
+                return Some(Found::Skipped {
+                    key: Some(key),
+                    error,
+                    taken: file.map(Taken::from),
+                });
+            }
+        };
+        let skipped = |error| {
+            Some(Found::Skipped {
+                key: Some(key),
+                error,
+                taken: Some(Taken::from(*stored.stat())),
+            })
         };
         match stored.header() {
             Ok(header) => match self.takes(&stored) {
@@ -104,7 +139,7 @@ impl Scan {
                 // Damaged, or unreadable: that it was made without the secret is not known.
                 Err(error) => skipped(error),
             },
-            Err(error) if error.may_be_newer() => skipped(error),
+            Err(error) if error.may_be_newer() || !self.is_settled(&stored) => skipped(error),
             Err(Error::Corrupt(corrupt)) => match stored.remove(&self.root) {
                 Ok(true) => Some(Found::Removed { key, corrupt }),
                 // A save in another node replaces it just now, or has done so.
@@ -112,6 +147,15 @@ impl Scan {
                 Err(error) => skipped(error),
             },
             Err(error) => skipped(error),
+        }
+    }
+
+    /// Whether nobody seems to be writing the file any more. A time in the future tells nothing.
+    fn is_settled(&self, stored: &Stored) -> bool {
+        let modified = UNIX_EPOCH + Duration::from_secs(stored.stat().modified);
+        match SystemTime::now().duration_since(modified) {
+            Ok(age) => age >= self.settled,
+            Err(_) => self.settled.is_zero(),
         }
     }
 
@@ -126,14 +170,21 @@ impl Scan {
 
     /// Removes a temporary file unless somebody holds its lock: then it is being written.
     fn sweep(&self, name: &CStr) -> Option<Found> {
+        let skipped = |error| {
+            Some(Found::Skipped {
+                key: None,
+                error,
+                taken: None,
+            })
+        };
         match Abandoned::open(&self.root, name) {
             Ok(Some(file)) => match file.remove(&self.root) {
                 Ok(true) => Some(Found::Swept),
                 Ok(false) => None,
-                Err(error) => Some(Found::Skipped { key: None, error }),
+                Err(error) => skipped(error),
             },
             Ok(None) => None,
-            Err(error) => Some(Found::Skipped { key: None, error }),
+            Err(error) => skipped(error),
         }
     }
 }

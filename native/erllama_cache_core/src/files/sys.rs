@@ -21,6 +21,8 @@ pub(crate) struct Stat {
     pub(crate) owner: u32,
     /// The permissions.
     pub(crate) mode: u32,
+    /// When its content was last changed, in unix seconds.
+    pub(crate) modified: u64,
     pub(crate) is_regular: bool,
 }
 
@@ -194,6 +196,7 @@ fn convert(stat: &libc::stat) -> Stat {
         links: stat.st_nlink as u64,
         owner: stat.st_uid,
         mode: (stat.st_mode & 0o7777) as u32,
+        modified: u64::try_from(stat.st_mtime).unwrap_or(0),
         is_regular: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
     }
 }

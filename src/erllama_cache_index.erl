@@ -1,0 +1,240 @@
+%% The index of a store: a table of the store's name with one row for each key, read and written by
+%% whoever loads and saves. No other module touches it.
+%%
+%% A row is a file or a reservation. Which one is in its state; the token tells a row from a later one of
+%% the same key, and a reservation that becomes a file keeps its token. So every change names the token
+%% that it is about, and fails where somebody else was faster.
+%%
+%% Every function exits with `{noproc, _}' when there is no such table: the store has ended.
+%%
+%% @private
+-module(erllama_cache_index).
+
+-export([new/2, delete/1, config/1]).
+-export([row/2, fold/3, count/1, sizes/1, oldest/2]).
+-export([file/4, refused_file/4, reservation/4]).
+-export([add/2, claim/3, renew/3, settle/3, use/3, refuse/2, noted/4, remove/2, clear/1]).
+-export([end_lease/2]).
+-export_type([row/0, state/0]).
+
+-include("erllama_cache_index.hrl").
+
+%% A reservation stands for so many milliseconds without being renewed.
+-define(LEASE, erllama_cache_host:lease()).
+
+-type state() :: present | refused | reserved.
+-type row() :: #row{}.
+
+%% @doc Makes the table, with what never changes of its store. `error' when there is one of that name.
+-spec new(erllama_cache_store:name(), term()) -> ok | error.
+new(Name, Config) ->
+    try
+        Name = ets:new(Name, [
+            named_table, public, {keypos, #row.key}, {read_concurrency, true},
+            {write_concurrency, true}
+        ]),
+        true = ets:insert(Name, {config, config, Config}),
+        ok
+    catch
+        error:badarg -> error
+    end.
+
+-spec delete(erllama_cache_store:name()) -> ok.
+delete(Name) ->
+    true = ets:delete(Name),
+    ok.
+
+-spec config(erllama_cache_store:name()) -> term().
+config(Name) ->
+    table(Name, fun() -> ets:lookup_element(Name, config, 3) end).
+
+%% The table may end at any moment, and its name may be the next one's then.
+table(Name, Fun) ->
+    try
+        Fun()
+    catch
+        error:badarg:Stack ->
+            case ets:whereis(Name) of
+                undefined -> exit({noproc, {erllama_cache_store, Name}});
+                _ -> erlang:raise(error, badarg, Stack)
+            end
+    end.
+
+%%% Reading
+
+-spec row(erllama_cache_store:name(), erllama_cache_nif:key()) -> row() | none.
+row(Name, Key) ->
+    case table(Name, fun() -> ets:lookup(Name, Key) end) of
+        [Row] -> Row;
+        [] -> none
+    end.
+
+%% @doc All rows, in no order.
+-spec fold(erllama_cache_store:name(), fun((row(), Acc) -> Acc), Acc) -> Acc.
+fold(Name, Fun, Acc) ->
+    Rows = fun
+        (#row{} = Row, Sofar) -> Fun(Row, Sofar);
+        (_Config, Sofar) -> Sofar
+    end,
+    table(Name, fun() -> ets:foldl(Rows, Acc, Name) end).
+
+%% @doc How many files and reservations there are, and how many bytes the files have.
+-spec count(erllama_cache_store:name()) ->
+    {Files :: non_neg_integer(), Bytes :: non_neg_integer(), Reservations :: non_neg_integer()}.
+count(Name) ->
+    fold(Name, fun
+        (#row{state = reserved}, {Files, Bytes, Reserved}) -> {Files, Bytes, Reserved + 1};
+        (#row{size = Size}, {Files, Bytes, Reserved}) -> {Files + 1, Bytes + Size, Reserved}
+    end, {0, 0, 0}).
+
+%% @doc The size of every file, by the token of its row.
+-spec sizes(erllama_cache_store:name()) -> #{reference() => non_neg_integer()}.
+sizes(Name) ->
+    fold(Name, fun
+        (#row{state = reserved}, Sizes) -> Sizes;
+        (#row{token = Token, size = Size}, Sizes) -> Sizes#{Token => Size}
+    end, #{}).
+
+%% @doc The files that were not used for longest, with the time of their last use: a tenth of all, so
+%% that whoever evicts all has looked at each only some times over, and at least `Least'.
+-spec oldest(erllama_cache_store:name(), pos_integer()) ->
+    [{LastUsed :: integer(), erllama_cache_nif:key()}].
+oldest(Name, Least) ->
+    Select = [
+        {#row{key = '$2', last_used = '$1', state = State, _ = '_'}, [], [{{'$1', '$2'}}]}
+     || State <- [present, refused]
+    ],
+    All = table(Name, fun() -> ets:select(Name, Select) end),
+    lists:sublist(lists:sort(All), max(Least, length(All) div 10)).
+
+%%% Rows
+
+%% @doc The row of a file.
+-spec file(erllama_cache_nif:key(), pos_integer(), integer(), reference()) -> row().
+file(Key, Size, LastUsed, Token) ->
+    #row{key = Key, size = Size, last_used = not_ahead(LastUsed), state = present, token = Token}.
+
+%% @doc The row of a file that no load would take.
+-spec refused_file(erllama_cache_nif:key(), non_neg_integer(), integer(), reference()) -> row().
+refused_file(Key, Size, LastUsed, Token) ->
+    (file(Key, Size, LastUsed, Token))#row{state = refused}.
+
+%% @doc The row of a reservation of the calling process, whose file may take so many bytes.
+-spec reservation(erllama_cache_nif:key(), non_neg_integer(), reference(), pid()) -> row().
+reservation(Key, Size, Token, Pid) ->
+    #row{key = Key, size = Size, state = reserved, token = Token, pid = Pid, expires = lease_end()}.
+
+%% Nothing covers the time of last use in a file: one in the future would never be evicted.
+not_ahead(LastUsed) ->
+    min(LastUsed, erlang:system_time(millisecond)).
+
+lease_end() ->
+    erlang:monotonic_time(millisecond) + ?LEASE.
+
+%%% Changing
+
+%% @doc Adds a row; `false' when there is one of its key.
+-spec add(erllama_cache_store:name(), row()) -> boolean().
+add(Name, Row) ->
+    table(Name, fun() -> ets:insert_new(Name, Row) end).
+
+%% @doc Puts a reservation in the place of what was found there; `false' when that has changed since. A
+%% lease that has ended may have been renewed.
+-spec claim(erllama_cache_store:name(), Old :: row() | none, New :: row()) -> boolean().
+claim(Name, none, New) ->
+    add(Name, New);
+claim(Name, #row{key = Key, token = Token, state = State, expires = Expires}, New) ->
+    Old = #row{key = Key, token = Token, state = State, expires = Expires, _ = '_'},
+    replace(Name, Old, New).
+
+%% @doc Renews a reservation's lease, if there is less left of it than a save that goes on needs.
+-spec renew(erllama_cache_store:name(), erllama_cache_nif:key(), reference()) ->
+    ok | {error, expired}.
+renew(Name, Key, Token) ->
+    Enough = erlang:monotonic_time(millisecond) + erllama_cache_host:lease_left(),
+    case row(Name, Key) of
+        #row{token = Token, state = reserved, expires = Expires} when Expires > Enough -> ok;
+        #row{token = Token, state = reserved} = Row -> renew(Name, Row);
+        _ -> {error, expired}
+    end.
+
+renew(Name, #row{key = Key, token = Token} = Row) ->
+    Reserved = #row{key = Key, token = Token, state = reserved, _ = '_'},
+    case replace(Name, Reserved, Row#row{expires = lease_end()}) of
+        true -> ok;
+        false -> {error, expired}
+    end.
+
+%% @doc Makes a reservation the file that it was for, whatever has become of its owner and its lease.
+-spec settle(erllama_cache_store:name(), reference(), File :: row()) -> ok | {error, expired}.
+settle(Name, Token, #row{key = Key} = File) ->
+    Reserved = #row{key = Key, token = Token, state = reserved, _ = '_'},
+    case replace(Name, Reserved, File) of
+        true -> ok;
+        false -> {error, expired}
+    end.
+
+replace(Name, Old, New) ->
+    table(Name, fun() -> ets:select_replace(Name, [{Old, [], [{const, New}]}]) end) =:= 1.
+
+%% @doc Notes that the file of a key was used at this time, in milliseconds, and says how often it was
+%% since the last note in the file and when that was; `false' when there is no row of the key. A
+%% reservation's row does not mind.
+-spec use(erllama_cache_store:name(), erllama_cache_nif:key(), integer()) ->
+    {Uses :: pos_integer(), Noted :: integer()} | false.
+use(Name, Key, Now) ->
+    Update = [{#row.uses, 1}, {#row.noted, 0}],
+    table(Name, fun() ->
+        ets:update_element(Name, Key, {#row.last_used, Now}) andalso
+            try ets:update_counter(Name, Key, Update) of
+                [Uses, Noted] -> {Uses, Noted}
+            catch
+                %% Evicted in between.
+                error:badarg -> false
+            end
+    end).
+
+%% @doc So many uses are noted in the file as of now, in seconds.
+-spec noted(erllama_cache_store:name(), erllama_cache_nif:key(), pos_integer(), integer()) -> ok.
+noted(Name, Key, Uses, Now) ->
+    try ets:update_counter(Name, Key, {#row.uses, -Uses}) of
+        _ ->
+            _ = ets:update_element(Name, Key, {#row.noted, Now}),
+            ok
+    catch
+        error:badarg -> ok
+    end.
+
+%% @doc The file of this row is worth nothing: it stays, and takes its room, until it is replaced or
+%% evicted, but it is not there for a save of its key.
+-spec refuse(erllama_cache_store:name(), row() | none) -> ok.
+refuse(Name, #row{state = present, key = Key, token = Token} = Row) ->
+    Present = #row{key = Key, token = Token, state = present, _ = '_'},
+    _ = replace(Name, Present, Row#row{state = refused}),
+    ok;
+refuse(_Name, _NoFile) ->
+    ok.
+
+%% @doc Removes a row, unless it has become another: one of another token, or a file where it was a
+%% reservation.
+-spec remove(erllama_cache_store:name(), row()) -> boolean().
+remove(Name, #row{key = Key, token = Token, state = State}) ->
+    States = case State of
+        reserved -> [reserved];
+        _ -> [present, refused]
+    end,
+    Match = [{#row{key = Key, token = Token, state = S, _ = '_'}, [], [true]} || S <- States],
+    table(Name, fun() -> ets:select_delete(Name, Match) end) =:= 1.
+
+%% @doc Removes the rows of all files.
+-spec clear(erllama_cache_store:name()) -> ok.
+clear(Name) ->
+    Match = [{#row{state = S, _ = '_'}, [], [true]} || S <- [present, refused]],
+    _ = table(Name, fun() -> ets:select_delete(Name, Match) end),
+    ok.
+
+%% @doc For tests: nobody waits for a minute. Ends the lease of a reservation.
+-spec end_lease(erllama_cache_store:name(), erllama_cache_nif:key()) -> ok.
+end_lease(Name, Key) ->
+    true = ets:update_element(Name, Key, {#row.expires, erlang:monotonic_time(millisecond) - 1}),
+    ok.

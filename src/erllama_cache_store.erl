@@ -524,7 +524,7 @@ open(Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}, Secret) -
 
 look_through(#state{config = #config{name = Name} = Config} = State) ->
     Begun = erlang:monotonic_time(millisecond),
-    case scan(State) of
+    case scan(removes, State) of
         {ok, Scanned} ->
             report_start(Config, erlang:monotonic_time(millisecond) - Begun),
             {_, Roomy} = make_room(0, Scanned),
@@ -536,22 +536,23 @@ look_through(#state{config = #config{name = Name} = Config} = State) ->
     end.
 
 %% Adds what the root has to the index. Others save and load meanwhile: what they know is newer.
-scan(#state{config = #config{path = Path, secret = Secret, generation = Generation}} = State) ->
-    case erllama_cache_turn:run(fun() -> erllama_cache_nif:scan(Path, Secret =/= none) end) of
+scan(Removes, #state{config = #config{path = Path, secret = Secret, generation = Generation}} = State) ->
+    Begin = fun() -> erllama_cache_nif:scan(Path, Secret =/= none, Removes =:= removes) end,
+    case erllama_cache_turn:run(Begin) of
         {ok, Scan} ->
             ok = atomics:put(Generation, 1, erllama_cache_nif:root_generation(Path)),
-            scan(Scan, State);
+            scan_slices(Scan, State);
         {error, _} = Error ->
             Error
     end.
 
-scan(Scan, #state{config = Config} = State) ->
+scan_slices(Scan, #state{config = Config} = State) ->
     case erllama_cache_turn:run(fun() -> erllama_cache_nif:scan_more(Scan) end) of
         {Progress, Found} when is_list(Found) ->
             ok = lists:foreach(fun(Other) -> report(Other, Config) end, Found),
             Added = lists:foldl(fun add_found/2, State, Found),
             case Progress of
-                more -> scan(Scan, Added);
+                more -> scan_slices(Scan, Added);
                 ok -> {ok, Added}
             end;
         {error, _} = Error ->
@@ -750,7 +751,8 @@ look_again(#state{config = #config{name = Name, path = Path, root = Root} = Conf
             ?LOG_WARNING(#{event => root_changed, store => Name, root => Root}, ?LOG_META),
             ok = erllama_cache_index:clear(Name),
             Watched = lists:sum([Size || #watch{size = Size} <- maps:values(State#state.watches)]),
-            case scan(State#state{used = Watched, oldest = []}) of
+            %% Nobody has said that what is here now may be removed.
+            case scan(removes_nothing, State#state{used = Watched, oldest = []}) of
                 {ok, Scanned} ->
                     {_, Roomy} = make_room(0, Scanned),
                     Roomy;

@@ -142,10 +142,18 @@ scanned(Root) ->
     Plain = running(Root, #{}, fun() -> save(1) end),
     Keyed = running(Root, #{mac_key => secret(?KEY)}, fun() -> save(2) end),
     running(Root, #{mac_key => secret(?KEY)}, fun() ->
-        ?assertMatch(#{files := 1}, erllama_cache_store:info(?STORE)),
+        ?assertMatch(#{files := 2}, erllama_cache_store:info(?STORE)),
         ?assertMatch({ok, _, _}, load(Keyed)),
+        ?assertEqual({error, unauthenticated}, load(Plain)),
         %% Left where it is: it may be somebody else's.
         ?assert(filelib:is_regular(path(Root, Plain)))
+    end),
+    %% But it has its room, and is what goes first.
+    Bound = filelib:file_size(path(Root, Plain)) + filelib:file_size(path(Root, Keyed)),
+    ok = file:change_time(path(Root, Plain), {{2020, 1, 1}, {0, 0, 0}}),
+    running(Root, #{mac_key => secret(?KEY), max_bytes => Bound}, fun() ->
+        _ = save(3),
+        ?assertNot(filelib:is_file(path(Root, Plain)))
     end).
 
 from_file(Root) ->
@@ -230,8 +238,8 @@ ram(Root, Config, Fun) ->
     running(Root, ram_file, Config, Fun).
 
 running(Root, Tier, Config, Fun) ->
-    {ok, Store} = start_store(Root, (maps:with([mac_key], Config))#{tier => Tier}),
-    {ok, Writer} = start_writer(Config),
+    {ok, Store} = start_store(Root, (maps:with([mac_key, max_bytes], Config))#{tier => Tier}),
+    {ok, Writer} = start_writer(maps:remove(max_bytes, Config)),
     try
         Fun()
     after

@@ -13,7 +13,7 @@
 -import(erllama_cache_hooked_host, [with_hook/2, stop_after_first_slice/1, go_on/1]).
 -import(erllama_cache_test_util, [
     fresh_dir/2, files/1, open_files/1, file_of/2, meta/1, eventually/1,
-    actor/0, ask/2, tell/2, answer/2, kill/1, run_command/2
+    actor/0, ask/2, tell/2, answer/2, kill/1, run_command/2, run_node/3
 ]).
 
 -define(STORE, hostile_store).
@@ -69,6 +69,9 @@ groups() ->
             a_forgery_put_there_amid_a_save_is_replaced,
             a_forgery_is_not_taken_for_a_dead_savers_file,
             a_file_made_with_the_secret_is_adopted
+        ]},
+        {limits, [], [
+            a_file_above_the_size_limit_is_refused
         ]}
     ].
 
@@ -83,6 +86,27 @@ end_per_testcase(_Case, Config) ->
     _ = run_command("chattr", ["-R", "-i", Root]),
     %% Large files are closed by another thread.
     eventually(fun() -> open_files(Root) =:= [] end).
+
+%%% Limits
+
+%% The system would end the VM: SIGXFSZ.
+a_file_above_the_size_limit_is_refused(Config) ->
+    Root = ?config(root, Config),
+    %% In units of 512 or 1024 bytes: enough for the VM's own files.
+    ?assertEqual({0, ""}, run_node("ulimit -f 40000;", {?MODULE, limited}, [Root])),
+    ?assertEqual([], [Name || Name <- files(Root), filename:extension(Name) =:= ".tmp"]),
+    ?assertMatch([_], files(Root)).
+
+limited([Root]) ->
+    {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root}),
+    {ok, _} = ?WRITER:start_link(#{host => erllama_cache_store}),
+    Save = fun(N, Size) -> ?WRITER:save(?STORE, disk, meta([N]), <<0:(Size * 8)>>) end,
+    {ok, Key} = Save(1, 1000),
+    [{error, efbig} = Save(2, Size) || Size <- [41_000_000, 60_000_000]],
+    {error, efbig} = ?WRITER:save(?STORE, disk, (meta([3]))#{prompt_text => <<0:(8 * 41_000_000)>>}, <<>>),
+    {ok, _, _} = erllama_cache_store:load(?STORE, Key),
+    [] = open_files(Root),
+    halt(0).
 
 %%% Under final names
 

@@ -21,6 +21,7 @@ metrics_test_() ->
         {a_start_is_logged, fun a_start_is_logged/1},
         {a_root_that_needs_names_is_logged, fun a_root_that_needs_names_is_logged/1},
         {what_a_start_finds_is_logged, fun what_a_start_finds_is_logged/1},
+        {a_root_that_is_another_is_logged, fun a_root_that_is_another_is_logged/1},
         {an_eviction_that_fails_is_logged, fun an_eviction_that_fails_is_logged/1},
         {a_save_that_goes_well_logs_nothing, fun a_save_that_goes_well_logs_nothing/1},
         {the_pages_metrics_are_there, fun the_pages_metrics_are_there/1}
@@ -173,6 +174,7 @@ what_a_start_finds_is_logged(Root) ->
     {ok, File} = file:read_file(path(Root, Key)),
     {Damaged, Later} = {path(Root, <<1:256>>), path(Root, <<2:256>>)},
     ok = file:write_file(Damaged, <<"damaged">>),
+    ok = file:change_time(Damaged, {{2020, 1, 1}, {0, 0, 0}}),
     <<Magic:3/binary, 1, Rest/binary>> = File,
     ok = file:write_file(Later, [Magic, 2, Rest]),
     restart_logged(#{root => Root}),
@@ -184,6 +186,29 @@ what_a_start_finds_is_logged(Root) ->
                      Event)
     end),
     ?assertEqual({false, true}, {filelib:is_file(Damaged), filelib:is_file(Later)}).
+
+%% And what is in it is found, with what was in the other one forgotten.
+a_root_that_is_another_is_logged(Root) ->
+    ok = gen_server:stop(?STORE),
+    Place = filename:join(Root, "place"),
+    ok = file:make_dir(Place),
+    with_log(fun() ->
+        {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Place, max_bytes => 1 bsl 20}),
+        {ok, Gone} = save(1, <<"gone">>),
+        ok = file:rename(Place, filename:join(Root, "moved")),
+        ok = file:make_dir(Place),
+        {ok, Theirs} = file:read_file(path(filename:join(Root, "moved"), Gone)),
+        ok = file:write_file(path(Place, <<1:256>>), Theirs),
+        miss = erllama_cache_store:load(?STORE, Gone),
+        #{used := Used, should := Used} = gen_server:call(?STORE, audit),
+        Size = byte_size(Theirs),
+        ?assertMatch(#{files := 1, bytes := Size}, erllama_cache_store:info(?STORE)),
+        ?assertEqual(Size, Used),
+        {ok, _} = save(1, <<"again">>)
+    end),
+    logged(root_changed, warning, fun(Event) ->
+        ?assertMatch(#{store := ?STORE, root := Place}, Event)
+    end).
 
 an_eviction_that_fails_is_logged(Root) ->
     Payload = binary:copy(<<7>>, 4096),

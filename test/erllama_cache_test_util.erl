@@ -6,7 +6,7 @@
 -export([meta/0, meta/1]).
 -export([eventually/1, eventually/2]).
 -export([actor/0, actor/1, ask/2, tell/2, answer/2, kill/1]).
--export([run_command/2]).
+-export([run_command/2, run_node/3]).
 
 -include_lib("stdlib/include/assert.hrl").
 
@@ -172,6 +172,25 @@ run_command(Name, Args) ->
         Path ->
             Options = [{args, Args}, exit_status, stderr_to_stdout, hide],
             output(open_port({spawn_executable, Path}, Options), [])
+    end.
+
+%% Runs an exported function of a test module in a node of its own, one that nobody has configured,
+%% with these arguments, and waits for its end. `Limits' are commands for the shell that starts it.
+-spec run_node(string(), {module(), atom()}, [string()]) ->
+    {ExitStatus :: non_neg_integer(), Output :: string()}.
+run_node(Limits, {Module, Function}, Args) ->
+    Command = [
+        "erl", "-noinput", "-pa", ebin(erllama_cache_store), "-pa", ebin(Module),
+        "-run", atom_to_list(Module), atom_to_list(Function) | Args
+    ],
+    Quoted = lists:join($\s, [[$', Word, $'] || Word <- Command]),
+    {_, _} = run_command("sh", ["-c", lists:flatten([Limits, " exec ", Quoted])]).
+
+%% Under coverage a module comes from no file.
+ebin(Module) ->
+    case code:which(Module) of
+        cover_compiled -> filename:join(code:lib_dir(erllama_cache_nif), "ebin");
+        Path -> filename:dirname(Path)
     end.
 
 output(Port, Sofar) ->

@@ -212,7 +212,7 @@ impl Place {
     }
 
     fn scan(&self, keyed_only: bool) -> Vec<Found> {
-        let mut scan = Scan::open(self.open(), keyed_only, Duration::ZERO).unwrap();
+        let mut scan = Scan::open(self.open(), keyed_only, Some(Duration::ZERO)).unwrap();
         let mut found = Vec::new();
         complete(|| scan.step(&mut found, &Slice::unlimited())).unwrap();
         found

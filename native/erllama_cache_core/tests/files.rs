@@ -154,7 +154,7 @@ fn check(dir: &Path, n: u32) -> Result<(), Error> {
 }
 
 fn scan(dir: &Path) -> Vec<Found> {
-    let mut scan = Scan::open(open(dir), false, Duration::ZERO).unwrap();
+    let mut scan = Scan::open(open(dir), false, Some(Duration::ZERO)).unwrap();
     let mut found = Vec::new();
     complete(|| scan.step(&mut found, &slice())).unwrap();
     found
@@ -871,7 +871,7 @@ fn a_scan_leaves_what_is_being_copied_in() {
     let half = &whole[..whole.len() / 2];
     fs::write(path(dir.path(), 1), half).unwrap();
     let scan_after = |settled| {
-        let mut scan = Scan::open(open(dir.path()), false, settled).unwrap();
+        let mut scan = Scan::open(open(dir.path()), false, Some(settled)).unwrap();
         let mut found = Vec::new();
         while scan.step(&mut found, &slice()).unwrap() == Progress::More {}
         found

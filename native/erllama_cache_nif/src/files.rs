@@ -163,8 +163,8 @@ fn write_and_publish_in_memory<'a>(
         return Ok(atoms::on_device().encode(env));
     }
     let root = root(path)?;
-    if !root.as_ref().is_ok_and(Root::is_in_memory) {
-        // Something else is mounted there by now, or nothing.
+    if root.as_ref().is_ok_and(|root| !root.is_in_memory()) {
+        // Something else is mounted there by now.
         return Ok(atoms::on_device().encode(env));
     }
     let Some(_running) = guard.running_io(env) else {
@@ -493,9 +493,15 @@ fn delete<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn scan<'a>(env: Env<'a>, path: Binary<'a>, keyed_only: bool) -> NifResult<Term<'a>> {
+fn scan<'a>(
+    env: Env<'a>,
+    path: Binary<'a>,
+    keyed_only: bool,
+    removes: bool,
+) -> NifResult<Term<'a>> {
     Ok(
-        match root(path)?.and_then(|root| Scan::open(root, keyed_only, SETTLED)) {
+        match root(path)?.and_then(|root| Scan::open(root, keyed_only, removes.then_some(SETTLED)))
+        {
             Ok(scan) => (
                 atoms::ok(),
                 ResourceArc::new(Scanning(InSlices::new(Kind::Scan, scan))),

@@ -78,7 +78,7 @@ fuzz_target!(|input: &[u8]| {
     assert_eq!(checked.is_ok(), loaded.is_ok());
 
     let mut found = Vec::new();
-    let mut scan = Scan::open(root(), with_secret, Duration::ZERO).unwrap();
+    let mut scan = Scan::open(root(), with_secret, Some(Duration::ZERO)).unwrap();
     complete(|| scan.step(&mut found, &slice)).unwrap();
     let keyed = model::read(&file).is_some_and(|read| matches!(read.digest, Some((1, _))));
     match (model::look(&file), &found[..]) {

@@ -66,18 +66,18 @@ pub struct Scan {
     root: Root,
     names: Names,
     keyed_only: bool,
-    settled: Duration,
+    settled: Option<Duration>,
 }
 
 impl Scan {
     /// Begins at the root's first name. If `keyed_only`, a file without a keyed digest is skipped:
     /// no load would take it. Whether the digest is right is left to that load. What is no file of its
     /// key is removed only if it has not changed for as long as `settled`: before that somebody may be
-    /// copying it here.
+    /// copying it here. Without `settled` nothing is removed, temporary files included.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn open(root: Root, keyed_only: bool, settled: Duration) -> Result<Scan, Error> {
+    pub fn open(root: Root, keyed_only: bool, settled: Option<Duration>) -> Result<Scan, Error> {
         let names = root.names()?;
         Ok(Scan {
             root,
@@ -95,8 +95,8 @@ impl Scan {
         while let Some(name) = self.names.next().transpose()? {
             match name {
                 Name::Final(key) => found.extend(self.look(key)),
-                Name::Temporary(name) => found.extend(self.sweep(&name)),
-                Name::Other(_) => {}
+                Name::Temporary(name) if self.settled.is_some() => found.extend(self.sweep(&name)),
+                Name::Temporary(_) | Name::Other(_) => {}
             }
             if slice.is_over() {
                 return Ok(Progress::More);
@@ -152,10 +152,13 @@ impl Scan {
 
     /// Whether nobody seems to be writing the file any more. A time in the future tells nothing.
     fn is_settled(&self, stored: &Stored) -> bool {
+        let Some(settled) = self.settled else {
+            return false;
+        };
         let modified = UNIX_EPOCH + Duration::from_secs(stored.stat().modified);
         match SystemTime::now().duration_since(modified) {
-            Ok(age) => age >= self.settled,
-            Err(_) => self.settled.is_zero(),
+            Ok(age) => age >= settled,
+            Err(_) => settled.is_zero(),
         }
     }
 

@@ -254,7 +254,14 @@ const XFS: u64 = 0x5846_5342;
 pub(crate) fn file_system(file: &File) -> io::Result<FileSystem> {
     let mut stat = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: `file` is open, `stat` has room for what the call writes.
-    uninterrupted(|| unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) })?;
+    match uninterrupted(|| unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) }) {
+        Ok(_) => {}
+        // A file system in user space need not answer.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP)) => {
+            return Ok(FileSystem::default());
+        }
+        Err(error) => return Err(error),
+    }
     // SAFETY: the call succeeded, so it has filled `stat`.
     let stat = unsafe { stat.assume_init() };
     // SAFETY: the type is two ints in C, and any bits make two ints.

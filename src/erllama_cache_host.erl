@@ -3,20 +3,17 @@
 %% Two modules are such hosts: {@link erllama_cache_host_erllama}, over the application `erllama',
 %% and {@link erllama_cache_store}, built in. The writer calls them in the process that saves:
 %%
-%% <table>
-%% <tr><th>callback</th><th>when</th><th>if it answers an error</th></tr>
-%% <tr><td>`identify'</td><td>first, with a slot held</td><td>the save ends with it</td></tr>
-%% <tr><td>`reserve'</td><td>next</td><td>the save ends with it; `already_present' is counted</td></tr>
-%% <tr><td>`root'</td><td>next</td><td>(it exits)</td></tr>
-%% <tr><td>`check'</td><td>of a small file before it is written, of any other between writing and
-%%   publishing, and each 15 seconds while a long one is written</td>
-%%   <td>the temporary file goes, the reservation is left to whose it is</td></tr>
-%% <tr><td>`mark_published', `announce'</td><td>when the file has its name</td>
-%%   <td>the file stays</td></tr>
-%% <tr><td>`count'</td><td>at the end of a save that went well</td><td>(it answers `ok')</td></tr>
-%% <tr><td>`cancel'</td><td>when anything failed after `reserve' and before the file had its name</td>
-%%   <td>(it answers `ok')</td></tr>
-%% </table>
+%% <ul>
+%% <li>`identify', first, with a slot held. The save ends with its error.</li>
+%% <li>`reserve', next. The save ends with its error; `already_present' is counted.</li>
+%% <li>`root', next. It exits when there is no such tier server.</li>
+%% <li>`check': before a small file is written; between writing and publishing any other, and each 15
+%%   seconds while a long one is written. After its error the temporary file goes, and the reservation is
+%%   left to whose it is.</li>
+%% <li>`mark_published' and `announce', when the file has its name. After their errors it stays.</li>
+%% <li>`count', at the end of a save that went well.</li>
+%% <li>`cancel', when anything failed between `reserve' and the file's getting its name.</li>
+%% </ul>
 -module(erllama_cache_host).
 
 -export([lease/0, lease_left/0, renew_every/0]).

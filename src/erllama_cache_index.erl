@@ -10,7 +10,7 @@
 %% @private
 -module(erllama_cache_index).
 
--export([new/2, delete/1, config/1]).
+-export([new/2, delete/1, config/1, find_config/1]).
 -export([row/2, fold/3, count/1, sizes/1, oldest/2]).
 -export([file/4, refused_file/4, reservation/4]).
 -export([add/2, claim/3, renew/3, settle/3, use/3, refuse/2, noted/4, remove/2, clear/1]).
@@ -25,7 +25,7 @@
 -type state() :: present | refused | reserved.
 -type row() :: #row{}.
 
-%% @doc Makes the table, with what never changes of its store. `error' when there is one of that name.
+%% Makes the table, with what never changes of its store. `error' when there is one of that name.
 -spec new(erllama_cache_store:name(), term()) -> ok | error.
 new(Name, Config) ->
     try
@@ -48,6 +48,16 @@ delete(Name) ->
 config(Name) ->
     table(Name, fun() -> ets:lookup_element(Name, config, 3) end).
 
+%% The same for a name that may be anybody's.
+-spec find_config(atom()) -> {ok, term()} | error.
+find_config(Name) ->
+    try ets:lookup(Name, config) of
+        [{config, config, Config}] -> {ok, Config};
+        _ -> error
+    catch
+        error:badarg -> error
+    end.
+
 %% The table may end at any moment, and its name may be the next one's then.
 table(Name, Fun) ->
     try
@@ -69,7 +79,7 @@ row(Name, Key) ->
         [] -> none
     end.
 
-%% @doc All rows, in no order.
+%% All rows, in no order.
 -spec fold(erllama_cache_store:name(), fun((row(), Acc) -> Acc), Acc) -> Acc.
 fold(Name, Fun, Acc) ->
     Rows = fun
@@ -78,7 +88,7 @@ fold(Name, Fun, Acc) ->
     end,
     table(Name, fun() -> ets:foldl(Rows, Acc, Name) end).
 
-%% @doc How many files and reservations there are, and how many bytes the files have.
+%% How many files and reservations there are, and how many bytes the files have.
 -spec count(erllama_cache_store:name()) ->
     {Files :: non_neg_integer(), Bytes :: non_neg_integer(), Reservations :: non_neg_integer()}.
 count(Name) ->
@@ -87,7 +97,7 @@ count(Name) ->
         (#row{size = Size}, {Files, Bytes, Reserved}) -> {Files + 1, Bytes + Size, Reserved}
     end, {0, 0, 0}).
 
-%% @doc The size of every file, by the token of its row.
+%% The size of every file, by the token of its row.
 -spec sizes(erllama_cache_store:name()) -> #{reference() => non_neg_integer()}.
 sizes(Name) ->
     fold(Name, fun
@@ -95,7 +105,7 @@ sizes(Name) ->
         (#row{token = Token, size = Size}, Sizes) -> Sizes#{Token => Size}
     end, #{}).
 
-%% @doc The files that were not used for longest, with the time of their last use: a tenth of all, so
+%% The files that were not used for longest, with the time of their last use: a tenth of all, so
 %% that whoever evicts all has looked at each only some times over, and at least `Least'.
 -spec oldest(erllama_cache_store:name(), pos_integer()) ->
     [{LastUsed :: integer(), erllama_cache_nif:key()}].
@@ -109,17 +119,17 @@ oldest(Name, Least) ->
 
 %%% Rows
 
-%% @doc The row of a file.
+%% The row of a file.
 -spec file(erllama_cache_nif:key(), pos_integer(), integer(), reference()) -> row().
 file(Key, Size, LastUsed, Token) ->
     #row{key = Key, size = Size, last_used = not_ahead(LastUsed), state = present, token = Token}.
 
-%% @doc The row of a file that no load would take.
+%% The row of a file that no load would take.
 -spec refused_file(erllama_cache_nif:key(), non_neg_integer(), integer(), reference()) -> row().
 refused_file(Key, Size, LastUsed, Token) ->
     (file(Key, Size, LastUsed, Token))#row{state = refused}.
 
-%% @doc The row of a reservation of the calling process, whose file may take so many bytes.
+%% The row of a reservation of the calling process, whose file may take so many bytes.
 -spec reservation(erllama_cache_nif:key(), non_neg_integer(), reference(), pid()) -> row().
 reservation(Key, Size, Token, Pid) ->
     #row{key = Key, size = Size, state = reserved, token = Token, pid = Pid, expires = lease_end()}.
@@ -133,12 +143,12 @@ lease_end() ->
 
 %%% Changing
 
-%% @doc Adds a row; `false' when there is one of its key.
+%% Adds a row; `false' when there is one of its key.
 -spec add(erllama_cache_store:name(), row()) -> boolean().
 add(Name, Row) ->
     table(Name, fun() -> ets:insert_new(Name, Row) end).
 
-%% @doc Puts a reservation in the place of what was found there; `false' when that has changed since. A
+%% Puts a reservation in the place of what was found there; `false' when that has changed since. A
 %% lease that has ended may have been renewed.
 -spec claim(erllama_cache_store:name(), Old :: row() | none, New :: row()) -> boolean().
 claim(Name, none, New) ->
@@ -147,7 +157,7 @@ claim(Name, #row{key = Key, token = Token, state = State, expires = Expires}, Ne
     Old = #row{key = Key, token = Token, state = State, expires = Expires, _ = '_'},
     replace(Name, Old, New).
 
-%% @doc Renews a reservation's lease, if there is less left of it than a save that goes on needs.
+%% Renews a reservation's lease, if there is less left of it than a save that goes on needs.
 -spec renew(erllama_cache_store:name(), erllama_cache_nif:key(), reference()) ->
     ok | {error, expired}.
 renew(Name, Key, Token) ->
@@ -165,7 +175,7 @@ renew(Name, #row{key = Key, token = Token} = Row) ->
         false -> {error, expired}
     end.
 
-%% @doc Makes a reservation the file that it was for, whatever has become of its owner and its lease.
+%% Makes a reservation the file that it was for, whatever has become of its owner and its lease.
 -spec settle(erllama_cache_store:name(), reference(), File :: row()) -> ok | {error, expired}.
 settle(Name, Token, #row{key = Key} = File) ->
     Reserved = #row{key = Key, token = Token, state = reserved, _ = '_'},
@@ -177,7 +187,7 @@ settle(Name, Token, #row{key = Key} = File) ->
 replace(Name, Old, New) ->
     table(Name, fun() -> ets:select_replace(Name, [{Old, [], [{const, New}]}]) end) =:= 1.
 
-%% @doc Notes that the file of a key was used at this time, in milliseconds, and says how often it was
+%% Notes that the file of a key was used at this time, in milliseconds, and says how often it was
 %% since the last note in the file and when that was; `false' when there is no row of the key. A
 %% reservation's row does not mind.
 -spec use(erllama_cache_store:name(), erllama_cache_nif:key(), integer()) ->
@@ -194,7 +204,7 @@ use(Name, Key, Now) ->
             end
     end).
 
-%% @doc So many uses are noted in the file as of now, in seconds.
+%% So many uses are noted in the file as of now, in seconds.
 -spec noted(erllama_cache_store:name(), erllama_cache_nif:key(), pos_integer(), integer()) -> ok.
 noted(Name, Key, Uses, Now) ->
     try ets:update_counter(Name, Key, {#row.uses, -Uses}) of
@@ -205,7 +215,7 @@ noted(Name, Key, Uses, Now) ->
         error:badarg -> ok
     end.
 
-%% @doc The file of this row is worth nothing: it stays, and takes its room, until it is replaced or
+%% The file of this row is worth nothing: it stays, and takes its room, until it is replaced or
 %% evicted, but it is not there for a save of its key.
 -spec refuse(erllama_cache_store:name(), row() | none) -> ok.
 refuse(Name, #row{state = present, key = Key, token = Token} = Row) ->
@@ -215,7 +225,7 @@ refuse(Name, #row{state = present, key = Key, token = Token} = Row) ->
 refuse(_Name, _NoFile) ->
     ok.
 
-%% @doc Removes a row, unless it has become another: one of another token, or a file where it was a
+%% Removes a row, unless it has become another: one of another token, or a file where it was a
 %% reservation.
 -spec remove(erllama_cache_store:name(), row()) -> boolean().
 remove(Name, #row{key = Key, token = Token, state = State}) ->
@@ -226,14 +236,14 @@ remove(Name, #row{key = Key, token = Token, state = State}) ->
     Match = [{#row{key = Key, token = Token, state = S, _ = '_'}, [], [true]} || S <- States],
     table(Name, fun() -> ets:select_delete(Name, Match) end) =:= 1.
 
-%% @doc Removes the rows of all files.
+%% Removes the rows of all files.
 -spec clear(erllama_cache_store:name()) -> ok.
 clear(Name) ->
     Match = [{#row{state = S, _ = '_'}, [], [true]} || S <- [present, refused]],
     _ = table(Name, fun() -> ets:select_delete(Name, Match) end),
     ok.
 
-%% @doc For tests: nobody waits for a minute. Ends the lease of a reservation.
+%% For tests: nobody waits for a minute. Ends the lease of a reservation.
 -spec end_lease(erllama_cache_store:name(), erllama_cache_nif:key()) -> ok.
 end_lease(Name, Key) ->
     true = ets:update_element(Name, Key, {#row.expires, erlang:monotonic_time(millisecond) - 1}),

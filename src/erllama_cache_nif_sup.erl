@@ -1,6 +1,8 @@
 %% Starts what the application's environment names: stores and, with them, the writer. With no
 %% stores it starts nothing: inside erllama the writer is a child of erllama's own supervisor.
 %%
+%% Each has a keeper of its own, so that none of them ends another.
+%%
 %% @private
 -module(erllama_cache_nif_sup).
 -behaviour(supervisor).
@@ -8,22 +10,64 @@
 -export([start_link/0]).
 -export([init/1]).
 
+%% @doc Starts all, or none: what cannot start now is a mistake of the configuration, as likely as not.
+%% What ends later is started anew.
+-spec start_link() -> {ok, pid()} | {error, term()}.
 start_link() ->
-    supervisor:start_link({local, ?MODULE}, ?MODULE, []).
+    case supervisor:start_link({local, ?MODULE}, ?MODULE, []) of
+        {ok, Supervisor} -> all_or_none(Supervisor);
+        {error, _} = Error -> Error
+    end.
+
+all_or_none(Supervisor) ->
+    Failures = [
+        {Id, Reason}
+     || {Id, Keeper, worker, _} <- supervisor:which_children(Supervisor),
+        {failed, Reason} <- [erllama_cache_keeper:failure(Keeper)]
+    ],
+    case Failures of
+        [] ->
+            {ok, Supervisor};
+        [Failure | _] ->
+            true = unlink(Supervisor),
+            Monitor = monitor(process, Supervisor),
+            true = exit(Supervisor, shutdown),
+            receive
+                {'DOWN', Monitor, process, Supervisor, _} -> {error, Failure}
+            end
+    end.
 
 init([]) ->
-    {ok, {#{strategy => one_for_one}, children(application:get_env(erllama_cache_nif, stores, []))}}.
+    Children = children(application:get_env(erllama_cache_nif, stores, [])),
+    %% Keepers do not end of themselves.
+    {ok, {#{strategy => one_for_one, intensity => 100, period => 1}, Children}}.
 
 children([]) ->
     [];
-children(Stores) ->
-    [erllama_cache_store:child_spec(Name, Options) || {Name, Options} <- Stores] ++ [writer()].
+children(Stores) when is_list(Stores) ->
+    writer() ++ [store(Store) || Store <- Stores];
+children(Other) ->
+    error({invalid_config, stores, Other}).
+
+store({Name, Options}) when is_atom(Name), is_map(Options) ->
+    #{start := Start} = erllama_cache_store:child_spec(Name, Options),
+    erllama_cache_keeper:child_spec(Name, Start);
+store(Other) ->
+    error({invalid_config, stores, Other}).
 
 writer() ->
-    %% Where nothing else is said, the stores are the host.
-    Host = application:get_env(erllama_cache_nif, host, erllama_cache_store),
-    #{
-        id => erllama_cache_writer,
-        start => {erllama_cache_writer, start_link, [#{host => Host}]},
-        shutdown => 5000
-    }.
+    %% Where nothing else is said, the stores are the host. In a node that runs erllama the writer is
+    %% erllama's, and serves the stores as well.
+    case application:get_env(erllama_cache_nif, start_writer, not is_loaded(erllama)) of
+        true ->
+            Host = application:get_env(erllama_cache_nif, host, erllama_cache_store),
+            Start = {erllama_cache_writer, start_link, [#{host => Host}]},
+            [erllama_cache_keeper:child_spec(erllama_cache_writer, Start)];
+        false ->
+            [];
+        Other ->
+            error({invalid_config, start_writer, Other})
+    end.
+
+is_loaded(Application) ->
+    lists:keymember(Application, 1, application:loaded_applications()).

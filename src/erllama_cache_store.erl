@@ -15,7 +15,7 @@
 -include("erllama_cache_log.hrl").
 
 -export([start_link/2, child_spec/2]).
--export([load/2, delete/2, info/1, key/1]).
+-export([load/2, delete/2, info/1, key/1, is_store/1]).
 -export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 -export_type([name/0, options/0, file_info/0, info/0]).
@@ -140,6 +140,8 @@
 %%
 %% Errors: a POSIX reason, or `badarg', of the root.
 -spec start_link(name(), options()) -> {ok, pid()} | {error, term()}.
+start_link(Name, Options) when is_atom(Name), not is_map_key(root, Options) ->
+    error({missing_option, root});
 start_link(Name, #{root := Root} = Options) when is_atom(Name) ->
     Complete = maps:merge(default_options(), Options),
     ok = maps:foreach(fun check_option/2, Complete),
@@ -175,6 +177,8 @@ check_option(Key, Value) -> error({invalid_option, Key, Value}).
 %%     erllama_cache_store:child_spec(my_store, #{root => "/var/cache/kv"}).
 %% '''
 -spec child_spec(name(), options()) -> supervisor:child_spec().
+child_spec(Name, Options) when is_map(Options), not is_map_key(root, Options) ->
+    #{id => {?MODULE, Name}, start => {?MODULE, start_link, [Name, Options]}};
 child_spec(Name, #{root := Root} = Options) ->
     %% For a restart, too, which may come after a change of the current directory.
     Fixed = case erllama_cache_path:absolute(Root) of
@@ -340,6 +344,15 @@ info(Name) when is_atom(Name) ->
         },
         maps:from_list(Done)
     ).
+
+%% @private
+%% Whether a store of this name runs here.
+-spec is_store(atom()) -> boolean().
+is_store(Name) ->
+    case erllama_cache_index:find_config(Name) of
+        {ok, #config{}} -> true;
+        _ -> false
+    end.
 
 enumerate(List) ->
     lists:zip(lists:seq(1, length(List)), List).

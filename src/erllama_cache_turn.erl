@@ -15,17 +15,24 @@
 %% The entry in a process's dictionary.
 -define(GUARD, '$erllama_cache_turns').
 
-%% Makes the turns, once for the node's life.
+%% Makes the turns, once for the library's life.
 -spec setup() -> ok.
 setup() ->
     case persistent_term:get(?MODULE, undefined) of
         undefined ->
-            Schedulers = erlang:system_info(dirty_io_schedulers),
-            Semaphore = erllama_cache_nif:semaphore_new(max(1, Schedulers - ?LEFT)),
-            persistent_term:put(?MODULE, Semaphore);
-        _Semaphore ->
-            ok
+            make_turns();
+        Semaphore ->
+            try erllama_cache_nif:semaphore_limit(Semaphore) of
+                _ -> ok
+            catch
+                %% Of a library that has been purged since.
+                error:badarg -> make_turns()
+            end
     end.
+
+make_turns() ->
+    Schedulers = erlang:system_info(dirty_io_schedulers),
+    persistent_term:put(?MODULE, erllama_cache_nif:semaphore_new(max(1, Schedulers - ?LEFT))).
 
 %% Runs one slice when it is its turn. It does not nest.
 -spec run(fun(() -> Result)) -> Result.

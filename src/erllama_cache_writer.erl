@@ -84,6 +84,9 @@
 %% Up to this many bytes of file, a save is one call of the library.
 -define(SMALL, 65536).
 
+%% Milliseconds within which a server ends whose supervisor has ended.
+-define(ENDS_WITHIN, 1000).
+
 -define(IS_TIMEOUT(T), (T =:= infinity orelse (is_integer(T) andalso T >= 0 andalso T =< ?MAX_TIMEOUT))).
 -define(IS_LIMIT(N), (is_integer(N) andalso N > 0 andalso N =< ?MAX_LIMIT)).
 -define(IS_BYTES(N), (N =:= infinity orelse (is_integer(N) andalso N >= 0 andalso N =< ?MAX_BYTES))).
@@ -164,7 +167,43 @@ start_link(Config) when is_map(Config) ->
 start(Config) ->
     Complete = maps:merge(default_config(), Config),
     ok = maps:foreach(fun check_config/2, Complete),
-    gen_server:start_link({local, ?MODULE}, ?MODULE, Complete, []).
+    start_server(Complete).
+
+%% A supervisor that was killed may be there again before the server of the one before has ended, which
+%% traps exits. Told `already_started', it would give up.
+start_server(Config) ->
+    case gen_server:start_link({local, ?MODULE}, ?MODULE, Config, []) of
+        {error, {already_started, Pid}} = Error ->
+            case is_orphan(Pid) andalso ends_within(Pid, ?ENDS_WITHIN) of
+                true -> start_server(Config);
+                false -> Error
+            end;
+        Started ->
+            Started
+    end.
+
+%% Whether the process that started this one is gone. If it had a name, that may be another's by now: the
+%% two are linked while it lives.
+is_orphan(Pid) ->
+    case process_info(Pid, [dictionary, links]) of
+        undefined ->
+            true;
+        [{dictionary, Dictionary}, {links, Links}] ->
+            case proplists:get_value('$ancestors', Dictionary, []) of
+                [Parent | _] when is_atom(Parent) -> not lists:member(whereis(Parent), Links);
+                [Parent | _] -> not is_process_alive(Parent);
+                [] -> false
+            end
+    end.
+
+ends_within(Pid, Timeout) ->
+    Monitor = monitor(process, Pid),
+    receive
+        {'DOWN', Monitor, process, Pid, _} -> true
+    after Timeout ->
+        true = demonitor(Monitor, [flush]),
+        false
+    end.
 
 default_config() ->
     #{
@@ -234,11 +273,17 @@ save_options(_Digest, Secret, #{file_mode := Mode, page_cache := PageCache}) ->
     {Mode, Secret, PageCache}.
 
 %% The semaphore of the server before this one, if there was one: with it come the slots that are
-%% held and those who wait.
+%% held and those who wait. One of a library that was purged since is nobody's any more.
 semaphore() ->
     case persistent_term:get(?STATE, undefined) of
-        #{semaphore := Semaphore} -> Semaphore;
-        undefined -> erllama_cache_nif:semaphore_new()
+        #{semaphore := Semaphore} ->
+            try erllama_cache_nif:semaphore_limit(Semaphore) of
+                _ -> Semaphore
+            catch
+                error:badarg -> erllama_cache_nif:semaphore_new()
+            end;
+        undefined ->
+            erllama_cache_nif:semaphore_new()
     end.
 
 %% @private
@@ -739,7 +784,8 @@ stopped({Ref, [Monitor]}) ->
 }).
 
 save_with_slot(Guard, TierSrv, Tier, BuildMeta, Payload, Stop) ->
-    #{host := Host, defaults := Defaults, options := #{Tier := Options}} = state(save, []),
+    #{host := Default, defaults := Defaults, options := #{Tier := Options}} = state(save, []),
+    Host = host(TierSrv, Default),
     case erllama_cache_meta:complete(BuildMeta, Defaults) of
         {ok, Meta} ->
             case Host:identify(Meta) of
@@ -765,6 +811,15 @@ save_with_slot(Guard, TierSrv, Tier, BuildMeta, Payload, Stop) ->
         {error, _} = Error ->
             Error
     end.
+
+%% Beside erllama a node may have stores: each of them is its own host.
+host(TierSrv, erllama_cache_host_erllama = Default) ->
+    case erllama_cache_store:is_store(TierSrv) of
+        true -> erllama_cache_store;
+        false -> Default
+    end;
+host(_TierSrv, Host) ->
+    Host.
 
 %% What the file will take, for a host that makes room: exact but for the fixed fields and tags,
 %% which are less than this.

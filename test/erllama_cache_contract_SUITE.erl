@@ -39,7 +39,8 @@ groups() ->
             stop_sends_waiters_away,
             slots_survive_a_stop,
             kill_loses_nobody,
-            runs_as_a_permanent_child
+            runs_as_a_permanent_child,
+            supervisor_killed
         ]},
         {slots, [], [
             acquire_and_release_nest,
@@ -288,6 +289,35 @@ child_spec() ->
       type => worker, modules => [?WRITER]}.
 
 %% As a supervisor.
+%% It traps exits, so that it outlives its supervisor by a moment. The next one must not be told that it
+%% is there already: it would give up, and the host with it.
+supervisor_killed(_Config) ->
+    stop_writer(),
+    Below = #{id => below, type => supervisor, start => {supervisor, start_link,
+              [{local, contract_cache_sup}, ?MODULE, child_spec()]}},
+    [
+        begin
+            {ok, Top} = supervisor:start_link(?MODULE, Below),
+            true = unlink(Top),
+            Writer = whereis(?WRITER),
+            %% Held for a moment, so that the next supervisor meets it.
+            true = erlang:suspend_process(Writer),
+            exit(whereis(contract_cache_sup), kill),
+            receive after 5 -> true = erlang:resume_process(Writer) end,
+            eventually(fun() ->
+                Next = whereis(?WRITER),
+                is_pid(Next) andalso Next =/= Writer
+            end),
+            ?assert(is_process_alive(Top)),
+            ?assertMatch({ok, _}, save(meta([N]))),
+            %% A second one is refused at once all the same.
+            ?assertMatch({error, {already_started, _}}, ?WRITER:start_link(1)),
+            ok = gen_server:stop(Top)
+        end
+     || N <- lists:seq(1, 15)
+    ],
+    start_writer(?LIMIT).
+
 init(ChildSpec) ->
     {ok, {#{}, [ChildSpec]}}.
 

@@ -31,6 +31,7 @@ store_tests() ->
         fun refuses_what_is_no_root/1,
         fun refuses_unknown_and_wrong_options/1,
         fun a_name_is_taken_once/1,
+        fun a_name_of_anothers_table_is_refused/1,
         fun child_spec_starts_a_store/1,
         fun stores_do_not_mix/1,
         fun a_store_has_one_tier/1,
@@ -90,6 +91,9 @@ application_tests() ->
     [
         fun starts_nothing_without_stores/1,
         fun starts_the_stores_of_its_environment/1,
+        fun whoever_is_killed_comes_back_alone/1,
+        fun in_a_node_with_erllama_the_writer_is_erllamas/1,
+        fun a_configuration_that_is_none_is_named/1,
         fun a_store_that_cannot_start_stops_the_start/1
     ].
 
@@ -197,7 +201,7 @@ refuses_unknown_and_wrong_options(Root) ->
         ?assertError({invalid_option, Key, Value}, Start(#{root => Root, Key => Value}))
      || {Key, Value} <- Wrong
     ],
-    ?assertError(function_clause, Start(#{})),
+    ?assertError({missing_option, root}, Start(#{})),
     ?assertError(function_clause, erllama_cache_store:start_link("name", #{root => Root})).
 
 a_name_is_taken_once(Root) ->
@@ -1099,6 +1103,87 @@ starts_the_stores_of_its_environment(Root) ->
     ?assertMatch(#{files := 1}, erllama_cache_store:info(store_a)),
     ok = application:stop(erllama_cache_nif),
     _ = [?assertEqual(undefined, whereis(N)) || N <- [store_a, store_b, erllama_cache_writer]].
+
+%% Each comes back, however often it is killed, and no other is any the worse for it.
+whoever_is_killed_comes_back_alone(Root) ->
+    Names = [store_a, store_b, erllama_cache_writer],
+    [A, B] = [filename:join(Root, Dir) || Dir <- ["a", "b"]],
+    _ = [ok = file:make_dir(Dir) || Dir <- [A, B]],
+    set_env(#{stores => [{store_a, #{root => A}}, {store_b, #{root => B}}]}),
+    ok = application:start(erllama_cache_nif),
+    Keeper = fun(Id) ->
+        {Id, Pid, _, _} = lists:keyfind(Id, 1, supervisor:which_children(erllama_cache_nif_sup)),
+        Pid
+    end,
+    _ = [
+        begin
+            Others = [{Name, whereis(Name)} || Name <- Names, Name =/= Id],
+            kill(Find(Id)),
+            eventually(fun() -> is_pid(Find(Id)) andalso is_pid(whereis(Id)) end),
+            ?assertEqual(Others, [{Name, whereis(Name)} || {Name, _} <- Others])
+        end
+     || Find <- [fun erlang:whereis/1, Keeper], Id <- Names, _ <- lists:seq(1, 15)
+    ],
+    [
+        begin
+            eventually(fun() -> erllama_cache_store:is_store(Store) end),
+            ?assertMatch({ok, _}, erllama_cache_writer:save(Store, disk, meta(1), ?PAYLOAD))
+        end
+     || Store <- [store_a, store_b]
+    ],
+    %% A root that is away.
+    ok = file:rename(A, A ++ ".away"),
+    kill(whereis(store_a)),
+    kill(whereis(store_b)),
+    eventually(fun() -> erllama_cache_store:is_store(store_b) end),
+    ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(store_b, key(1))),
+    ?assertExit({noproc, _}, erllama_cache_store:load(store_a, key(1))),
+    ok = file:rename(A ++ ".away", A),
+    %% The pauses between the tries have grown.
+    erllama_cache_test_util:eventually(fun() -> erllama_cache_store:is_store(store_a) end, 60000),
+    ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(store_a, key(1))).
+
+%% A node that runs erllama may have stores as well: its writer serves both.
+in_a_node_with_erllama_the_writer_is_erllamas(Root) ->
+    ok = application:load({application, erllama, [{vsn, "0.5.1"}]}),
+    try
+        set_env(#{stores => [{store_a, #{root => Root}}]}),
+        ok = application:start(erllama_cache_nif),
+        ?assertEqual(undefined, whereis(erllama_cache_writer)),
+        {ok, Writer} = erllama_cache_writer:start_link(),
+        true = unlink(Writer),
+        Key = save(store_a, 1),
+        ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(store_a, Key)),
+        ok = gen_server:stop(Writer)
+    after
+        application:unload(erllama)
+    end.
+
+a_configuration_that_is_none_is_named(Root) ->
+    [
+        begin
+            set_env(#{stores => Stores}),
+            {error, Reason} = application:start(erllama_cache_nif),
+            Said = lists:flatten(io_lib:format("~0p", [Reason])),
+            ?assertEqual({Expected, true}, {Expected, string:find(Said, Expected) =/= nomatch}),
+            ?assertEqual(undefined, whereis(erllama_cache_nif_sup))
+        end
+     || {Stores, Expected} <- [
+            {[{store_a, [{root, Root}]}], "{invalid_config,stores,{store_a"},
+            {store_a, "{invalid_config,stores,store_a}"},
+            {[{store_a, #{root => Root, tier => ram}}], "{invalid_option,tier,ram}"},
+            {[{store_a, #{}}], "{missing_option,root}"}
+        ]
+    ].
+
+a_name_of_anothers_table_is_refused(Root) ->
+    process_flag(trap_exit, true),
+    Table = ets:new(?STORE, [named_table]),
+    ?assertEqual(
+        {error, {name_taken, ?STORE}}, erllama_cache_store:start_link(?STORE, #{root => Root})
+    ),
+    ?assertNot(erllama_cache_store:is_store(?STORE)),
+    true = ets:delete(Table).
 
 a_store_that_cannot_start_stops_the_start(Root) ->
     set_env(#{stores => [{store_a, #{root => filename:join(Root, "missing")}}]}),

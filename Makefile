@@ -7,6 +7,12 @@ EBIN := $(LIBS)/erllama_cache_nif/ebin
 # rustup installs cargo where a shell that is not a login shell does not look.
 export PATH := $(PATH):$(or $(CARGO_HOME),$(HOME)/.cargo)/bin
 
+# Erlang and Elixir take the encoding of file names and output from the locale, and where none is set,
+# as in most containers, that is Latin-1 or ASCII.
+ifeq ($(LC_ALL)$(LC_CTYPE)$(LANG),)
+export LC_ALL := C.UTF-8
+endif
+
 # One target directory for all of cargo's work, whatever the user has set: c_src/Makefile uses it.
 export CARGO_TARGET_DIR := $(CURDIR)/$(NATIVE)/target
 
@@ -62,6 +68,7 @@ matrix: setup ## All of those on OTP 27 and on Debian's newest OTP, in roots of 
 check: setup ## Formatting, lints, warnings as errors, xref, dialyzer, documentation
 	cd $(NATIVE) && cargo fmt --all --check
 	cd $(NATIVE) && cargo clippy --locked --workspace --all-targets -- -D warnings
+	! grep -rnE '^.{101,}$$' src test bench --include=*.erl --include=*.hrl
 	rebar3 as check compile
 	rebar3 xref
 	rebar3 as check dialyzer

@@ -54,7 +54,9 @@ machine() ->
         erts => erlang:system_info(version),
         schedulers => erlang:system_info(schedulers_online),
         system => string:trim(os:cmd("uname -srm")),
-        processor => string:trim(os:cmd("sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1"))
+        processor => string:trim(
+            os:cmd("sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1")
+        )
     }.
 
 %% Into `bench/results/Name.json', beside the run's figures and targets what it ran on.
@@ -68,8 +70,8 @@ write_json(Name, Targets, Figures) ->
     ok = file:write_file(File, [json(Report), $\n]),
     io:format("~n  ~ts~n", [File]).
 
-%% What the program ends with: 1 when a bound is missed. With BENCH_JUDGE=no it has run, and that is all
-%% that counts: on a machine that is not at rest the figures mean nothing.
+%% What the program ends with: 1 when a bound is missed. With BENCH_JUDGE=no it has run, and that is
+%% all that counts: on a machine that is not at rest the figures mean nothing.
 -spec exit_code([target()]) -> 0 | 1.
 exit_code(Targets) ->
     case [Name || #{name := Name, met := false} <- Targets] of

@@ -1,7 +1,7 @@
 %% Saves and loads beside the bare floor and the plain Erlang way, in one VM, on one root and in
-%% turns: `make bench-save'. Roots are made in $BENCH_DISK (a disk, see tools/journal.sh) and $BENCH_RAM
-%% (a tmpfs, default /dev/shm), and removed again. $BENCH_PARTS chooses parts by number, $BENCH_SIZES
-%% sizes in KiB, both with commas.
+%% turns: `make bench-save'. Roots are made in $BENCH_DISK (a disk, see tools/journal.sh) and
+%% $BENCH_RAM (a tmpfs, default /dev/shm), and removed again. $BENCH_PARTS chooses parts by number,
+%% $BENCH_SIZES sizes in KiB, both with commas.
 -module(bench_save).
 
 -export([main/0]).
@@ -80,7 +80,8 @@ side(floor, _Tier, Root, Payload) ->
         fun(Key) -> true = bench_nif:floor_save(Root, file_name(Key), Prefix, Payload), Key end
     };
 side(plain, _Tier, _Root, Payload) ->
-    {fun() -> meta(fresh()) end, fun(Meta) -> {ok, Key} = plain_writer:save(Meta, Payload), Key end};
+    Save = fun(Meta) -> {ok, Key} = plain_writer:save(Meta, Payload), Key end,
+    {fun() -> meta(fresh()) end, Save};
 side(this, Tier, _Root, Payload) ->
     {
         fun() -> meta(fresh()) end,
@@ -101,9 +102,9 @@ with_store(Root, Tier, Fun) ->
 
 %%% Saves
 
-%% Bytes, rounds, rounds of the plain side, which is slow and does not vary, and saves in one turn: what
-%% small ones take is not to be what the side before has left behind, a cold processor and threads of
-%% the VM that spin. What they take in the cold is measured by itself.
+%% Bytes, rounds, rounds of the plain side, which is slow and does not vary, and saves in one turn:
+%% what small ones take is not to be what the side before has left behind, a cold processor and
+%% threads of the VM that spin. What they take in the cold is measured by itself.
 sizes() ->
     All = [{4 * ?KIB, 100, 100, 10}, {64 * ?KIB, 50, 50, 10}, {?MIB, 12, 6, 5},
            {16 * ?MIB, 15, 7, 1}, {256 * ?MIB, 7, 3, 1}, {1024 * ?MIB, 7, 1, 1}],
@@ -435,7 +436,8 @@ long_calls(Root) ->
         Longest = lists:max([Time || {more, Time, _} <- Calls]),
         Away = lists:max([Time || {more, _, Time} <- Calls]),
         Sync = lists:max([Time || {done, Time, _} <- Calls]),
-        io:format("~nlongest NIF call in a 4 GiB save: ~.1f ms of ~w calls, ~.1f ms until its process ran "
+        io:format("~nlongest NIF call in a 4 GiB save: ~.1f ms of ~w calls, "
+                  "~.1f ms until its process ran "
                   "again; the one with the final sync ~.1f ms~n",
                   [Longest / 1.0e6, length(Calls), Away / 1.0e6, Sync / 1.0e6]),
         {

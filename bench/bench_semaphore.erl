@@ -47,7 +47,9 @@ uncontended() ->
     ]),
     {
         [
-            target("pair, one process: times two bare calls", ratio(2, 1, Rounds), {at_most, 2.5}, "x"),
+            target(
+                "pair, one process: times two bare calls", ratio(2, 1, Rounds), {at_most, 2.5}, "x"
+            ),
             target("pair, one process: as fast as plain", ratio(3, 2, Rounds), {at_least, 8}, "x")
         ],
         #{pair_ns => OursNs, pair_floor_ns => FloorNs, pair_plain_ns => PlainNs}
@@ -92,7 +94,9 @@ ten_million() ->
             ]),
             {
                 [
-                    target("pair after ten million: times before", After / Before, {at_most, 1.25}, "x"),
+                    target(
+                        "pair after ten million: times before", After / Before, {at_most, 1.25}, "x"
+                    ),
                     target("memory grown by ten million pairs", Grown / 1024, {at_most, 64}, "KiB")
                 ],
                 #{pair_before_ns => Before, pair_after_ten_million_ns => After,
@@ -110,7 +114,9 @@ eight_processes() ->
     Per = 100000,
     One = fun() -> pairs(8 * Per) end,
     Eight = fun() -> together([fun() -> pairs(Per) end || _ <- lists:seq(1, 8)]) end,
-    PlainEight = fun() -> together([fun() -> plain_pairs(Per div 10) end || _ <- lists:seq(1, 8)]) end,
+    PlainEight = fun() ->
+        together([fun() -> plain_pairs(Per div 10) end || _ <- lists:seq(1, 8)])
+    end,
     Rounds = rounds([{One, 8 * Per}, {Eight, 8 * Per}, {PlainEight, 8 * Per div 10}]),
     [OneNs, EightNs, PlainNs] = medians(Rounds),
     say("free slots, 8 processes, per pair", [
@@ -165,7 +171,9 @@ wake_up(Batch, Ours, Before, After) ->
      || _ <- lists:seq(1, 10)
     ],
     {Messages, WakeUps} = lists:unzip(Batches),
-    Ratio = bench_report:median([bench_report:median(O) / bench_report:median(M) || {M, O} <- Batches]),
+    Ratio = bench_report:median([
+        bench_report:median(O) / bench_report:median(M) || {M, O} <- Batches
+    ]),
     Summary = fun(Samples) -> bench_report:summary(lists:append(Samples)) end,
     {#{message => Summary(Messages), this => Summary(WakeUps)}, Ratio}.
 
@@ -248,9 +256,13 @@ stampede() ->
     limit(1),
     Turns = 200,
     Ours = fun() -> together([fun() -> pairs(Turns) end || _ <- lists:seq(1, 64)]) end,
-    Plain = fun() -> together([fun() -> plain_pairs(Turns div 10) end || _ <- lists:seq(1, 64)]) end,
+    Plain = fun() ->
+        together([fun() -> plain_pairs(Turns div 10) end || _ <- lists:seq(1, 64)])
+    end,
     OursNs = bench_report:median([nanoseconds(Ours) / (64 * Turns) || _ <- lists:seq(1, ?ROUNDS)]),
-    PlainNs = bench_report:median([nanoseconds(Plain) / (64 * Turns div 10) || _ <- lists:seq(1, 3)]),
+    PlainNs = bench_report:median([
+        nanoseconds(Plain) / (64 * Turns div 10) || _ <- lists:seq(1, 3)
+    ]),
     say("64 contenders, limit 1, per turn", [{"this", OursNs}, {"plain Erlang", PlainNs}]),
     {
         [target("64 contenders, per turn", OursNs / 1000, {at_most, 10}, "us")],
@@ -272,7 +284,8 @@ queue_of_sixteen() ->
      || {_, {_, Waits}} <- Rounds
     ]),
     {_, {_, Waits}} = lists:last(Rounds),
-    {PlainTotal, PlainWaits} = contend(fun plain_semaphore:acquire/1, fun plain_semaphore:release/0),
+    {PlainTotal, PlainWaits} =
+        contend(fun plain_semaphore:acquire/1, fun plain_semaphore:release/0),
     {Alone, {Total, _}} = lists:last(Rounds),
     say("16 contenders, 10 turns of 2 ms, limit 1, in all", [
         {"160 sleeps alone", Alone}, {"this", Total}, {"plain Erlang", PlainTotal}
@@ -424,7 +437,10 @@ rounds(Funs) ->
     [[nanoseconds(Fun) / Count || {Fun, Count} <- Funs] || _ <- lists:seq(1, ?ROUNDS)].
 
 medians([First | _] = Rounds) ->
-    [bench_report:median([lists:nth(N, Round) || Round <- Rounds]) || N <- lists:seq(1, length(First))].
+    [
+        bench_report:median([lists:nth(N, Round) || Round <- Rounds])
+     || N <- lists:seq(1, length(First))
+    ].
 
 %% The median of each round's own ratio: a processor that changes its pace between rounds, but not
 %% within one, does not show in it.

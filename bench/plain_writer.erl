@@ -1,7 +1,7 @@
 %% A save as it is usually written in Erlang, to measure against: a slot from plain_semaphore, key
 %% and header made in Erlang, a server asked for the reservation at each step, a checksum by a table
-%% over the payload, the file written through `prim_file', synced, linked under its name, the directory
-%% synced, the whole file read back into the VM, parsed and checksummed again.
+%% over the payload, the file written through `prim_file', synced, linked under its name, the
+%% directory synced, the whole file read back into the VM, parsed and checksummed again.
 -module(plain_writer).
 -behaviour(gen_server).
 

@@ -7,10 +7,12 @@
 %% <li>`identify', first, with a slot held. The save ends with its error.</li>
 %% <li>`reserve', next. The save ends with its error; `already_present' is counted.</li>
 %% <li>`root', next. It exits when there is no such tier server.</li>
-%% <li>`check': before a small file is written; between writing and publishing any other, and each 15
-%%   seconds while a long one is written. After its error the temporary file goes, and the reservation is
-%%   left to whose it is.</li>
-%% <li>`mark_published' and `announce', when the file has its name. After their errors it stays.</li>
+%% <li>`check': before a small file is written; between writing and publishing any other, and each
+%% 15
+%%   seconds while a long one is written. After its error the temporary file goes, and the reservation
+%%   is left to whose it is.</li>
+%% <li>`mark_published' and `announce', when the file has its name. After their errors it
+%% stays.</li>
 %% <li>`count', at the end of a save that went well.</li>
 %% <li>`cancel', when anything failed between `reserve' and the file's getting its name.</li>
 %% </ul>
@@ -68,7 +70,7 @@ lease() -> ?LEASE.
 -spec renew_every() -> pos_integer().
 renew_every() -> ?RENEW_EVERY.
 
-%% @doc A host that has just been asked leaves at least so many milliseconds of the lease, and need not
-%% renew it while there are: the save asks again before they are over.
+%% @doc A host that has just been asked leaves at least so many milliseconds of the lease, and need
+%% not renew it while there are: the save asks again before they are over.
 -spec lease_left() -> pos_integer().
 lease_left() -> ?LEASE - ?RENEW_EVERY.

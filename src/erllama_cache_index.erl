@@ -1,9 +1,9 @@
 %% The index of a store: a table of the store's name with one row for each key, read and written by
 %% whoever loads and saves. No other module touches it.
 %%
-%% A row is a file or a reservation. Which one is in its state; the token tells a row from a later one of
-%% the same key, and a reservation that becomes a file keeps its token. So every change names the token
-%% that it is about, and fails where somebody else was faster.
+%% A row is a file or a reservation. Which one is in its state; the token tells a row from a later
+%% one of the same key, and a reservation that becomes a file keeps its token. So every change names
+%% the token that it is about, and fails where somebody else was faster.
 %%
 %% Every function exits with `{noproc, _}' when there is no such table: the store has ended.
 %%

@@ -1,9 +1,9 @@
-%% Keeps one server of this application running: starts it, and starts it anew when it ends, at once and
-%% then more and more seldom for as long as it does not start or does not last.
+%% Keeps one server of this application running: starts it, and starts it anew when it ends, at once
+%% and then more and more seldom for as long as it does not start or does not last.
 %%
-%% A supervisor would give up after some tries and take all its children with it. But a store whose root
-%% is away (a disk unplugged, a server that does not answer) is no reason to end the other stores; and
-%% when the root is back, so is the store.
+%% A supervisor would give up after some tries and take all its children with it. But a store whose
+%% root is away (a disk unplugged, a server that does not answer) is no reason to end the other
+%% stores; and when the root is back, so is the store.
 %%
 %% @private
 -module(erllama_cache_keeper).
@@ -26,8 +26,8 @@
     pause = 0 :: non_neg_integer()
 }).
 
-%% Milliseconds: the first pause between two tries; the longest after an end, and the longest after a
-%% failed start; how long a server has to last for its next end to count as its first.
+%% Milliseconds: the first pause between two tries; the longest after an end, and the longest after
+%% a failed start; how long a server has to last for its next end to count as its first.
 -define(FIRST_PAUSE, 50).
 -define(LONGEST_PAUSE, 500).
 -define(LONGEST_PAUSE_FAILED, 30000).

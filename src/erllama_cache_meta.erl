@@ -2,7 +2,8 @@
 -module(erllama_cache_meta).
 
 -export([complete/2, check_identity/1, are_tokens/1]).
--export_type([build_meta/0, complete/0, identity/0, save_reason/0, fingerprint_mode/0, defaults/0, invalid/0]).
+-export_type([build_meta/0, complete/0, identity/0, save_reason/0, fingerprint_mode/0, defaults/0,
+              invalid/0]).
 
 -type save_reason() :: unknown | cold | continued | evict | shutdown | finish.
 -type fingerprint_mode() :: safe | gguf_chunked | fast_unsafe.
@@ -73,7 +74,8 @@ complete(Meta, Defaults) ->
 
 %% All that check/1 asks of a map, in one match: it stands in the way of each save.
 is_complete(#{
-    save_reason := Reason, fingerprint_mode := Mode, quant_bits := QuantBits, quant_type := QuantType,
+    save_reason := Reason, fingerprint_mode := Mode, quant_bits := QuantBits,
+    quant_type := QuantType,
     fingerprint := <<_:256>>, ctx_params_hash := <<_:256>>, tokens := Tokens,
     context_size := ContextSize, creation_time := Created, last_used_time := Used,
     hit_count := Hits, prompt_text := Prompt, hostname := Hostname, erllama_version := Version,

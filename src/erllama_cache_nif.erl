@@ -16,8 +16,9 @@
     guard_new/1, try_acquire/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
     handle_new/1, handle_pid/1,
     quant_byte/1, encode_tokens/1, key/4, key_of_many/4,
-    write_tmp/8, write_more/3, write_and_publish/8, write_and_publish_in_memory/8, publish/2, abort/1,
-    secret_new/1, sync_failures/0, live_objects/0, load/3, load_more/1, note_use/4, check/3, check_more/1,
+    write_tmp/8, write_more/3, write_and_publish/8, write_and_publish_in_memory/8,
+    publish/2, abort/1, secret_new/1, sync_failures/0, live_objects/0,
+    load/3, load_more/1, note_use/4, check/3, check_more/1,
     takes_unnamed/1, root_generation/1, exists/2, delete/2, scan/3, scan_more/1
 ]).
 -export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_options/0, failure/0]).
@@ -179,7 +180,8 @@ write_and_publish(_Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Op
     ?NOT_LOADED.
 
 %% The same on the caller's own scheduler, in a root that is known to be in memory: then no call
-%% waits for a device. `on_device' where it is not, or not known to be: the call before makes it known.
+%% waits for a device. `on_device' where it is not, or not known to be: the call before makes it
+%% known.
 -spec write_and_publish_in_memory(
     guard(), root(), key(), erllama_cache_meta:complete(), byte(),
     Tokens :: binary(), Payload :: binary(), save_options()
@@ -244,8 +246,8 @@ exists(_Root, _Key) -> ?NOT_LOADED.
 -spec delete(root(), key()) -> boolean() | failure().
 delete(_Root, _Key) -> ?NOT_LOADED.
 
-%% With `KeyedOnly', files without a keyed digest are skipped. With `Removes', what is no file of its key
-%% is removed, and what is left of files that nobody works on.
+%% With `KeyedOnly', files without a keyed digest are skipped. With `Removes', what is no file of
+%% its key is removed, and what is left of files that nobody works on.
 -spec scan(root(), KeyedOnly :: boolean(), Removes :: boolean()) -> {ok, reference()} | failure().
 scan(_Root, _KeyedOnly, _Removes) -> ?NOT_LOADED.
 

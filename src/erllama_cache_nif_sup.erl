@@ -10,8 +10,8 @@
 -export([start_link/0]).
 -export([init/1]).
 
-%% @doc Starts all, or none: what cannot start now is a mistake of the configuration, as likely as not.
-%% What ends later is started anew.
+%% @doc Starts all, or none: what cannot start now is a mistake of the configuration, as likely as
+%% not. What ends later is started anew.
 -spec start_link() -> {ok, pid()} | {error, term()}.
 start_link() ->
     case supervisor:start_link({local, ?MODULE}, ?MODULE, []) of
@@ -56,8 +56,8 @@ store(Other) ->
     error({invalid_config, stores, Other}).
 
 writer() ->
-    %% Where nothing else is said, the stores are the host. In a node that runs erllama the writer is
-    %% erllama's, and serves the stores as well.
+    %% Where nothing else is said, the stores are the host. In a node that runs erllama the writer
+    %% is erllama's, and serves the stores as well.
     case application:get_env(erllama_cache_nif, start_writer, not is_loaded(erllama)) of
         true ->
             Host = application:get_env(erllama_cache_nif, host, erllama_cache_store),

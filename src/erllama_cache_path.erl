@@ -4,16 +4,22 @@
 -module(erllama_cache_path).
 
 -export([native/1, absolute/1, final/2]).
+-export_type([unusable/0]).
+
+-type unusable() :: badarg | {unencodable, latin1 | utf8}.
+%% No root's name, or one that has a NUL; one that has characters that this emulator's encoding of
+%% file names has not.
 
 %% A root as the system wants it: a binary is a raw path already, a string is encoded as the
 %% emulator encodes file names.
--spec native(file:name_all()) -> {ok, erllama_cache_nif:root()} | {error, badarg}.
+-spec native(file:name_all()) -> {ok, erllama_cache_nif:root()} | {error, unusable()}.
 native(Root) when is_binary(Root) ->
     without_nul(Root);
 native(Root) when is_list(Root) ->
-    try unicode:characters_to_binary(Root, unicode, file:native_name_encoding()) of
+    Encoding = file:native_name_encoding(),
+    try unicode:characters_to_binary(Root, unicode, Encoding) of
         Path when is_binary(Path) -> without_nul(Path);
-        _Unencodable -> {error, badarg}
+        _Unencodable -> {error, {unencodable, Encoding}}
     catch
         error:badarg -> {error, badarg}
     end;
@@ -29,13 +35,13 @@ without_nul(Path) ->
 %% A root that is the same directory whatever becomes of the node's current one, and that as the
 %% system wants it. An empty name stays empty: it is no name of the current directory.
 -spec absolute(file:name_all()) ->
-    {ok, file:name_all(), erllama_cache_nif:root()} | {error, badarg | file:posix()}.
+    {ok, file:name_all(), erllama_cache_nif:root()} | {error, unusable() | file:posix()}.
 absolute(Root) ->
     case native(Root) of
         {ok, <<>>} -> {ok, Root, <<>>};
         {ok, <<"/", _/binary>> = Path} -> {ok, Root, Path};
         {ok, _Relative} -> below_current(Root);
-        {error, badarg} = Error -> Error
+        {error, _} = Error -> Error
     end.
 
 below_current(Root) ->
@@ -44,7 +50,7 @@ below_current(Root) ->
             Absolute = filename:absname(Root, Current),
             case native(Absolute) of
                 {ok, Path} -> {ok, Absolute, Path};
-                {error, badarg} = Error -> Error
+                {error, _} = Error -> Error
             end;
         {error, _} = Error ->
             Error

@@ -85,8 +85,8 @@
     generation :: atomics:atomics_ref()
 }).
 
-%% A reservation that the server watches over: until its owner says that it is over, or dies. Its room
-%% is taken until then, whatever has become of its row.
+%% A reservation that the server watches over: until its owner says that it is over, or dies. Its
+%% room is taken until then, whatever has become of its row.
 -record(watch, {key :: erllama_cache_nif:key(), monitor :: reference(), size :: non_neg_integer()}).
 
 -record(state, {
@@ -94,9 +94,9 @@
     watches = #{} :: #{reference() => #watch{}},
     %% Which reservation a monitor belongs to.
     monitors = #{} :: #{reference() => reference()},
-    %% In a bounded store: bytes of all that is watched, and of all files whose tokens are not watched.
-    %% In such a store the server alone makes rows and removes them, but for a reservation's owner, who
-    %% makes it a file or gives it up and then tells of it, or dies.
+    %% In a bounded store: bytes of all that is watched, and of all files whose tokens are not
+    %% watched. In such a store the server alone makes rows and removes them, but for a
+    %% reservation's owner, who makes it a file or gives it up and then tells of it, or dies.
     used = 0 :: non_neg_integer(),
     %% The least recently used keys with the time of their last use, as of the last look: a key that
     %% was used since then is skipped.
@@ -138,7 +138,7 @@
 %% A relative root is taken from the current directory of the moment, and stays what it is when that
 %% changes.
 %%
-%% Errors: a POSIX reason, or `badarg', of the root.
+%% Errors: a POSIX reason, `badarg' or `{unencodable, Encoding}', of the root.
 -spec start_link(name(), options()) -> {ok, pid()} | {error, term()}.
 start_link(Name, Options) when is_atom(Name), not is_map_key(root, Options) ->
     error({missing_option, root});
@@ -249,8 +249,8 @@ used(#config{name = Name} = Config, Key, #{file_size := Size, last_used_time := 
         false -> ok
     end.
 
-%% For the order of eviction after a restart: an hour is exact enough, and a file that changes with each
-%% load would be resent by each backup.
+%% For the order of eviction after a restart: an hour is exact enough, and a file that changes with
+%% each load would be resent by each backup.
 note_in_file(#config{name = Name, path = Path}, Key, Uses, Noted, Now) when
     Now - Noted >= ?NOTE_EVERY, Uses > 0
 ->
@@ -277,7 +277,8 @@ gone(#config{max_bytes = infinity, name = Name}, Row) ->
 gone(#config{name = Name}, Row) ->
     gen_server:cast(Name, {gone, Row}).
 
-%% Somebody has made the root anew, or mounted something there: the index is that of another directory.
+%% Somebody has made the root anew, or mounted something there: the index is that of another
+%% directory.
 notice_other_root(#config{name = Name, path = Path, generation = Generation}) ->
     case erllama_cache_nif:root_generation(Path) =:= atomics:get(Generation, 1) of
         true -> ok;
@@ -303,7 +304,8 @@ delete_file(#config{path = Path}, Key) ->
     erllama_cache_turn:run(fun() -> erllama_cache_nif:delete(Path, Key) end).
 
 %% @doc The key that a save with this map gets: 32 bytes. Of the map's keys it wants those that the
-%% key is made of, `fingerprint', `quant_type', `ctx_params_hash' and `tokens', and looks at no other.
+%% key is made of, `fingerprint', `quant_type', `ctx_params_hash' and `tokens', and looks at no
+%% other.
 %%
 %% ```
 %% {ok, Key} = erllama_cache_store:key(#{fingerprint => Fingerprint, quant_type => f16,
@@ -325,9 +327,8 @@ key(Meta) when is_map(Meta) ->
     end.
 
 %% @doc What the store holds and what it has done since it started. Files are all under keys' names,
-%% those among them that no load takes; bytes are those of whole files. `refused' counts loads that found
-%% such a file. Exits with `{noproc, _}' when the store does
-%% not run.
+%% those among them that no load takes; bytes are those of whole files. `refused' counts loads that
+%% found such a file. Exits with `{noproc, _}' when the store does not run.
 %%
 %% ```
 %% #{files := Files, bytes := Bytes, hits := Hits} = erllama_cache_store:info(my_store).
@@ -387,8 +388,8 @@ key(Fingerprint, QuantByte, CtxParamsHash, Encoded) when byte_size(Encoded) =< ?
 key(Fingerprint, QuantByte, CtxParamsHash, Encoded) ->
     erllama_cache_nif:key_of_many(Fingerprint, QuantByte, CtxParamsHash, Encoded).
 
-%% More tokens than a NIF should hold a scheduler for, and numbers beyond 64 bits, are rare enough to
-%% be Erlang's.
+%% More tokens than a NIF should hold a scheduler for, and numbers beyond 64 bits, are rare enough
+%% to be Erlang's.
 encode_tokens(Tokens) ->
     case erllama_cache_nif:encode_tokens(Tokens) of
         error -> encode_tokens_slowly(Tokens);
@@ -414,8 +415,8 @@ reserve(Name, Tier, Key, Size) ->
 reserve_unbounded(Name, Server, Key, Size) ->
     case claimable(Name, Key) of
         {ok, Old} ->
-            %% Set first: should this process be killed in between, the server still hears of it. Not by
-            %% its name, which may be that of the next one by then.
+            %% Set first: should this process be killed in between, the server still hears of it.
+            %% Not by its name, which may be that of the next one by then.
             Token = erlang:start_timer(?UNWATCHED, Server, {watch, Key, Size, self()}),
             Row = erllama_cache_index:reservation(Key, Size, Token, self()),
             case erllama_cache_index:claim(Name, Old, Row) of
@@ -444,8 +445,8 @@ reserve_bounded(Name, Key, Size) ->
             Error
     end.
 
-%% What a reservation may take the place of: nothing; the row of a file that is not there any more, or
-%% that no load takes; a reservation whose process is dead or whose lease has ended.
+%% What a reservation may take the place of: nothing; the row of a file that is not there any more,
+%% or that no load takes; a reservation whose process is dead or whose lease has ended.
 claimable(Name, Key) ->
     case erllama_cache_index:row(Name, Key) of
         none -> {ok, none};
@@ -459,8 +460,8 @@ claimable(Name, Key) ->
             end
     end.
 
-%% Another node, or a person, may have deleted the file: then the row tells of nothing. Where the root
-%% cannot be looked into, nothing is known, and least of all that the key is stored.
+%% Another node, or a person, may have deleted the file: then the row tells of nothing. Where the
+%% root cannot be looked into, nothing is known, and least of all that the key is stored.
 present_still(Name, #row{key = Key} = Row) ->
     #config{path = Path} = config(Name),
     case erllama_cache_turn:run(fun() -> erllama_cache_nif:exists(Path, Key) end) of
@@ -503,8 +504,8 @@ cancel(Name, Key, Token) ->
 count(Name, {saved, _Reason}) -> count_one(config(Name), ?SAVES);
 count(Name, duplicate_dropped) -> count_one(config(Name), ?DUPLICATES).
 
-%% The reservation is over. In an unbounded store the server need not know, unless it has been told of
-%% the reservation.
+%% The reservation is over. In an unbounded store the server need not know, unless it has been told
+%% of the reservation.
 done(Name, Token) ->
     Unheard = (config(Name))#config.max_bytes =:= infinity andalso
         is_integer(erlang:cancel_timer(Token)),
@@ -549,7 +550,8 @@ look_through(#state{config = #config{name = Name} = Config} = State) ->
     end.
 
 %% Adds what the root has to the index. Others save and load meanwhile: what they know is newer.
-scan(Removes, #state{config = #config{path = Path, secret = Secret, generation = Generation}} = State) ->
+scan(Removes, #state{config = Config} = State) ->
+    #config{path = Path, secret = Secret, generation = Generation} = Config,
     Begin = fun() -> erllama_cache_nif:scan(Path, Secret =/= none, Removes =:= removes) end,
     case erllama_cache_turn:run(Begin) of
         {ok, Scan} ->
@@ -752,8 +754,8 @@ check_file(#config{path = Path, secret = Secret}, Key) ->
         Result -> Result
     end.
 
-%% The root's path leads to another directory than the index is of. What is being saved is being saved
-%% there, or has been saved here.
+%% The root's path leads to another directory than the index is of. What is being saved is being
+%% saved there, or has been saved here.
 look_again(#state{config = #config{name = Name, path = Path, root = Root} = Config} = State) ->
     #config{generation = Generation} = Config,
     case erllama_cache_nif:root_generation(Path) =:= atomics:get(Generation, 1) of
@@ -776,7 +778,8 @@ look_again(#state{config = #config{name = Name, path = Path, root = Root} = Conf
             end
     end.
 
-%% For tests: what the store counts as used, and what it should; equal at any time in a bounded store.
+%% For tests: what the store counts as used, and what it should; equal at any time in a bounded
+%% store.
 books(#state{config = #config{name = Name}, watches = Watches, used = Used}) ->
     Files = maps:without(maps:keys(Watches), erllama_cache_index:sizes(Name)),
     Watched = [Size || #watch{size = Size} <- maps:values(Watches)],

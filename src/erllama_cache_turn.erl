@@ -1,9 +1,9 @@
-%% Turns on the dirty I/O schedulers. Saves and loads take a turn for each slice of theirs: there are
-%% fewer turns than such schedulers, so that whatever else in this node needs one, be it a look at a
-%% file, finds one free, however many saves and loads wait for a disk.
+%% Turns on the dirty I/O schedulers. Saves and loads take a turn for each slice of theirs: there
+%% are fewer turns than such schedulers, so that whatever else in this node needs one, be it a look
+%% at a file, finds one free, however many saves and loads wait for a disk.
 %%
-%% Turns are slots of a semaphore of their own: fair, and given back when their owner dies. A process
-%% has one guard for them, made at its first turn.
+%% Turns are slots of a semaphore of their own: fair, and given back when their owner dies. A
+%% process has one guard for them, made at its first turn.
 %%
 %% @private
 -module(erllama_cache_turn).

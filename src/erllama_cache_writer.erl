@@ -38,12 +38,12 @@
 %% `erllama_cache_host_erllama'); the files' permissions (default: `8#600'); whether files get a
 %% digest (default: `blake3' in tier `disk', `none' in tier `ram_file'); what all digests are keyed
 %% with, if anything, and then every file has one; whether files stay in the page cache (default:
-%% `keep', for what is saved is often loaded soon); how many milliseconds a save may take before it is
-%% logged (default: 10,000).
+%% `keep', for what is saved is often loaded soon); how many milliseconds a save may take before it
+%% is logged (default: 10,000).
 
 -type async_opts() :: #{timeout => timeout(), detach => boolean()}.
-%% How long to wait for a slot (default: 30 seconds); whether to go on when the caller dies (default:
-%% `false').
+%% How long to wait for a slot (default: 30 seconds); whether to go on when the caller dies
+%% (default: `false').
 
 -type slot_opts() :: #{weight => pos_integer()}.
 -type info() :: #{
@@ -87,9 +87,11 @@
 %% Milliseconds within which a server ends whose supervisor has ended.
 -define(ENDS_WITHIN, 1000).
 
--define(IS_TIMEOUT(T), (T =:= infinity orelse (is_integer(T) andalso T >= 0 andalso T =< ?MAX_TIMEOUT))).
+-define(IS_TIMEOUT(T),
+        (T =:= infinity orelse (is_integer(T) andalso T >= 0 andalso T =< ?MAX_TIMEOUT))).
 -define(IS_LIMIT(N), (is_integer(N) andalso N > 0 andalso N =< ?MAX_LIMIT)).
--define(IS_BYTES(N), (N =:= infinity orelse (is_integer(N) andalso N >= 0 andalso N =< ?MAX_BYTES))).
+-define(IS_BYTES(N),
+        (N =:= infinity orelse (is_integer(N) andalso N >= 0 andalso N =< ?MAX_BYTES))).
 
 %% @doc What an error's reason means, in words for a person, in the manner of
 %% {@link file:format_error/1}. It takes the reasons of this module and of
@@ -125,7 +127,12 @@ format_error({mac_key, Reason}) -> text("the secret cannot be read: ~ts", [forma
 format_error({errno, Number}) -> text("the system's error ~w", [Number]);
 format_error(out_of_turn) -> "the library was called out of turn, which is a bug";
 format_error(enokey) -> "the encryption key of the directory is not loaded";
-format_error(badarg) -> "the root's name has a NUL or cannot be encoded";
+format_error({unencodable, latin1}) ->
+    "file names are Latin-1 in this VM, and the root's cannot be: start it with +fnu, "
+    "or in a UTF-8 locale";
+format_error({unencodable, Encoding}) ->
+    text("the root's name cannot be encoded as file names are in this VM (~ts)", [Encoding]);
+format_error(badarg) -> "the root's name is none, or has a NUL";
 format_error(Reason) when is_atom(Reason) -> file:format_error(Reason);
 format_error(Reason) -> text("~tp", [Reason]).
 
@@ -169,8 +176,8 @@ start(Config) ->
     ok = maps:foreach(fun check_config/2, Complete),
     start_server(Complete).
 
-%% A supervisor that was killed may be there again before the server of the one before has ended, which
-%% traps exits. Told `already_started', it would give up.
+%% A supervisor that was killed may be there again before the server of the one before has ended,
+%% which traps exits. Told `already_started', it would give up.
 start_server(Config) ->
     case gen_server:start_link({local, ?MODULE}, ?MODULE, Config, []) of
         {error, {already_started, Pid}} = Error ->
@@ -182,8 +189,8 @@ start_server(Config) ->
             Started
     end.
 
-%% Whether the process that started this one is gone. If it had a name, that may be another's by now: the
-%% two are linked while it lives.
+%% Whether the process that started this one is gone. If it had a name, that may be another's by
+%% now: the two are linked while it lives.
 is_orphan(Pid) ->
     case process_info(Pid, [dictionary, links]) of
         undefined ->
@@ -526,9 +533,9 @@ set_max_inflight_bytes(Bytes) when ?IS_BYTES(Bytes) ->
     erllama_cache_nif:semaphore_set_max_bytes(Semaphore, Bytes).
 
 %% @doc The semaphore now, and what it and the saves have done since this node first started a
-%% writer. Waits are in microseconds; `waited', `longest_wait_us' and `mean_wait_us' are of those who
-%% had to queue, the histogram `wait_time' is of all saves. {@link erllama_cache_metrics:format/1}
-%% prints the same for Prometheus.
+%% writer. Waits are in microseconds; `waited', `longest_wait_us' and `mean_wait_us' are of those
+%% who had to queue, the histogram `wait_time' is of all saves. {@link
+%% erllama_cache_metrics:format/1} prints the same for Prometheus.
 %%
 %% ```
 %% #{limit := 4, waiting := 0, saves := Saves} = erllama_cache_writer:info().
@@ -585,8 +592,8 @@ state(Function, Args) ->
 save(TierSrv, Tier, Meta, Payload) ->
     save(TierSrv, Tier, Meta, Payload, ?DEFAULT_TIMEOUT).
 
-%% @doc Saves `Payload' under the key that `Meta' makes, and returns when it is on the disk. It waits
-%% at most `Timeout' milliseconds for a slot, 0 being one try; the save itself takes its time.
+%% @doc Saves `Payload' under the key that `Meta' makes, and returns when it is on the disk. It
+%% waits at most `Timeout' milliseconds for a slot, 0 being one try; the save itself takes its time.
 %%
 %% ```
 %% Meta = #{save_reason => cold, quant_bits => 16, fingerprint => Fingerprint,
@@ -597,7 +604,8 @@ save(TierSrv, Tier, Meta, Payload) ->
 %%
 %% Errors: `max_concurrent', no slot in time, and nothing was done; `already_present', this key is
 %% stored; `conflict', somebody else is saving it; `{missing_key, Key}', `{invalid_meta, Key}' and
-%% `prefix_too_long', of the map; `expired', the reservation was lost; `badarg', of the root's name;
+%% `prefix_too_long', of the map; `expired', the reservation was lost; `badarg' and
+%% `{unencodable, Encoding}', of the root's name;
 %% `{read_back, What}', the file is not what was written; a POSIX reason as the module `file' has
 %% them; and what the host itself answers. After any of them nothing is left behind, but for
 %% `expired' when the file was published by then: it stays, and the host adopts it.
@@ -728,8 +736,8 @@ outcome(Save) ->
 
 %% @doc Cancels a save that {@link save_async/5} began: between two slices, so that it leaves
 %% nothing. The save's caller is told `{error, cancelled}', or what it has come to, if the file was
-%% about to get its name or the save had ended. It does nothing for any other reference; the reference
-%% of a save is one on its own node only.
+%% about to get its name or the save had ended. It does nothing for any other reference; the
+%% reference of a save is one on its own node only.
 %%
 %% ```
 %% {ok, Ref} = erllama_cache_writer:save_async(my_store, disk, Meta, Payload),
@@ -794,8 +802,9 @@ save_with_slot(Guard, TierSrv, Tier, BuildMeta, Payload, Stop) ->
                     case Host:reserve(TierSrv, Tier, Key, Size) of
                         {ok, Token} ->
                             save_reserved(#save{
-                                host = Host, guard = Guard, tier_srv = TierSrv, tier = Tier, meta = Meta,
-                                payload = Payload, options = Options, key = Key, quant_byte = QuantByte,
+                                host = Host, guard = Guard, tier_srv = TierSrv, tier = Tier,
+                                meta = Meta, payload = Payload, options = Options, key = Key,
+                                quant_byte = QuantByte,
                                 tokens = Tokens, size = Size, token = Token, stop = Stop,
                                 renewed = erlang:monotonic_time(millisecond)
                             });

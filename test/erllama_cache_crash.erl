@@ -46,7 +46,8 @@ serve(Dir, MaxBytes) ->
         ["load", Root, N] ->
             say(load(Root, list_to_integer(N)));
         ["run", Seed, First, Last, Busy | There] ->
-            run(Dir, list_to_integer(Seed), list_to_integer(First), last(Last), Busy =:= "busy", There),
+            Saves = {list_to_integer(First), last(Last)},
+            run(Dir, list_to_integer(Seed), Saves, Busy =:= "busy", There),
             say("done")
     end,
     serve(Dir, MaxBytes).
@@ -126,7 +127,7 @@ one_line(Format, Args) ->
 
 %%% Saving
 
-run(Dir, Seed, First, Last, Busy, There) ->
+run(Dir, Seed, {First, Last}, Busy, There) ->
     Next = atomics:new(1, []),
     ok = atomics:put(Next, 1, First),
     Numbers = [string:to_integer(N) || N <- There],
@@ -147,9 +148,9 @@ run(Dir, Seed, First, Last, Busy, There) ->
      end || Neighbour <- Neighbours],
     ok.
 
-%% Somebody else on the same file system: commits its journal at moments that no save has chosen. That
-%% shows what is done in the wrong order, and hides a sync that is missing: so there is one in half of
-%% the runs.
+%% Somebody else on the same file system: commits its journal at moments that no save has chosen.
+%% That shows what is done in the wrong order, and hides a sync that is missing: so there is one in
+%% half of the runs.
 neighbour(Path) ->
     {ok, File} = file:open(Path, [write, raw]),
     neighbour_writes(File).

@@ -175,7 +175,9 @@ bad_secret(Root) ->
     [
         begin
             ok = file:write_file(File, Contents),
-            ?assertEqual({error, {mac_key, bad_key}}, start_store(Root, #{mac_key => {file, File}})),
+            ?assertEqual(
+                {error, {mac_key, bad_key}}, start_store(Root, #{mac_key => {file, File}})
+            ),
             ?assertEqual({error, {mac_key, bad_key}}, start_writer(#{mac_key => {file, File}}))
         end
      || Contents <- ["", "short", lists:duplicate(64, $g), [?KEY, "\n"]]

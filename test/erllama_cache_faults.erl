@@ -293,8 +293,8 @@ stop(Name) ->
             receive {'EXIT', Pid, _} -> ok end
     end.
 
-%% The times are given, so that the same save makes the same file; the last use is to come, so that no
-%% load has one noted, which another thread would do at some time.
+%% The times are given, so that the same save makes the same file; the last use is to come, so that
+%% no load has one noted, which another thread would do at some time.
 meta(N) ->
     (erllama_cache_test_util:meta([N, 2, 3]))#{
         creation_time => 1700000000, last_used_time => 4102444800

@@ -19,8 +19,8 @@ with_hook(Hook, Fun) ->
         persistent_term:erase(?MODULE)
     end.
 
-%% Begins a large save or load in a process of its own, which is stopped after its first slice: all turns
-%% on the dirty schedulers are taken, and until go_on/1 no slice of anything runs.
+%% Begins a large save or load in a process of its own, which is stopped after its first slice: all
+%% turns on the dirty schedulers are taken, and until go_on/1 no slice of anything runs.
 -spec stop_after_first_slice(fun(() -> pid())) -> turns().
 stop_after_first_slice(Begin) ->
     First = all_turns(),

@@ -103,7 +103,8 @@ limited([Root]) ->
     Save = fun(N, Size) -> ?WRITER:save(?STORE, disk, meta([N]), <<0:(Size * 8)>>) end,
     {ok, Key} = Save(1, 1000),
     [{error, efbig} = Save(2, Size) || Size <- [41_000_000, 60_000_000]],
-    {error, efbig} = ?WRITER:save(?STORE, disk, (meta([3]))#{prompt_text => <<0:(8 * 41_000_000)>>}, <<>>),
+    Prompt = (meta([3]))#{prompt_text => <<0:(8 * 41_000_000)>>},
+    {error, efbig} = ?WRITER:save(?STORE, disk, Prompt, <<>>),
     {ok, _, _} = erllama_cache_store:load(?STORE, Key),
     [] = open_files(Root),
     halt(0).

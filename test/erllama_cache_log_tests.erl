@@ -1,4 +1,5 @@
-%% What a node shows of the log events without anybody having configured a logger: what `erl' prints.
+%% What a node shows of the log events without anybody having configured a logger: what `erl'
+%% prints.
 -module(erllama_cache_log_tests).
 
 -include_lib("eunit/include/eunit.hrl").

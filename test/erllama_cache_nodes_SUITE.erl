@@ -41,8 +41,8 @@ start_node(Root) ->
     {ok, _} = unlinked(Node, ?WRITER, start_link, [#{host => erllama_cache_store}]),
     {Peer, Node}.
 
-%% The application, by a module that cover may not compile, and this module for the functions that are
-%% sent.
+%% The application, by a module that cover may not compile, and this module for the functions that
+%% are sent.
 paths() ->
     lists:append([
         ["-pa", filename:absname(filename:dirname(code:which(Module)))]

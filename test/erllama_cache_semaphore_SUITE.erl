@@ -389,8 +389,8 @@ storm_left_whole_files(Root) ->
 releaser_killed_in_a_write(_Config) ->
     Payload = binary:copy(<<7>>, ?LARGE),
     Kept = [kill_writer(N, Payload) || N <- lists:seq(1, 20)],
-    %% The slot bounds running I/O: it was not free before the write had ended. Where time has another
-    %% pace, as under valgrind, most kills come between two slices.
+    %% The slot bounds running I/O: it was not free before the write had ended. Where time has
+    %% another pace, as under valgrind, most kills come between two slices.
     ?assert(lists:member(true, Kept) orelse lists:any(
         fun(N) -> kill_writer(N, Payload) end, lists:seq(21, 500)
     )).

@@ -19,8 +19,8 @@
 %% How long what has ended may take to be gone.
 -define(DEADLINE, 30000).
 %% What memory may differ by between two points of rest: room for one of the largest payloads, for
-%% allocators keep some of what was freed. In ten minutes, with half a million loads, fifty bytes that
-%% each leaves behind are as much.
+%% allocators keep some of what was freed. In ten minutes, with half a million loads, fifty bytes
+%% that each leaves behind are as much.
 -define(MEMORY, ?HUGE).
 %% How many saves a warm-up has at least, however slow the machine is.
 -define(WARM, 1000).
@@ -396,8 +396,8 @@ rest(Root, Before, Deadline) ->
             rest(Root, Now, Deadline)
     end.
 
-%% Everything that is stored still is what was saved; a store that looks at it anew knows all of it and
-%% keeps it within the bound; deleted, it leaves nothing.
+%% Everything that is stored still is what was saved; a store that looks at it anew knows all of it
+%% and keeps it within the bound; deleted, it leaves nothing.
 leave(Root) ->
     Store = whereis(?STORE),
     ok = gen_server:stop(Store),

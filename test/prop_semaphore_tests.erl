@@ -283,8 +283,8 @@ held_bytes(#model{holds = Holds}) ->
 
 asleep(#model{asleep = Asleep}) -> Asleep.
 
-%% From OTP 28 on a suspended process's timer pauses, and erts 17.1 at least loses some that are about
-%% to fire just then: who would time out there, sleeps on.
+%% From OTP 28 on a suspended process's timer pauses, and erts 17.1 at least loses some that are
+%% about to fire just then: who would time out there, sleeps on.
 wakeful(#model{asleep = Asleep}) ->
     TimesOut = list_to_integer(erlang:system_info(otp_release)) < 28,
     [Client || {Client, Finds} <- maps:to_list(Asleep), TimesOut orelse Finds =/= time_out].

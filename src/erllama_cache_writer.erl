@@ -127,6 +127,8 @@ format_error({mac_key, Reason}) -> text("the secret cannot be read: ~ts", [forma
 format_error({errno, Number}) -> text("the system's error ~w", [Number]);
 format_error(out_of_turn) -> "the library was called out of turn, which is a bug";
 format_error(enokey) -> "the encryption key of the directory is not loaded";
+format_error({raised, Class, Reason, _Stack}) -> text("the save raised ~tp: ~tp", [Class, Reason]);
+format_error({saver_died, Reason}) -> text("the process that saved has died: ~tp", [Reason]);
 format_error({unencodable, latin1}) ->
     "file names are Latin-1 in this VM, and the root's cannot be: start it with +fnu, "
     "or in a UTF-8 locale";
@@ -679,7 +681,8 @@ save_async(TierSrv, Tier, Meta, Payload) ->
 
 %% @doc Saves in another process and returns at once. When the save has ended, the caller gets one
 %% message, `{erllama_cache_writer, Ref, Result}', with what {@link save/5} returns, or
-%% `{error, cancelled}', or `{error, {Class, Reason}}' where that would raise. The payload is not
+%% `{error, cancelled}', or `{error, {raised, Class, Reason, Stack}}' where that would raise, or
+%% `{error, {saver_died, Reason}}' when somebody has killed the process that saved. The payload is not
 %% copied, and must be a binary of its own: part of a larger one keeps all of that in memory.
 %%
 %% When the caller dies, the save is cancelled and leaves nothing, unless `detach' is `true'.
@@ -703,36 +706,50 @@ save_async(TierSrv, Tier, Meta, Payload, Opts) when
     Timeout = async_timeout(maps:get(timeout, Opts, ?DEFAULT_TIMEOUT)),
     _ = state(save_async, [TierSrv, Tier, '_', '_', Opts]),
     Caller = self(),
+    Save = fun(Stop) -> save(TierSrv, Tier, Meta, Payload, Timeout, Stop) end,
     %% Nothing of it is waited for: the caller's next token is more urgent than this save.
-    Pid = spawn(fun() ->
-        Monitor = monitor(process, Caller),
-        receive
-            {Caller, Ref} -> save_for(Caller, Ref, Monitor, Detach, fun(Stop) ->
-                save(TierSrv, Tier, Meta, Payload, Timeout, Stop)
-            end);
-            {'DOWN', Monitor, process, Caller, _} -> ok
-        end
-    end),
-    Ref = erllama_cache_nif:handle_new(Pid),
-    Pid ! {Caller, Ref},
+    Messenger = spawn(fun() -> begin_for(Caller, Detach, Save) end),
+    Ref = erllama_cache_nif:handle_new(Messenger),
+    Messenger ! {Caller, Ref},
     {ok, Ref}.
 
-save_for(Caller, Ref, Monitor, Detach, Save) ->
+begin_for(Caller, Detach, Save) ->
+    Monitor = monitor(process, Caller),
+    receive
+        {Caller, Ref} ->
+            true = demonitor(Monitor, [flush]),
+            Saver = spawn_monitor(fun() -> exit({?MODULE, save_for(Caller, Ref, Detach, Save)}) end),
+            Caller ! {?MODULE, Ref, result_of(Saver, Ref)};
+        {'DOWN', Monitor, process, Caller, _} ->
+            ok
+    end.
+
+%% The saver may be killed, so its result is its exit's reason, and somebody else tells the caller. This
+%% process does nothing that anybody would kill it for.
+result_of({Pid, Monitor} = Saver, Ref) ->
+    receive
+        {?MODULE, cancel, Ref} = Cancel ->
+            Pid ! Cancel,
+            result_of(Saver, Ref);
+        {'DOWN', Monitor, process, Pid, {?MODULE, Result}} ->
+            Result;
+        {'DOWN', Monitor, process, Pid, Reason} ->
+            {error, {saver_died, Reason}}
+    end.
+
+save_for(Caller, Ref, Detach, Save) ->
     Monitors = case Detach of
-        true -> true = demonitor(Monitor, [flush]), [];
-        false -> [Monitor]
+        true -> [];
+        false -> [monitor(process, Caller)]
     end,
-    Caller ! {?MODULE, Ref, outcome(fun() -> Save({Ref, Monitors}) end)}.
+    try
+        Save({Ref, Monitors})
+    catch
+        Class:Reason:Stack -> {error, {raised, Class, Reason, Stack}}
+    end.
 
 async_timeout(Timeout) when ?IS_TIMEOUT(Timeout) -> Timeout;
 async_timeout(_) -> error(badarg).
-
-outcome(Save) ->
-    try
-        Save()
-    catch
-        Class:Reason -> {error, {Class, Reason}}
-    end.
 
 %% @doc Cancels a save that {@link save_async/5} began: between two slices, so that it leaves
 %% nothing. The save's caller is told `{error, cancelled}', or what it has come to, if the file was

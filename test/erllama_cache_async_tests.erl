@@ -24,6 +24,7 @@ tests() ->
         {the_callers_death_cancels, fun the_callers_death_cancels/1},
         {the_callers_normal_end_cancels, fun the_callers_normal_end_cancels/1},
         {detached_it_goes_on, fun detached_it_goes_on/1},
+        {a_killed_saver_is_told_of, fun a_killed_saver_is_told_of/1},
         {the_payload_is_not_copied, fun the_payload_is_not_copied/1}
     ].
 
@@ -51,6 +52,17 @@ result(Ref) ->
         {?WRITER, Ref, Result} -> Result
     after 10000 -> no_message
     end.
+
+%% A result is never waited for in vain.
+a_killed_saver_is_told_of(Root) ->
+    ok = ?WRITER:acquire(0),
+    {ok, Ref} = ?WRITER:save_async(?STORE, disk, meta(1), <<"payload">>),
+    eventually(fun() -> length(?WRITER:waiters()) =:= 1 end),
+    [#{pid := Saver}] = ?WRITER:waiters(),
+    exit(Saver, kill),
+    ?assertEqual({error, {saver_died, killed}}, result(Ref)),
+    ok = ?WRITER:release(),
+    assert_nothing_left(Root).
 
 assert_nothing_left(Root) ->
     eventually(fun() ->
@@ -90,7 +102,7 @@ errors_are_told(Root) ->
     ?assertEqual({error, max_concurrent}, result(Busy)),
     ok = ?WRITER:release(),
     {ok, Host} = ?WRITER:save_async(no_such_store, disk, meta(1), <<"x">>),
-    ?assertMatch({error, {exit, {noproc, _}}}, result(Host)),
+    ?assertMatch({error, {raised, exit, {noproc, _}, [_ | _]}}, result(Host)),
     assert_nothing_left(Root).
 
 mistakes_raise(_Root) ->

@@ -540,14 +540,26 @@ look_through(#state{config = #config{name = Name} = Config} = State) ->
     Begun = erlang:monotonic_time(millisecond),
     case scan(removes, State) of
         {ok, Scanned} ->
-            report_start(Config, erlang:monotonic_time(millisecond) - Begun),
-            {_, Roomy} = make_room(0, Scanned),
-            {ok, Roomy};
+            Took = erlang:monotonic_time(millisecond) - Begun,
+            start_scanned(try_root(Config), Took, Scanned);
         {error, Reason} ->
             %% The starter hears of it before this process is gone, and may try again at once.
             ok = erllama_cache_index:delete(Name),
             {stop, Reason}
     end.
+
+%% Whether anything can be saved here at all. An error that may pass is told by the first save that
+%% meets it.
+try_root(#config{path = Path}) ->
+    erllama_cache_turn:run(fun() -> erllama_cache_nif:takes_unnamed(Path) end).
+
+start_scanned({error, no_links}, _Took, #state{config = #config{name = Name}}) ->
+    ok = erllama_cache_index:delete(Name),
+    {stop, no_links};
+start_scanned(TakesUnnamed, Took, #state{config = Config} = State) ->
+    report_start(Config, TakesUnnamed, Took),
+    {_, Roomy} = make_room(0, State),
+    {ok, Roomy}.
 
 %% Adds what the root has to the index. Others save and load meanwhile: what they know is newer.
 scan(Removes, #state{config = Config} = State) ->
@@ -588,13 +600,12 @@ add(#row{size = Size} = Row, #state{config = #config{name = Name}, used = Used} 
         false -> State
     end.
 
-report_start(#config{name = Name, path = Path, root = Root}, Took) ->
+report_start(#config{name = Name, root = Root}, TakesUnnamed, Took) ->
     {Files, Bytes, _Reservations} = erllama_cache_index:count(Name),
     ?LOG_INFO(#{event => store_scanned, store => Name, root => Root, files => Files, bytes => Bytes,
                 ms => Took}, ?LOG_META),
-    case erllama_cache_turn:run(fun() -> erllama_cache_nif:takes_unnamed(Path) end) of
+    case TakesUnnamed of
         false -> ?LOG_NOTICE(#{event => root_needs_names, store => Name, root => Root}, ?LOG_META);
-        %% An error is told by the first save that meets it.
         _ -> ok
     end.
 

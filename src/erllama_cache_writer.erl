@@ -125,6 +125,8 @@ format_error({mac_key, bad_key}) -> "the secret is not 32 bytes";
 format_error({mac_key, raised}) -> "the function that gives the secret has raised";
 format_error({mac_key, Reason}) -> text("the secret cannot be read: ~ts", [format_error(Reason)]);
 format_error({errno, Number}) -> text("the system's error ~w", [Number]);
+format_error(no_links) ->
+    "the root's file system has neither links nor a rename that replaces nothing: use another one";
 format_error(out_of_turn) -> "the library was called out of turn, which is a bug";
 format_error(enokey) -> "the encryption key of the directory is not loaded";
 format_error({raised, Class, Reason, _Stack}) -> text("the save raised ~tp: ~tp", [Class, Reason]);

@@ -27,6 +27,10 @@ pub enum Error {
     /// What was written is not what came back from the page cache.
     #[error("the written file does not read back: {0}")]
     ReadBack(Corrupt),
+    /// The file system knows no way to give a file a name only if that is free: neither links, nor a
+    /// rename that replaces nothing.
+    #[error("the file system has neither links nor a rename that replaces nothing")]
+    NoLinks,
     /// A slice was called for out of its turn, or with another payload than the first.
     #[error("called out of turn")]
     OutOfTurn,

@@ -1477,8 +1477,8 @@ mod failures {
         let dir = root();
         fs::write(path(dir.path(), 1), b"not a KVC file").unwrap();
         let renames = [libc::SYS_renameat, libc::SYS_renameat2].map(|n| call(n, libc::EIO));
-        let locks = [call(libc::SYS_flock, libc::ENOLCK)];
-        for (calls, errno) in [(&renames[..], libc::EIO), (&locks[..], libc::ENOLCK)] {
+        let locks = [call(libc::SYS_flock, libc::EIO)];
+        for (calls, errno) in [(&renames[..], libc::EIO), (&locks[..], libc::EIO)] {
             with(calls, || {
                 assert_errno(save(dir.path(), 1, b"payload"), errno)
             });
@@ -1525,6 +1525,104 @@ mod failures {
             panic!("{:?}", names(dir));
         };
         name.clone()
+    }
+
+    const fn link_of(flag: libc::c_int, errno: libc::c_int) -> Call {
+        Call {
+            number: libc::SYS_linkat,
+            bits: Some((4, flag)),
+            errno,
+        }
+    }
+
+    /// As in a container without /proc, for anybody but root, before Linux 6.10.
+    #[test]
+    fn where_unnamed_files_cannot_be_linked_they_have_names() {
+        let dir = root();
+        let unlinkable = [
+            link_of(libc::AT_EMPTY_PATH, libc::ENOENT),
+            link_of(libc::AT_SYMLINK_FOLLOW, libc::ENOENT),
+        ];
+        with(&unlinkable, || {
+            assert!(!open(dir.path()).takes_unnamed().unwrap());
+            assert_empty(dir.path());
+            save(dir.path(), 1, b"payload").unwrap();
+        });
+        assert!(open(dir.path()).needs_names());
+        assert_holds(dir.path(), 1, b"payload");
+        assert_only(dir.path(), 1);
+        // Without a start before it, too.
+        let dir = root();
+        with(&unlinkable, || save(dir.path(), 1, b"payload").unwrap());
+        assert_holds(dir.path(), 1, b"payload");
+        assert_only(dir.path(), 1);
+    }
+
+    /// As on exFAT and SMB.
+    #[test]
+    fn without_links_files_are_renamed() {
+        for errno in [libc::EPERM, libc::EOPNOTSUPP, libc::ENOSYS] {
+            let dir = root();
+            with(&[UNNAMED, call(libc::SYS_linkat, errno)], || {
+                assert!(!open(dir.path()).takes_unnamed().unwrap());
+                assert_empty(dir.path());
+                let linked = save(dir.path(), 1, b"payload").unwrap();
+                assert_eq!(linked.outcome, Outcome::Linked);
+                assert_only(dir.path(), 1);
+                let adopted = save(dir.path(), 1, b"another").unwrap();
+                assert_eq!(adopted.outcome, Outcome::Adopted);
+                flip_last_byte(&path(dir.path(), 1));
+                let replaced = save(dir.path(), 1, b"payload").unwrap();
+                assert_eq!(replaced.outcome, Outcome::Replaced);
+            });
+            assert_holds(dir.path(), 1, b"payload");
+            assert_only(dir.path(), 1);
+        }
+    }
+
+    #[test]
+    fn where_nothing_can_be_published_the_start_says_it() {
+        let dir = root();
+        let calls = [
+            UNNAMED,
+            call(libc::SYS_linkat, libc::EPERM),
+            call(libc::SYS_renameat2, libc::EINVAL),
+        ];
+        with(&calls, || {
+            let tried = open(dir.path()).takes_unnamed();
+            assert!(matches!(tried, Err(Error::NoLinks)), "{tried:?}");
+            let saved = save(dir.path(), 1, b"payload");
+            assert!(matches!(saved, Err(Error::NoLinks)), "{saved:?}");
+        });
+        assert_empty(dir.path());
+    }
+
+    /// As on Lustre, and on NFS without its lock daemon. What nobody can lock is swept by its age.
+    #[test]
+    fn without_locks_looking_has_to_do() {
+        for errno in [libc::ENOSYS, libc::ENOLCK, libc::EOPNOTSUPP] {
+            let dir = root();
+            with(&[UNNAMED, call(libc::SYS_flock, errno)], || {
+                save(dir.path(), 1, b"payload").unwrap();
+                flip_last_byte(&path(dir.path(), 1));
+                let replaced = save(dir.path(), 1, b"payload").unwrap();
+                assert_eq!(replaced.outcome, Outcome::Replaced);
+                assert_only(dir.path(), 1);
+                let stale = dir.path().join(temporary_name(1));
+                fs::write(&stale, b"half a fi").unwrap();
+                assert!(scan(dir.path()).len() == 1, "the file alone");
+                let file = File::options().write(true).open(&stale).unwrap();
+                let yesterday = std::time::SystemTime::now() - Duration::from_secs(25 * 3600);
+                file.set_modified(yesterday).unwrap();
+                assert!(
+                    scan(dir.path())
+                        .iter()
+                        .any(|found| matches!(found, Found::Swept))
+                );
+            });
+            assert_holds(dir.path(), 1, b"payload");
+            assert_only(dir.path(), 1);
+        }
     }
 
     #[test]

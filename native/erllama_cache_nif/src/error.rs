@@ -31,6 +31,7 @@ pub(crate) fn reason<'a>(env: Env<'a>, error: &Error) -> Term<'a> {
         Error::ReadBack(corrupt) => (atoms::read_back(), atom(env, corrupt.name())).encode(env),
         Error::NotRegular => (atoms::corrupt(), atoms::not_regular()).encode(env),
         Error::Unauthenticated => atoms::unauthenticated().encode(env),
+        Error::NoLinks => atom(env, "no_links"),
         Error::OutOfTurn => atoms::out_of_turn().encode(env),
     }
 }

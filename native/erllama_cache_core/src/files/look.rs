@@ -3,12 +3,13 @@
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use once_cell::sync::OnceCell;
 
 use super::root::Root;
 use super::stored::open_regular;
-use super::sys;
+use super::sys::{self, Lock};
 use super::tmp::is_temporary_name;
 use crate::error::{Context, Error};
 use crate::kvc::{
@@ -149,10 +150,10 @@ impl Stored {
 
     /// Takes the file's lock, which is held for as long as this value lives. Whoever removes or replaces
     /// a file has it until that is done, for no call unlinks a name, or renames over it, only if it
-    /// still is a certain file's: a save in another node could have put a good one there. Where there
-    /// are no locks, looking has to do.
+    /// still is a certain file's: a save in another node could have put a good one there.
     pub(crate) fn claim(&self, root: &Root) -> Claim {
-        if self.lock(root).is_ok_and(|locked| !locked) {
+        // Where there are no locks, looking has to do.
+        if self.lock(root).is_ok_and(|lock| lock == Lock::Others) {
             return Claim::Locked;
         }
         // While this file is open nobody else gets its number.
@@ -162,8 +163,7 @@ impl Stored {
         }
     }
 
-    /// `false` when somebody else has the lock.
-    fn lock(&self, root: &Root) -> Result<bool, Error> {
+    fn lock(&self, root: &Root) -> Result<Lock, Error> {
         match sys::try_lock(&self.file) {
             // NFS locks what is open to be written only.
             Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
@@ -171,12 +171,12 @@ impl Stored {
         }
         match open_regular(root, &self.name, libc::O_RDWR)? {
             Some((file, stat)) if stat.is_same_file(&self.stat) => {
-                let locked = sys::try_lock(&file).call("flock")?;
+                let lock = sys::try_lock(&file).call("flock")?;
                 let _ = self.writable.set(file);
-                Ok(locked)
+                Ok(lock)
             }
             // What has become of the name is looked at next.
-            _ => Ok(true),
+            _ => Ok(Lock::Unknown),
         }
     }
 
@@ -186,6 +186,18 @@ impl Stored {
 
     pub(crate) fn stat(&self) -> &sys::Stat {
         &self.stat
+    }
+}
+
+/// Where there are no locks, a temporary file is taken for abandoned after as long as this.
+const ABANDONED: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Whether that unix second is at least as long ago. A time in the future tells nothing.
+pub(super) fn is_older_than(modified: u64, age: Duration) -> bool {
+    let modified = UNIX_EPOCH + Duration::from_secs(modified);
+    match SystemTime::now().duration_since(modified) {
+        Ok(passed) => passed >= age,
+        Err(_) => age.is_zero(),
     }
 }
 
@@ -201,7 +213,7 @@ pub struct Abandoned {
 
 impl Abandoned {
     /// Opens the temporary file `name`. `None` when it is gone, or when somebody holds its lock: then
-    /// it is being written.
+    /// it is being written. Where there are no locks, it is left alone for a day.
     ///
     /// # Errors
     /// [`Error::NotRegular`], [`Error::Io`].
@@ -210,8 +222,12 @@ impl Abandoned {
         let Some((file, stat)) = open_regular(root, name, libc::O_RDWR)? else {
             return Ok(None);
         };
-        if !sys::try_lock(&file).call("flock")? {
-            return Ok(None);
+        match sys::try_lock(&file).call("flock")? {
+            Lock::Held => {}
+            Lock::Others => return Ok(None),
+            // Whoever works on it changes it now and then.
+            Lock::Unknown if is_older_than(stat.modified, ABANDONED) => {}
+            Lock::Unknown => return Ok(None),
         }
         Ok(Some(Abandoned {
             name: name.to_owned(),

@@ -1,9 +1,9 @@
 //! A first look at a root: which files it has, by their headers alone.
 
 use std::ffi::CStr;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use super::look::{Abandoned, Name, Names, Stored};
+use super::look::{Abandoned, Name, Names, Stored, is_older_than};
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
 use super::sys;
@@ -150,16 +150,10 @@ impl Scan {
         }
     }
 
-    /// Whether nobody seems to be writing the file any more. A time in the future tells nothing.
+    /// Whether nobody seems to be writing the file any more.
     fn is_settled(&self, stored: &Stored) -> bool {
-        let Some(settled) = self.settled else {
-            return false;
-        };
-        let modified = UNIX_EPOCH + Duration::from_secs(stored.stat().modified);
-        match SystemTime::now().duration_since(modified) {
-            Ok(age) => age >= settled,
-            Err(_) => settled.is_zero(),
-        }
+        self.settled
+            .is_some_and(|settled| is_older_than(stored.stat().modified, settled))
     }
 
     /// Whether a load would take the file, as far as its prefix tells.

@@ -147,15 +147,58 @@ pub(crate) fn unlink_at(dir: &File, name: &CStr) -> io::Result<()> {
     uninterrupted(|| unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), 0) }).map(drop)
 }
 
-/// Locks a file for as long as it is open; `false` when somebody else has. std's own call ends when a
-/// signal comes.
-pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
+/// Gives the file `from` the name `to` in the place of its own; fails with `EEXIST` when that is taken, and
+/// with `EINVAL` or `ENOSYS` where the file system or the system cannot do that.
+#[cfg(target_os = "linux")]
+pub(crate) fn rename_new(dir: &File, from: &CStr, to: &CStr) -> io::Result<()> {
+    let fd = dir.as_raw_fd();
+    // The C library's own function is younger than the call.
+    let rename = || {
+        // SAFETY: both names are NUL-terminated and live through the call, whose arguments these are.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_renameat2,
+                fd,
+                from.as_ptr(),
+                fd,
+                to.as_ptr(),
+                libc::RENAME_NOREPLACE,
+            )
+        };
+        result as c_int
+    };
+    uninterrupted(rename).map(drop)
+}
+
+/// Elsewhere it is not known how.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn rename_new(_dir: &File, _from: &CStr, _to: &CStr) -> io::Result<()> {
+    Err(io::Error::from_raw_os_error(libc::ENOSYS))
+}
+
+/// What came of [`try_lock`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// It is held, for as long as the file is open.
+    Held,
+    /// Somebody else has it.
+    Others,
+    /// There are no locks here.
+    Unknown,
+}
+
+/// Locks a file for as long as it is open. std's own call ends when a signal comes.
+pub(crate) fn try_lock(file: &File) -> io::Result<Lock> {
     loop {
         match file.try_lock() {
-            Ok(()) => return Ok(true),
-            Err(TryLockError::WouldBlock) => return Ok(false),
-            Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(TryLockError::Error(error)) => return Err(error),
+            Ok(()) => return Ok(Lock::Held),
+            Err(TryLockError::WouldBlock) => return Ok(Lock::Others),
+            Err(TryLockError::Error(error)) => match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                // Lustre, NFS without its lock daemon, some file systems in user space.
+                Some(libc::ENOSYS | libc::ENOLCK | libc::EOPNOTSUPP) => return Ok(Lock::Unknown),
+                _ => return Err(error),
+            },
         }
     }
 }

@@ -27,7 +27,7 @@ use super::look::{Claim, Stored};
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
 use super::stored::{self, Check, READ_PIECE};
-use super::sys;
+use super::sys::{self, Lock};
 use crate::digest::{Digester, Secret};
 use crate::error::{Context, Error};
 use crate::kvc::{Corrupt, Crc32c, Digest, Key, MIN_PREFIX_LEN, ParsedPrefix, Prefix};
@@ -648,17 +648,23 @@ impl TmpFile {
             .transpose()
     }
 
-    /// Links the file under its final name; `false` when that is taken.
+    /// Gives the file its final name; `false` when that is taken.
     fn link(&mut self) -> Result<bool, Error> {
         let to = final_name(&self.key);
-        let linked = match &self.name {
-            None => sys::link_unnamed(&self.file, self.root.dir(), &to),
-            Some(name) => sys::link_at(self.root.dir(), name, &to),
+        let Some(name) = &self.name else {
+            return match sys::link_unnamed(&self.file, self.root.dir(), &to) {
+                Ok(()) => Ok(true),
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+                Err(error) => Err(error).call("linkat"),
+            };
         };
-        match linked {
-            Ok(()) => Ok(true),
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
-            Err(error) => Err(error).call("linkat"),
+        match name_anew(&self.root, name, &to)? {
+            Named::Too => Ok(true),
+            Named::Instead => {
+                self.name = None;
+                Ok(true)
+            }
+            Named::Taken => Ok(false),
         }
     }
 
@@ -734,7 +740,7 @@ impl TmpFile {
     /// Gives a file without a name a temporary one, for only a name can be renamed over another.
     fn link_temporary(&self) -> Result<CString, Error> {
         // Locked first: from the moment it has a name, a sweeper may find it.
-        if !sys::try_lock(&self.file).call("flock")? {
+        if sys::try_lock(&self.file).call("flock")? == Lock::Others {
             return Err(io::Error::from_raw_os_error(libc::EWOULDBLOCK)).call("flock");
         }
         let mut taken = io::Error::from_raw_os_error(libc::EEXIST);
@@ -882,17 +888,64 @@ fn cannot_link(error: &io::Error) -> bool {
 }
 
 impl Root {
-    /// Tries whether files without a name can be saved here, and remembers it if not.
+    /// Tries whether files without a name can be saved here, and remembers it if not; then, whether those
+    /// with one can.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::NoLinks`] when nothing can be saved here; [`Error::Io`].
     pub fn takes_unnamed(&self) -> Result<bool, Error> {
         let any_key = Key::from_bytes([0; 32]);
-        let takes = create_unnamed(self, &any_key, DEFAULT_MODE)?.is_some();
-        if !takes {
-            self.remember_needs_names();
+        if create_unnamed(self, &any_key, DEFAULT_MODE)?.is_some() {
+            return Ok(true);
         }
-        Ok(takes)
+        self.remember_needs_names();
+        let Ok((_locked, name)) = create_named(self, &any_key, DEFAULT_MODE) else {
+            // Nothing can be created now, and a save will say why.
+            return Ok(false);
+        };
+        let other = temporary_names(&any_key).next().unwrap_or_default();
+        let named = name_anew(self, &name, &other);
+        for name in [name, other] {
+            match sys::unlink_at(self.dir(), &name) {
+                Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
+                    return Err(error).call("unlink");
+                }
+                _ => {}
+            }
+        }
+        named.map(|_| false)
+    }
+}
+
+/// What came of [`name_anew`].
+enum Named {
+    /// The file has both names.
+    Too,
+    /// It has the new name only.
+    Instead,
+    /// Another file has that.
+    Taken,
+}
+
+/// Gives a file with a temporary name the name `to`, if that is free. Where there are no links, by a
+/// rename that replaces nothing.
+fn name_anew(root: &Root, name: &CStr, to: &CStr) -> Result<Named, Error> {
+    let linked = match sys::link_at(root.dir(), name, to) {
+        Ok(()) => return Ok(Named::Too),
+        Err(error) => error,
+    };
+    match linked.raw_os_error() {
+        Some(libc::EEXIST) => return Ok(Named::Taken),
+        Some(libc::EPERM | libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL | libc::EMLINK) => {}
+        _ => return Err(linked).call("linkat"),
+    }
+    match sys::rename_new(root.dir(), name, to) {
+        Ok(()) => Ok(Named::Instead),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EEXIST) => Ok(Named::Taken),
+            Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP) => Err(Error::NoLinks),
+            _ => Err(error).call("rename"),
+        },
     }
 }
 
@@ -934,7 +987,7 @@ fn create_named(root: &Root, key: &Key, mode: u32) -> Result<(File, CString), Er
 /// Locks a file that was just created; `false` when a sweeper was faster, which may have locked or
 /// removed it between the two calls: then it is the sweeper's.
 fn lock_named(root: &Root, file: &File, name: &CStr) -> Result<bool, Error> {
-    if !sys::try_lock(file).call("flock")? {
+    if sys::try_lock(file).call("flock")? == Lock::Others {
         return Ok(false);
     }
     let ours = sys::stat(file).call("fstat")?;

@@ -1,92 +1,116 @@
-//! Any bytes as a file in a root: a check, a load and a scan agree with the second reader, without a
-//! secret and with one, and so does a save over it.
+//! Any bytes as a file in a root: what a start makes of it, and what a save of its key does that finds it
+//! there, is what the second reader says.
 
 #![no_main]
 
 #[path = "../../erllama_cache_core/tests/model/mod.rs"]
 #[allow(dead_code)]
 mod model;
+mod place;
 
-use std::ffi::CString;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
-use std::sync::OnceLock;
 use std::time::Duration;
 
-use erllama_cache_core::Error;
-use erllama_cache_core::digest::Secret;
-use erllama_cache_core::files::{Check, Found, Loader, Progress, Root, Scan, Slice};
-use erllama_cache_core::kvc::Key;
+use erllama_cache_core::files::{Found, Options, Outcome, Scan, Slice, TmpFile};
+use erllama_cache_core::kvc::{Digest, FingerprintMode, Key, Meta, Prefix, SaveReason};
 use libfuzzer_sys::fuzz_target;
-use model::Look;
-use tempfile::TempDir;
+use model::{Look, Model};
+use place::{Input, complete, load, put, root};
 
-const SECRET: [u8; 32] = *b"0123456789abcdef0123456789ABCDEF";
-
-/// One for all runs, in TMPDIR: whoever runs this removes that, for a static is never dropped.
-fn place() -> &'static Path {
-    static PLACE: OnceLock<TempDir> = OnceLock::new();
-    PLACE.get_or_init(|| tempfile::tempdir().unwrap()).path()
-}
-
-fn complete<T>(mut step: impl FnMut() -> Result<Progress<T>, Error>) -> Result<T, Error> {
-    loop {
-        if let Progress::Done(result) = step()? {
-            return Ok(result);
-        }
-    }
-}
+const OURS: &[u8] = b"the payload of a save that comes later";
 
 fuzz_target!(|input: &[u8]| {
-    let Some((how, bytes)) = input.split_last() else {
+    let Some(input) = Input::of(input) else {
         return;
     };
-    let mut file = bytes.to_vec();
-    if how & 1 == 1 {
-        model::put_right(&mut file, (how & 2 == 2).then_some(&SECRET));
-    }
-    let with_secret = how & 4 == 4;
-    let secret = with_secret.then(|| Secret::new(SECRET));
-    let secret = secret.as_ref();
-    let slice = Slice::unlimited();
+    start(&input);
+    place::remove(&input.key);
+    save(&input);
+    place::remove(&input.key);
+    assert_eq!(place::names(), 0);
+});
 
-    let key = model::read(&file).map_or([0; 32], |read| read.key);
-    let expected = model::load(&file, &key, with_secret.then_some(&SECRET));
-    let key = Key::from_bytes(key);
-    let path = place().join(key.file_name());
-    fs::write(&path, &file).unwrap();
-    let root = || Root::open(&CString::new(place().as_os_str().as_bytes()).unwrap()).unwrap();
-
-    let loaded = Loader::open(&root(), &key, secret).and_then(|loader| {
-        let mut loader = loader.unwrap();
-        complete(|| loader.vet(&slice))?;
-        let mut payload = vec![0; loader.payload_len() as usize];
-        complete(|| loader.read(&mut payload, &slice))?;
-        Ok(payload)
-    });
-    match (&loaded, expected) {
-        (Ok(payload), Some(expected)) => assert_eq!(payload, expected),
-        (Err(Error::Corrupt(_)), None) => {}
-        (Err(Error::Unauthenticated), None) => assert!(with_secret),
-        (loaded, expected) => panic!("{loaded:?}, but {expected:?}"),
-    }
-    let checked = Check::open(&root(), &key, secret).and_then(|check| {
-        let mut check = check.unwrap();
-        complete(|| check.step(&slice))
-    });
-    assert_eq!(checked.is_ok(), loaded.is_ok());
-
+fn start(input: &Input) {
+    put(&input.key, &input.file);
+    let with_secret = input.secret_bytes().is_some();
     let mut found = Vec::new();
     let mut scan = Scan::open(root(), with_secret, Some(Duration::ZERO)).unwrap();
-    complete(|| scan.step(&mut found, &slice)).unwrap();
-    let keyed = model::read(&file).is_some_and(|read| matches!(read.digest, Some((1, _))));
-    match (model::look(&file), &found[..]) {
-        (Look::Bad, [Found::Removed { .. }]) => assert!(!path.exists()),
+    complete(|| scan.step(&mut found, &Slice::unlimited())).unwrap();
+    let keyed = model::read(&input.file).is_some_and(|read| matches!(read.digest, Some((1, _))));
+    match (model::look(&input.file), &found[..]) {
+        (Look::Bad, [Found::Removed { .. }]) => assert!(!place::path(&input.key).exists()),
         (Look::OtherVersion, [Found::Skipped { .. }]) => {}
         (Look::Fits, [Found::Skipped { .. }]) => assert!(with_secret && !keyed),
         (Look::Fits, [Found::File { .. }]) => assert!(!with_secret || keyed),
         (look, found) => panic!("{look:?}, but {found:?}"),
     }
-    let _ = fs::remove_file(&path);
-});
+}
+
+/// Over a file that is good, and of the key that is saved, nothing is saved; anything else is replaced.
+fn save(input: &Input) {
+    let secret = input.secret();
+    let read = model::read(&input.file);
+    let theirs = model::load(&input.file, &input.key, input.secret_bytes());
+    // With what the file says of itself where it can be read, so that it is of the same key.
+    let Some(prefix) = prefix(read.as_ref(), secret.is_some()) else {
+        return;
+    };
+    put(&input.key, &input.file);
+    let options = Options {
+        secret: secret.clone(),
+        ..Options::default()
+    };
+    let key = Key::from_bytes(input.key);
+    let mut tmp = TmpFile::create(root(), key, prefix, options).unwrap();
+    complete(|| tmp.write(OURS, &Slice::unlimited())).unwrap();
+    let published = complete(|| tmp.publish(&Slice::unlimited())).unwrap();
+    drop(tmp);
+    let stands = fs::read(place::path(&input.key)).unwrap();
+    assert_eq!(published.file_len, stands.len() as u64);
+    assert_eq!(published.header[..], stands[..48]);
+    if theirs.is_some() {
+        assert_eq!(published.outcome, Outcome::Adopted);
+        assert!(stands == input.file);
+    } else {
+        assert_eq!(published.outcome, Outcome::Replaced);
+        // By the key that is in it: that which the fuzzer's file was put under may be none.
+        let in_it = model::read(&stands).unwrap().key;
+        if in_it != input.key {
+            fs::rename(place::path(&input.key), place::path(&in_it)).unwrap();
+        }
+        assert_eq!(load(&root(), &in_it, secret.as_ref()).unwrap(), OURS);
+        place::remove(&in_it);
+    }
+}
+
+
+fn prefix(read: Option<&Model<'_>>, keyed: bool) -> Option<Prefix> {
+    let of = |tag: u8| {
+        read.and_then(|read| read.records.iter().find(|record| record.tag == tag))
+            .map(|record| record.value)
+    };
+    let zeros = [0; 32];
+    let meta = Meta {
+        save_reason: SaveReason::Cold,
+        quant_bits: 4,
+        quant_byte: of(3).map_or(7, |value| value[0]),
+        fingerprint: of(1).unwrap_or(&zeros).try_into().unwrap(),
+        fingerprint_mode: FingerprintMode::Safe,
+        ctx_params_hash: of(4).unwrap_or(&zeros).try_into().unwrap(),
+        tokens: of(9).unwrap_or_default(),
+        context_size: 4096,
+        creation_time: 1,
+        last_used_time: 1,
+        hit_count: 0,
+        prompt_text: b"",
+        hostname: b"",
+        erllama_version: b"",
+        save_reason_detail: b"",
+    };
+    let digest = if keyed {
+        Digest::Blake3Keyed
+    } else {
+        Digest::Blake3
+    };
+    Prefix::encode(&meta, OURS.len() as u64, digest).ok()
+}

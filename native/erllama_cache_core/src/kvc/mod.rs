@@ -1,8 +1,8 @@
 //! KVC version 1: one file that holds the saved KV state of one sequence of tokens.
 //!
 //! This module knows the bytes and no file system. It writes everything that stands before the
-//! payload ([`Prefix`]), reads it back with distrust ([`Header`], [`ParsedPrefix`]), and checks a
-//! whole file in slices ([`Verifier`]) through the small trait [`ReadAt`].
+//! payload ([`Prefix`]) and reads it back with distrust ([`Header`], [`ParsedPrefix`]), through the small
+//! trait [`ReadAt`]. Whole files are checked in [`files`](crate::files).
 //!
 //! # Layout
 //!
@@ -74,7 +74,7 @@ mod key;
 mod layout;
 mod meta;
 mod prefix;
-mod verify;
+mod read;
 
 #[cfg(test)]
 mod tests;
@@ -88,4 +88,4 @@ pub use meta::{
     DigestMode, FingerprintMode, Meta, QUANT_OTHER, SaveReason, quant_byte, quant_name,
 };
 pub use prefix::{Header, ParsedPrefix};
-pub use verify::{FIRST_READ, ReadAt, Verifier, read_exact_at, read_prefix, verify};
+pub use read::{FIRST_READ, ReadAt, read_exact_at, read_prefix};

@@ -194,11 +194,6 @@ impl<O: Clone, W> Guard<O, W> {
     pub fn end(&self, end: End) -> Wakes<W> {
         self.semaphore.end(&self.shared, end)
     }
-
-    /// How many acquires of this guard are not released yet.
-    pub fn depth(&self) -> usize {
-        lock(&self.shared.state).holds.len()
-    }
 }
 
 /// What the word alone can tell of a request.

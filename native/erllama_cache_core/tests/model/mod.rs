@@ -48,7 +48,7 @@ pub fn look(file: &[u8]) -> Look {
     let [bytes, offset, len] = [40, 48, 56].map(|at| number(&file[at..at + 8]));
     let fits = file[5] <= 5
         && bytes == len
-        && (80..=1 << 30).contains(&offset)
+        && (80..=64 << 20).contains(&offset)
         && offset + len == file.len() as u128;
     if fits { Look::Fits } else { Look::Bad }
 }

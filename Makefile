@@ -77,9 +77,11 @@ check: setup ## Formatting, lints, warnings as errors, xref, dialyzer, documenta
 cover: ## Run the Erlang tests with coverage, report in _build/test/cover
 	rebar3 do eunit --cover, ct --cover, cover --verbose
 
-loom: setup ## Check the models of the semaphore: every interleaving of each
+loom: setup ## Check the models of semaphore and shared sync: every interleaving of each
 	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
 	  --test loom_semaphore --target-dir target/loom
+	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
+	  --lib --target-dir target/loom files::group::models
 
 soak-semaphore: setup ## The semaphore's state machine for 50,000 sequences (minutes)
 	PROPER_SEQUENCES=$${PROPER_SEQUENCES:-50000} rebar3 eunit --module=prop_semaphore_tests

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs the tests under sanitizers, which see what a test that passes does not:
 #
-#   ThreadSanitizer   the core's semaphore, shared by threads: data races
+#   ThreadSanitizer   what the core's threads share: semaphore, pool, shared syncs, digests: data races
 #   AddressSanitizer  the core's tests: memory errors and leaks
 #   AddressSanitizer  the NIF library inside the VM, under all of the Erlang tests: memory errors
 #   valgrind          the same with the library as it is shipped, on request: it takes long
@@ -121,6 +121,7 @@ core_tests() {
 
 threads() {
     core_tests thread -Zbuild-std --test semaphore
+    core_tests thread -Zbuild-std --lib -- pool:: group:: digest:: root::
 }
 
 core() {
@@ -276,7 +277,7 @@ sequences() {
 thread() {
     need_rust_src
     run thread threads
-    echo "sanitize: ThreadSanitizer finds nothing in the core's semaphore"
+    echo "sanitize: ThreadSanitizer finds nothing in what the core's threads share"
 }
 
 address() {

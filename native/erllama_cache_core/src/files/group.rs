@@ -6,7 +6,9 @@
 //! there: it proves nothing and is never joined.
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
+
+use crate::sync::{Arc, Condvar, Mutex, lock};
 
 #[derive(Debug, Default)]
 pub(crate) struct Group {
@@ -34,7 +36,7 @@ impl Group {
     /// Returns what came of a run that began after this call did. The run is `work`'s, or that of
     /// somebody who asked at the same time.
     pub(crate) fn run(&self, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         if !state.running {
             state.running = true;
             // Those who wait for the next run may not have woken yet: this is the next run, and it is
@@ -72,10 +74,6 @@ impl Group {
         drop(ended);
         result
     }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
-    }
 }
 
 /// The end of a run, by a panic too: wakes those it was for, and those who wait for the next.
@@ -83,7 +81,7 @@ struct Ended<'a>(&'a Group);
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
+        let mut state = lock(&self.0.state);
         state.running = false;
         // It is a system call even when nobody waits.
         if state.waiting > 0 {
@@ -92,29 +90,76 @@ impl Drop for Ended<'_> {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+#[cfg(all(test, loom))]
+mod models {
+    use loom::model::Builder;
+    use loom::sync::atomic::{AtomicUsize, Ordering};
+    use loom::thread;
+
+    use super::*;
+
+    /// Whatever the order, a caller returns only after a run that began after it had written, and
+    /// nobody is left waiting.
+    fn every_call_is_covered(threads: usize, preemptions: Option<usize>) {
+        let mut model = Builder::new();
+        model.preemption_bound = preemptions;
+        model.check(move || {
+            let group = Arc::new(Group::default());
+            let written = Arc::new(AtomicUsize::new(0));
+            let synced = Arc::new(AtomicUsize::new(0));
+            let call = {
+                let (group, written, synced) = (group.clone(), written.clone(), synced.clone());
+                move || {
+                    let mine = written.fetch_add(1, Ordering::SeqCst) + 1;
+                    let result = group.run(|| {
+                        synced.fetch_max(written.load(Ordering::SeqCst), Ordering::SeqCst);
+                        Ok(())
+                    });
+                    assert!(result.is_ok());
+                    assert!(synced.load(Ordering::SeqCst) >= mine);
+                }
+            };
+            let others: Vec<_> = (1..threads).map(|_| thread::spawn(call.clone())).collect();
+            call();
+            for other in others {
+                other.join().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn two_that_sync_at_the_same_time() {
+        every_call_is_covered(2, None);
+    }
+
+    /// With more preemptions it takes hours.
+    #[test]
+    fn three_that_sync_at_the_same_time() {
+        every_call_is_covered(3, Some(4));
+    }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use std::sync::Barrier;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc;
     use std::thread;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
     fn waiting(group: &Group) -> usize {
-        group
-            .lock()
+        lock(&group.state)
             .next
             .as_ref()
             .map_or(0, |batch| Arc::strong_count(batch) - 1)
     }
 
     fn until(done: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
         while !done() {
+            assert!(Instant::now() < deadline, "nobody was woken");
             thread::yield_now();
         }
     }
@@ -133,7 +178,7 @@ mod tests {
                     Ok(())
                 })
             });
-            until(|| group.lock().running);
+            until(|| lock(&group.state).running);
             for _ in 0..20 {
                 scope.spawn(move || {
                     group
@@ -163,7 +208,7 @@ mod tests {
                     Ok(())
                 })
             });
-            until(|| group.lock().running);
+            until(|| lock(&group.state).running);
             for _ in 0..5 {
                 scope.spawn(move || {
                     let result = group.run(|| Err(io::Error::from_raw_os_error(libc::EIO)));
@@ -185,10 +230,10 @@ mod tests {
     fn a_newcomer_runs_for_those_who_wait_already() {
         let group = Group::default();
         let batch = Arc::new(Batch::default());
-        group.lock().next = Some(Arc::clone(&batch));
+        lock(&group.state).next = Some(Arc::clone(&batch));
         group.run(|| Ok(())).expect("no run fails");
         assert_eq!(*lock(&batch.result), Some(Ok(())));
-        assert!(group.lock().next.is_none());
+        assert!(lock(&group.state).next.is_none());
     }
 
     #[test]

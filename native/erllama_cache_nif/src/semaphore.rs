@@ -225,7 +225,7 @@ fn row(owner: LocalPid, want: Want, age: std::time::Duration) -> Row {
     )
 }
 
-#[rustler::nif]
+#[rustler::nif(schedule = "DirtyCpu")]
 fn semaphore_holders(semaphore: &Semaphore) -> Vec<Row> {
     let holders = semaphore.core.holders();
     holders
@@ -234,7 +234,7 @@ fn semaphore_holders(semaphore: &Semaphore) -> Vec<Row> {
         .collect()
 }
 
-#[rustler::nif]
+#[rustler::nif(schedule = "DirtyCpu")]
 fn semaphore_waiters(semaphore: &Semaphore) -> Vec<Row> {
     let waiters = semaphore.core.waiters();
     waiters

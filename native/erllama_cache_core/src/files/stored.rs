@@ -1,9 +1,10 @@
 //! A file that stands under its final name: checking it, loading it.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::mem;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use super::look::Stored;
 use super::root::{Root, final_name};
@@ -193,10 +194,40 @@ pub(crate) fn fill(file: &File, buf: &mut [u8], offset: u64) -> Result<(), Error
 /// checked.
 const UNBACKED: u64 = 64 * 1024 * 1024;
 
-/// Whether a load of `len` bytes could be held in this machine's memory at all. Where the kernel
-/// grants whatever is asked for, it is the only answer before the memory is used up.
+/// Whether a load of `len` bytes could be held at all in the memory that this machine has, or the control
+/// group that this process is in may use. Where the kernel grants whatever is asked for, it is the only
+/// answer before the memory is used up.
 pub fn fits_memory(len: u64) -> bool {
-    sys::physical_memory().is_none_or(|memory| len <= memory)
+    let fits = |memory: Option<u64>| memory.is_none_or(|memory| len <= memory);
+    // A control group's limit is looked up by name: not for what any can hold.
+    fits(sys::physical_memory()) && (len < UNBACKED || fits(group_memory(Path::new("/"))))
+}
+
+/// The lowest limit of memory that any of this process's control groups has, in bytes; `/proc` and
+/// `/sys` are below `machine`.
+fn group_memory(machine: &Path) -> Option<u64> {
+    let groups = fs::read_to_string(machine.join("proc/self/cgroup")).ok()?;
+    let limits = groups.lines().flat_map(|line| {
+        // Number, controllers, path; no controllers where there is one hierarchy for all.
+        let mut fields = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (fields.next().unwrap_or(""), fields.next().unwrap_or(""));
+        let (root, file) = match controllers {
+            "" => ("sys/fs/cgroup", "memory.max"),
+            _ if controllers.split(',').any(|name| name == "memory") => {
+                ("sys/fs/cgroup/memory", "memory.limit_in_bytes")
+            }
+            _ => return Vec::new(),
+        };
+        let root = machine.join(root);
+        let group = root.join(path.trim_start_matches('/'));
+        // In a container the path may be the host's: then its own group is at the root.
+        let above = group.ancestors().take_while(|dir| dir.starts_with(&root));
+        above
+            .filter_map(|dir| fs::read_to_string(dir.join(file)).ok())
+            .filter_map(|limit| limit.trim().parse().ok())
+            .collect()
+    });
+    limits.min()
 }
 
 /// How much [`Check::read`] gives at a time: enough parts for two threads.
@@ -404,5 +435,40 @@ impl Loader {
             }
         }
         payload.verdict().map(Progress::Done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (path, content) in files {
+            let path = dir.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn memory_is_what_the_control_group_may_use() {
+        let group = ("proc/self/cgroup", "0::/a/b\n");
+        let of = |files: &[(&str, &str)]| group_memory(machine(files).path());
+        assert_eq!(of(&[]), None);
+        assert_eq!(of(&[group]), None);
+        let max = ("sys/fs/cgroup/a/b/memory.max", "max\n");
+        assert_eq!(of(&[group, max]), None);
+        let above = ("sys/fs/cgroup/a/memory.max", "700\n");
+        assert_eq!(of(&[group, max, above]), Some(700));
+        let own = ("sys/fs/cgroup/memory.max", "500\n");
+        assert_eq!(of(&[group, own, above]), Some(500), "a container's own");
+        let old = [
+            ("proc/self/cgroup", "5:cpu,cpuacct:/x\n4:memory:/a\n"),
+            ("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "900\n"),
+            ("sys/fs/cgroup/memory.max", "1\n"),
+        ];
+        assert_eq!(of(&old), Some(900));
     }
 }

@@ -24,6 +24,7 @@
 //! The semaphore's `inner`, then one guard's `state`. The path without a queue takes the guard's
 //! alone.
 
+mod granted;
 mod guard;
 mod queue;
 mod word;
@@ -40,6 +41,7 @@ pub use word::MAX_LIMIT;
 
 use crate::clock;
 use crate::sync::{Arc, Mutex, MutexGuard, lock};
+use granted::Granted;
 use guard::{Hold, Shared, State, seen_allows};
 use queue::{Queue, Waiter};
 use word::Word;
@@ -189,6 +191,7 @@ pub struct Info {
 /// The semaphore. `O` says who an owner is, for [`Semaphore::holders`]; `W` is what wakes a waiter.
 pub struct Semaphore<O, W> {
     word: Word,
+    granted: Granted,
     /// Never held while anything outside this module runs, wakers' destructors included.
     inner: Mutex<Inner<O, W>>,
 }
@@ -200,8 +203,6 @@ struct Inner<O, W> {
     next_guard: u64,
     max_bytes: Option<u64>,
     bytes: u64,
-    /// Grants of the guards that are gone.
-    granted: u64,
     timed_out: u64,
     owner_died: u64,
     waited: u64,
@@ -228,13 +229,13 @@ impl<O: Clone, W> Semaphore<O, W> {
     pub fn new() -> Self {
         Semaphore {
             word: Word::new(),
+            granted: Granted::default(),
             inner: Mutex::new(Inner {
                 queue: Queue::new(),
                 guards: BTreeMap::new(),
                 next_guard: 0,
                 max_bytes: None,
                 bytes: 0,
-                granted: 0,
                 timed_out: 0,
                 owner_died: 0,
                 waited: 0,
@@ -327,11 +328,6 @@ impl<O: Clone, W> Semaphore<O, W> {
     /// What is and what has been.
     pub fn info(&self) -> Info {
         let inner = lock(&self.inner);
-        let alive: u64 = inner
-            .guards
-            .values()
-            .map(|guard| lock(&guard.state).granted)
-            .sum();
         let seen = self.word.load();
         Info {
             limit: seen.limit(),
@@ -339,7 +335,7 @@ impl<O: Clone, W> Semaphore<O, W> {
             max_bytes: inner.max_bytes,
             bytes: inner.bytes,
             waiting: inner.queue.len(),
-            granted: inner.granted + alive,
+            granted: self.granted.sum(),
             timed_out: inner.timed_out,
             owner_died: inner.owner_died,
             waited: inner.waited,
@@ -348,36 +344,47 @@ impl<O: Clone, W> Semaphore<O, W> {
         }
     }
 
-    /// Who holds what, each acquire by itself, the longest-living guards first.
+    /// Who holds what, each acquire by itself, the longest-living guards first. It looks at every guard
+    /// there is, some at a time: who acquires or dies meanwhile may be among them or not.
     pub fn holders(&self) -> Vec<Holder<O>> {
         let now = clock::coarse();
-        let inner = lock(&self.inner);
         let mut holders = Vec::new();
-        for guard in inner.guards.values() {
-            let state = lock(&guard.state);
-            holders.extend(state.holds.iter().map(|hold| Holder {
-                owner: guard.owner.clone(),
-                want: hold.want,
-                held_for: now.saturating_sub(hold.since),
-                orphaned: state.ended.is_some(),
-            }));
+        let mut next = 0;
+        loop {
+            let guards: Vec<_> = {
+                let inner = lock(&self.inner);
+                let rest = inner.guards.range(next..).take(AT_A_TIME);
+                rest.map(|(_, guard)| Arc::clone(guard)).collect()
+            };
+            let Some(last) = guards.last() else {
+                return holders;
+            };
+            next = last.id + 1;
+            holders.extend(guards.iter().flat_map(|guard| holds(guard, now)));
         }
-        holders
     }
 
-    /// Who waits for what, the next to be served first.
+    /// Who waits for what, the next to be served first. It looks at some at a time, as
+    /// [`Semaphore::holders`] does.
     pub fn waiters(&self) -> Vec<Waiting<O>> {
         let now = clock::precise();
-        let inner = lock(&self.inner);
-        inner
-            .queue
-            .iter()
-            .map(|waiter| Waiting {
-                owner: waiter.guard.owner.clone(),
-                want: waiter.want,
-                waited: now.saturating_sub(waiter.since),
-            })
-            .collect()
+        let mut waiters = Vec::new();
+        let mut next = 0;
+        loop {
+            let inner = lock(&self.inner);
+            let before = waiters.len();
+            for (ticket, waiter) in inner.queue.from(next).take(AT_A_TIME) {
+                waiters.push(Waiting {
+                    owner: waiter.guard.owner.clone(),
+                    want: waiter.want,
+                    waited: now.saturating_sub(waiter.since),
+                });
+                next = ticket + 1;
+            }
+            if waiters.len() == before {
+                return waiters;
+            }
+        }
     }
 
     fn try_acquire_locked(&self, shared: &Arc<Shared<O>>, want: Want) -> Result<(), Refusal> {
@@ -439,6 +446,7 @@ impl<O: Clone, W> Semaphore<O, W> {
         }
         inner.bytes += want.bytes;
         state.hold(want);
+        self.granted.count(shared.id);
         Ok(())
     }
 
@@ -480,9 +488,7 @@ impl<O: Clone, W> Semaphore<O, W> {
             .take()
             .and_then(|ticket| inner.queue.remove(ticket));
         if let Some(holds) = state.end(end) {
-            if inner.guards.remove(&shared.id).is_some() {
-                inner.granted += state.granted;
-            }
+            inner.guards.remove(&shared.id);
             if state.ended == Some(End::OwnerDied) {
                 inner.owner_died += holds.len() as u64;
             }
@@ -524,10 +530,25 @@ impl<O: Clone, W> Semaphore<O, W> {
             state.ticket = None;
             state.hold(want);
             drop(state);
+            self.granted.count(waiter.guard.id);
             wakes.push(waiter.waker, Verdict::Granted);
         }
         self.word.clear_queue();
     }
+}
+
+/// How many guards or waiters are looked at while the lock is held: it takes some microseconds.
+const AT_A_TIME: usize = 256;
+
+fn holds<O: Clone>(guard: &Shared<O>, now: Duration) -> Vec<Holder<O>> {
+    let state = lock(&guard.state);
+    let holder = |hold: &Hold| Holder {
+        owner: guard.owner.clone(),
+        want: hold.want,
+        held_for: now.saturating_sub(hold.since),
+        orphaned: state.ended.is_some(),
+    };
+    state.holds.iter().map(holder).collect()
 }
 
 /// Tells a waiter that it will not be served.

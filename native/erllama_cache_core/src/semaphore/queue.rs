@@ -62,8 +62,10 @@ impl<O, W> Queue<O, W> {
             .collect()
     }
 
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Waiter<O, W>> {
-        self.waiters.values()
+    /// Those from this ticket on, the head first.
+    pub(super) fn from(&self, ticket: Ticket) -> impl Iterator<Item = (Ticket, &Waiter<O, W>)> {
+        let rest = self.waiters.range(ticket..);
+        rest.map(|(ticket, waiter)| (*ticket, waiter))
     }
 
     pub(super) fn len(&self) -> usize {

@@ -16,10 +16,10 @@
     guard_new/1, try_acquire/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
     handle_new/1, handle_pid/1,
     quant_byte/1, encode_tokens/1, key/4, key_of_many/4,
-    write_tmp/8, write_more/3, write_and_publish/8, write_and_publish_in_memory/8,
-    publish/2, abort/1, secret_new/1, sync_failures/0, live_objects/0,
-    load/3, load_more/1, note_use/4, check/3, check_more/1,
-    takes_unnamed/1, root_generation/1, exists/2, delete/2, scan/3, scan_more/1
+    write_tmp/9, write_more/4, write_and_publish/9, write_and_publish_in_memory/8,
+    publish/3, abort/1, secret_new/1, sync_failures/0, live_objects/0,
+    load/4, load_more/2, note_use/4, check/4, check_more/2,
+    takes_unnamed/2, root_generation/1, exists/3, delete/3, scan/4, scan_more/2
 ]).
 -export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_options/0, failure/0]).
 
@@ -27,6 +27,8 @@
 
 -type semaphore() :: reference().
 -type guard() :: reference().
+-type turn() :: guard().
+%% The guard of a turn, which every call that does I/O takes: see erllama_cache_turn.
 -type tmp() :: reference().
 -type root() :: binary().
 -type key() :: <<_:256>>.
@@ -165,18 +167,18 @@ secret_new(_Bytes) -> ?NOT_LOADED.
 
 %% Creates a temporary file in the root and begins to write. The metadata is complete, as
 %% erllama_cache_meta:complete/2 returns it.
--spec write_tmp(guard(), root(), key(), erllama_cache_meta:complete(), byte(),
+-spec write_tmp(turn(), guard(), root(), key(), erllama_cache_meta:complete(), byte(),
                 Tokens :: binary(), Payload :: binary(), save_options()) ->
     {ok | more, tmp()} | failure().
-write_tmp(_Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options) ->
+write_tmp(_Turn, _Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options) ->
     ?NOT_LOADED.
 
 %% write_tmp/8 and publish/2 in one call, for a payload of some ten KiB: with `more' go on as after
 %% the one, with `{ok, Tmp}' go on with the other.
--spec write_and_publish(guard(), root(), key(), erllama_cache_meta:complete(), byte(),
+-spec write_and_publish(turn(), guard(), root(), key(), erllama_cache_meta:complete(), byte(),
                         Tokens :: binary(), Payload :: binary(), save_options()) ->
     published() | {ok | more, tmp()} | failure().
-write_and_publish(_Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options) ->
+write_and_publish(_Turn, _Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options) ->
     ?NOT_LOADED.
 
 %% The same on the caller's own scheduler, in a root that is known to be in memory: then no call
@@ -193,26 +195,26 @@ write_and_publish_in_memory(
     ?NOT_LOADED.
 
 %% The payload is the same at each call. After an error the file is gone.
--spec write_more(guard(), tmp(), Payload :: binary()) -> ok | more | failure().
-write_more(_Guard, _Tmp, _Payload) -> ?NOT_LOADED.
+-spec write_more(turn(), guard(), tmp(), Payload :: binary()) -> ok | more | failure().
+write_more(_Turn, _Guard, _Tmp, _Payload) -> ?NOT_LOADED.
 
 %% Publishes what is written. Size and header are those of the file that now stands there.
--spec publish(guard(), tmp()) -> published() | more | failure().
-publish(_Guard, _Tmp) -> ?NOT_LOADED.
+-spec publish(turn(), guard(), tmp()) -> published() | more | failure().
+publish(_Turn, _Guard, _Tmp) -> ?NOT_LOADED.
 
 %% Closes the temporary file, and so removes it. Doing it twice, or after publishing, does nothing.
 -spec abort(tmp()) -> ok.
 abort(_Tmp) -> ?NOT_LOADED.
 
 %% With a secret, a file has to have a digest that is keyed with it.
--spec load(root(), key(), none | secret()) ->
+-spec load(turn(), root(), key(), none | secret()) ->
     {ok, erllama_cache_store:file_info(), Payload :: binary()}
     | {more, reference()} | miss | failure().
-load(_Root, _Key, _Secret) -> ?NOT_LOADED.
+load(_Turn, _Root, _Key, _Secret) -> ?NOT_LOADED.
 
--spec load_more(reference()) ->
+-spec load_more(turn(), reference()) ->
     {ok, erllama_cache_store:file_info(), Payload :: binary()} | more | failure().
-load_more(_Load) -> ?NOT_LOADED.
+load_more(_Turn, _Load) -> ?NOT_LOADED.
 
 %% Has it noted in the key's file that it was used, so many times more and last at that unix second:
 %% later, by another thread, and not at all where that would wait or copy. A hint.
@@ -225,31 +227,32 @@ note_use(_Root, _Key, _Hits, _At) -> ?NOT_LOADED.
 root_generation(_Root) -> ?NOT_LOADED.
 
 %% Verifies a stored file, its key included, without bringing it into memory.
--spec check(root(), key(), none | secret()) ->
+-spec check(turn(), root(), key(), none | secret()) ->
     {ok, Size :: pos_integer(), LastUsed :: non_neg_integer()}
     | {more, reference()} | miss | failure().
-check(_Root, _Key, _Secret) -> ?NOT_LOADED.
+check(_Turn, _Root, _Key, _Secret) -> ?NOT_LOADED.
 
--spec check_more(reference()) ->
+-spec check_more(turn(), reference()) ->
     {ok, Size :: pos_integer(), LastUsed :: non_neg_integer()} | more | failure().
-check_more(_Check) -> ?NOT_LOADED.
+check_more(_Turn, _Check) -> ?NOT_LOADED.
 
 %% Whether the root's file system can create files without a name.
--spec takes_unnamed(root()) -> boolean() | failure().
-takes_unnamed(_Root) -> ?NOT_LOADED.
+-spec takes_unnamed(turn(), root()) -> boolean() | failure().
+takes_unnamed(_Turn, _Root) -> ?NOT_LOADED.
 
 %% Whether a file stands under the key's name. What is in it is not looked at.
--spec exists(root(), key()) -> boolean() | failure().
-exists(_Root, _Key) -> ?NOT_LOADED.
+-spec exists(turn(), root(), key()) -> boolean() | failure().
+exists(_Turn, _Root, _Key) -> ?NOT_LOADED.
 
 %% Whether there was one.
--spec delete(root(), key()) -> boolean() | failure().
-delete(_Root, _Key) -> ?NOT_LOADED.
+-spec delete(turn(), root(), key()) -> boolean() | failure().
+delete(_Turn, _Root, _Key) -> ?NOT_LOADED.
 
 %% With `KeyedOnly', files without a keyed digest are skipped. With `Removes', what is no file of
 %% its key is removed, and what is left of files that nobody works on.
--spec scan(root(), KeyedOnly :: boolean(), Removes :: boolean()) -> {ok, reference()} | failure().
-scan(_Root, _KeyedOnly, _Removes) -> ?NOT_LOADED.
+-spec scan(turn(), root(), KeyedOnly :: boolean(), Removes :: boolean()) ->
+    {ok, reference()} | failure().
+scan(_Turn, _Root, _KeyedOnly, _Removes) -> ?NOT_LOADED.
 
--spec scan_more(reference()) -> {ok | more, [found()]} | failure().
-scan_more(_Scan) -> ?NOT_LOADED.
+-spec scan_more(turn(), reference()) -> {ok | more, [found()]} | failure().
+scan_more(_Turn, _Scan) -> ?NOT_LOADED.

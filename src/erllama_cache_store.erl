@@ -227,8 +227,8 @@ load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     Result.
 
 load_slices(#config{path = Path, secret = Secret}, Key) ->
-    case erllama_cache_turn:run(fun() -> erllama_cache_nif:load(Path, Key, Secret) end) of
-        {more, Load} -> until_done(fun() -> erllama_cache_nif:load_more(Load) end);
+    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:load(Turn, Path, Key, Secret) end) of
+        {more, Load} -> until_done(fun(Turn) -> erllama_cache_nif:load_more(Turn, Load) end);
         Result -> Result
     end.
 
@@ -301,7 +301,7 @@ delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
 
 %% Whether there was one.
 delete_file(#config{path = Path}, Key) ->
-    erllama_cache_turn:run(fun() -> erllama_cache_nif:delete(Path, Key) end).
+    erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:delete(Turn, Path, Key) end).
 
 %% @doc The key that a save with this map gets: 32 bytes. Of the map's keys it wants those that the
 %% key is made of, `fingerprint', `quant_type', `ctx_params_hash' and `tokens', and looks at no
@@ -464,7 +464,7 @@ claimable(Name, Key) ->
 %% root cannot be looked into, nothing is known, and least of all that the key is stored.
 present_still(Name, #row{key = Key} = Row) ->
     #config{path = Path} = config(Name),
-    case erllama_cache_turn:run(fun() -> erllama_cache_nif:exists(Path, Key) end) of
+    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:exists(Turn, Path, Key) end) of
         true -> {error, already_present};
         false -> {ok, Row};
         {error, _} = Error -> Error
@@ -551,7 +551,7 @@ look_through(#state{config = #config{name = Name} = Config} = State) ->
 %% Whether anything can be saved here at all. An error that may pass is told by the first save that
 %% meets it.
 try_root(#config{path = Path}) ->
-    erllama_cache_turn:run(fun() -> erllama_cache_nif:takes_unnamed(Path) end).
+    erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:takes_unnamed(Turn, Path) end).
 
 start_scanned({error, no_links}, _Took, #state{config = #config{name = Name}}) ->
     ok = erllama_cache_index:delete(Name),
@@ -564,7 +564,9 @@ start_scanned(TakesUnnamed, Took, #state{config = Config} = State) ->
 %% Adds what the root has to the index. Others save and load meanwhile: what they know is newer.
 scan(Removes, #state{config = Config} = State) ->
     #config{path = Path, secret = Secret, generation = Generation} = Config,
-    Begin = fun() -> erllama_cache_nif:scan(Path, Secret =/= none, Removes =:= removes) end,
+    Begin = fun(Turn) ->
+        erllama_cache_nif:scan(Turn, Path, Secret =/= none, Removes =:= removes)
+    end,
     case erllama_cache_turn:run(Begin) of
         {ok, Scan} ->
             ok = atomics:put(Generation, 1, erllama_cache_nif:root_generation(Path)),
@@ -574,7 +576,7 @@ scan(Removes, #state{config = Config} = State) ->
     end.
 
 scan_slices(Scan, #state{config = Config} = State) ->
-    case erllama_cache_turn:run(fun() -> erllama_cache_nif:scan_more(Scan) end) of
+    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:scan_more(Turn, Scan) end) of
         {Progress, Found} when is_list(Found) ->
             ok = lists:foreach(fun(Other) -> report(Other, Config) end, Found),
             Added = lists:foldl(fun add_found/2, State, Found),
@@ -760,8 +762,9 @@ owner_died(Token, #state{config = #config{name = Name} = Config, watches = Watch
     end.
 
 check_file(#config{path = Path, secret = Secret}, Key) ->
-    case erllama_cache_turn:run(fun() -> erllama_cache_nif:check(Path, Key, Secret) end) of
-        {more, Check} -> until_done(fun() -> erllama_cache_nif:check_more(Check) end);
+    Begin = fun(Turn) -> erllama_cache_nif:check(Turn, Path, Key, Secret) end,
+    case erllama_cache_turn:run(Begin) of
+        {more, Check} -> until_done(fun(Turn) -> erllama_cache_nif:check_more(Turn, Check) end);
         Result -> Result
     end.
 

@@ -34,13 +34,14 @@ make_turns() ->
     Schedulers = erlang:system_info(dirty_io_schedulers),
     persistent_term:put(?MODULE, erllama_cache_nif:semaphore_new(max(1, Schedulers - ?LEFT))).
 
-%% Runs one slice when it is its turn. It does not nest.
--spec run(fun(() -> Result)) -> Result.
-run(Slice) ->
+%% Makes one call of the library when it is its turn. The call takes the guard of the turn, so that
+%% this is not over before the call is, whatever becomes of the process. It does not nest.
+-spec run(fun((erllama_cache_nif:guard()) -> Result)) -> Result.
+run(Call) ->
     Guard = guard(),
     ok = take(Guard),
     try
-        Slice()
+        Call(Guard)
     after
         _ = erllama_cache_nif:release(Guard)
     end.

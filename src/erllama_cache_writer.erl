@@ -684,8 +684,8 @@ save_async(TierSrv, Tier, Meta, Payload) ->
 %% @doc Saves in another process and returns at once. When the save has ended, the caller gets one
 %% message, `{erllama_cache_writer, Ref, Result}', with what {@link save/5} returns, or
 %% `{error, cancelled}', or `{error, {raised, Class, Reason, Stack}}' where that would raise, or
-%% `{error, {saver_died, Reason}}' when somebody has killed the process that saved. The payload is not
-%% copied, and must be a binary of its own: part of a larger one keeps all of that in memory.
+%% `{error, {saver_died, Reason}}' when somebody has killed the process that saved. The payload is
+%% not copied, and must be a binary of its own: part of a larger one keeps all of that in memory.
 %%
 %% When the caller dies, the save is cancelled and leaves nothing, unless `detach' is `true'.
 %%
@@ -720,20 +720,24 @@ begin_for(Caller, Detach, Save) ->
     receive
         {Caller, Ref} ->
             true = demonitor(Monitor, [flush]),
-            Saver = spawn_monitor(fun() -> exit({?MODULE, save_for(Caller, Ref, Detach, Save)}) end),
+            Self = self(),
+            Saver = spawn_monitor(fun() ->
+                Self ! {Ref, save_for(Caller, Ref, Detach, Save)}
+            end),
             Caller ! {?MODULE, Ref, result_of(Saver, Ref)};
         {'DOWN', Monitor, process, Caller, _} ->
             ok
     end.
 
-%% The saver may be killed, so its result is its exit's reason, and somebody else tells the caller. This
-%% process does nothing that anybody would kill it for.
+%% The saver may be killed, so somebody else tells the caller: this process, which does nothing that
+%% anybody would kill it for.
 result_of({Pid, Monitor} = Saver, Ref) ->
     receive
         {?MODULE, cancel, Ref} = Cancel ->
             Pid ! Cancel,
             result_of(Saver, Ref);
-        {'DOWN', Monitor, process, Pid, {?MODULE, Result}} ->
+        {Ref, Result} ->
+            true = demonitor(Monitor, [flush]),
             Result;
         {'DOWN', Monitor, process, Pid, Reason} ->
             {error, {saver_died, Reason}}
@@ -887,8 +891,10 @@ begin_write({ok, Path}, #save{size = Size} = Save) when Size =< ?SMALL ->
     end;
 begin_write({ok, Path}, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
                               tokens = Tokens, payload = Payload, options = Options}) ->
-    erllama_cache_turn:run(fun() ->
-        erllama_cache_nif:write_tmp(Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options)
+    erllama_cache_turn:run(fun(Turn) ->
+        erllama_cache_nif:write_tmp(
+            Turn, Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
+        )
     end);
 begin_write({error, _} = Error, _Save) ->
     Error.
@@ -905,9 +911,9 @@ write_and_publish(Path, #save{tier = ram_file, guard = Guard, key = Key, meta = 
     end;
 write_and_publish(Path, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
                               tokens = Tokens, payload = Payload, options = Options}) ->
-    erllama_cache_turn:run(fun() ->
+    erllama_cache_turn:run(fun(Turn) ->
         erllama_cache_nif:write_and_publish(
-            Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
+            Turn, Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
         )
     end).
 
@@ -948,7 +954,7 @@ go_on(ok, _Tmp, Save) ->
 go_on(more, Tmp, #save{guard = Guard, payload = Payload} = Save) ->
     case renew(Save) of
         {ok, Renewed} ->
-            Slice = fun() -> erllama_cache_nif:write_more(Guard, Tmp, Payload) end,
+            Slice = fun(Turn) -> erllama_cache_nif:write_more(Turn, Guard, Tmp, Payload) end,
             case erllama_cache_turn:run(Slice) of
                 {error, _} = Error -> {failed, Error};
                 Progress -> write_rest(Progress, Tmp, Renewed)
@@ -974,7 +980,7 @@ check(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
     Host:check(TierSrv, Key, Token).
 
 publish(Root, Tmp, #save{guard = Guard} = Save) ->
-    case erllama_cache_turn:run(fun() -> erllama_cache_nif:publish(Guard, Tmp) end) of
+    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:publish(Turn, Guard, Tmp) end) of
         more ->
             publish(Root, Tmp, Save);
         {ok, Outcome, Size, Header} ->

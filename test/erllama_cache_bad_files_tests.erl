@@ -143,8 +143,10 @@ terabyte(Root) ->
         Key = save(1),
         sparse(path(Root, Key), 1 bsl 40),
         Before = binaries(),
-        {more, Load} = erllama_cache_nif:load(unicode:characters_to_binary(Root), Key, none),
-        [?assertEqual(more, erllama_cache_nif:load_more(Load)) || _ <- lists:seq(1, 5)],
+        Path = unicode:characters_to_binary(Root),
+        {more, Load} = in_turn(fun(Turn) -> erllama_cache_nif:load(Turn, Path, Key, none) end),
+        Slice = fun(Turn) -> erllama_cache_nif:load_more(Turn, Load) end,
+        [?assertEqual(more, in_turn(Slice)) || _ <- lists:seq(1, 5)],
         ?assert(binaries() - Before < 64 bsl 20)
     end),
     %% A store starts over it: a scan reads headers only.
@@ -218,3 +220,6 @@ save(N) ->
 
 path(Root, Key) ->
     erllama_cache_path:final(Root, Key).
+
+in_turn(Call) ->
+    erllama_cache_turn:run(Call).

@@ -97,7 +97,7 @@ scenario(read_only_amid, Root, [Image, Mount]) ->
 
 %% The way without O_TMPFILE: temporary files have names and locks.
 scenario(named, Root, [Under]) ->
-    ?assertEqual(false, erllama_cache_nif:takes_unnamed(list_to_binary(Root))),
+    ?assertEqual(false, takes_unnamed(Root)),
     start_store(?STORE, Root, #{}),
     Keys = maps:from_list([{N, save(N, Size)} || {N, Size} <- sizes(1)]),
     assert_loads(Keys),
@@ -370,3 +370,9 @@ names(Root, Keys) ->
 stale_name(Root) ->
     {ok, Key} = erllama_cache_store:key(meta([erlang:unique_integer([positive])])),
     filename:rootname(file_of(Root, Key)) ++ ".0123456789abcdef.tmp".
+
+takes_unnamed(Root) ->
+    ok = erllama_cache_turn:setup(),
+    erllama_cache_turn:run(fun(Turn) ->
+        erllama_cache_nif:takes_unnamed(Turn, list_to_binary(Root))
+    end).

@@ -406,13 +406,14 @@ perform(#world{case_ = #case_{op = Op}, key = Key, ours = Ours} = World) ->
 
 %% As the store's server does when a saving process has died.
 check(#world{root = Root, key = Key, case_ = #case_{variant = disk}}) ->
-    case erllama_cache_nif:check(list_to_binary(Root), Key, none) of
+    Begin = fun(Turn) -> erllama_cache_nif:check(Turn, list_to_binary(Root), Key, none) end,
+    case erllama_cache_turn:run(Begin) of
         {more, Check} -> check_more(Check);
         Result -> Result
     end.
 
 check_more(Check) ->
-    case erllama_cache_nif:check_more(Check) of
+    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:check_more(Turn, Check) end) of
         more -> check_more(Check);
         Result -> Result
     end.

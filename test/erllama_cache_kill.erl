@@ -461,7 +461,9 @@ node_main() ->
     {ok, _} = ?WRITER:start_link(#{host => erllama_cache_hooked_host,
                                    max_concurrent => ?SAVERS + 1}),
     {ok, Path} = erllama_cache_path:native(Root),
-    Unnamed = erllama_cache_nif:takes_unnamed(Path),
+    Unnamed = erllama_cache_turn:run(fun(Turn) ->
+        erllama_cache_nif:takes_unnamed(Turn, Path)
+    end),
     tell(Port, {up, #{unnamed => Unnamed}}),
     serve(Port, Root, Whose, Noise).
 

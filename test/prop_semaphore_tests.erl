@@ -62,17 +62,26 @@ unsilence(Level) ->
 
 prop_semaphore() ->
     ?FORALL(Commands, more_commands(2, commands(?MODULE)), begin
-        setup(),
-        {History, Model, Result} = run_commands(?MODULE, Commands),
-        Left = left_behind(Model),
-        teardown(),
-        ?WHENFAIL(
-            io:format(user, "~nresult: ~p~nleft behind: ~p~nlast: ~p~nmismatch: ~p~n", [
-                Result, Left, [L || L <- [lists:last([none | History])]], get(mismatch)
-            ]),
-            Result =:= ok andalso Left =:= []
-        )
+        %% An exception here is a failed run like another: PropEr would hide it, asking for a stack
+        %% trace in a way that Erlang no longer knows.
+        try run(Commands) of
+            {ok, [], _} ->
+                true;
+            Failed ->
+                ?WHENFAIL(io:format(user, "~n~p~nmismatch: ~p~n", [Failed, get(mismatch)]), false)
+        catch
+            Class:Reason:Stack ->
+                ?WHENFAIL(io:format(user, "~n~p~n", [{Class, Reason, Stack}]), false)
+        end
     end).
+
+%% The result, what was left behind, and the last state and answer.
+run(Commands) ->
+    setup(),
+    {History, Model, Result} = run_commands(?MODULE, Commands),
+    Left = left_behind(Model),
+    teardown(),
+    {Result, Left, lists:last([none | History])}.
 
 setup() ->
     ok = start_server(?FIRST_LIMIT, infinity),

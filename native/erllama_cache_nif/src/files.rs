@@ -1,5 +1,8 @@
 //! Files, on dirty I/O schedulers, a slice at a time. A call that answers `more` is called again:
 //! between two slices a kill takes effect and other dirty work gets its turn.
+//!
+//! Each call is made in a turn, whose guard it takes: the turn is over when the call is, also when the
+//! process that made it is killed meanwhile.
 
 use std::ffi::CString;
 use std::sync::{Mutex, PoisonError};
@@ -97,6 +100,7 @@ fn owner_died<'a>(env: Env<'a>) -> Term<'a> {
 #[allow(clippy::too_many_arguments)]
 fn write_tmp<'a>(
     env: Env<'a>,
+    turn: &'a Guard,
     guard: &'a Guard,
     path: Binary<'a>,
     key: Binary<'a>,
@@ -106,6 +110,9 @@ fn write_tmp<'a>(
     payload: Binary<'a>,
     options: Term<'a>,
 ) -> NifResult<Term<'a>> {
+    let Some(_turn) = turn.running_io(env) else {
+        return Ok(owner_died(env));
+    };
     let slice = Slice::of(SLICE);
     let Some(_running) = guard.running_io(env) else {
         return Ok(owner_died(env));
@@ -126,6 +133,7 @@ fn write_tmp<'a>(
 #[allow(clippy::too_many_arguments)]
 fn write_and_publish<'a>(
     env: Env<'a>,
+    turn: &'a Guard,
     guard: &'a Guard,
     path: Binary<'a>,
     key: Binary<'a>,
@@ -135,6 +143,9 @@ fn write_and_publish<'a>(
     payload: Binary<'a>,
     options: Term<'a>,
 ) -> NifResult<Term<'a>> {
+    let Some(_turn) = turn.running_io(env) else {
+        return Ok(owner_died(env));
+    };
     let Some(_running) = guard.running_io(env) else {
         return Ok(owner_died(env));
     };
@@ -282,7 +293,16 @@ fn progress_atom(progress: Progress<()>) -> Atom {
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn write_more<'a>(env: Env<'a>, guard: &'a Guard, tmp: &'a Tmp, payload: Binary<'a>) -> Term<'a> {
+fn write_more<'a>(
+    env: Env<'a>,
+    turn: &'a Guard,
+    guard: &'a Guard,
+    tmp: &'a Tmp,
+    payload: Binary<'a>,
+) -> Term<'a> {
+    let Some(_turn) = turn.running_io(env) else {
+        return owner_died(env);
+    };
     let slice = Slice::of(SLICE);
     let Some(_running) = guard.running_io(env) else {
         return owner_died(env);
@@ -297,7 +317,10 @@ fn write_more<'a>(env: Env<'a>, guard: &'a Guard, tmp: &'a Tmp, payload: Binary<
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn publish<'a>(env: Env<'a>, guard: &'a Guard, tmp: &'a Tmp) -> Term<'a> {
+fn publish<'a>(env: Env<'a>, turn: &'a Guard, guard: &'a Guard, tmp: &'a Tmp) -> Term<'a> {
+    let Some(_turn) = turn.running_io(env) else {
+        return owner_died(env);
+    };
     let slice = Slice::of(SLICE);
     let Some(_running) = guard.running_io(env) else {
         return owner_died(env);
@@ -336,10 +359,14 @@ fn abort(tmp: &Tmp) -> Atom {
 #[rustler::nif(schedule = "DirtyIo")]
 fn load<'a>(
     env: Env<'a>,
+    turn: &'a Guard,
     path: Binary<'a>,
     key: Binary<'a>,
     secret: Term<'a>,
 ) -> NifResult<Term<'a>> {
+    let Some(_turn) = turn.running_io(env) else {
+        return Ok(owner_died(env));
+    };
     let slice = Slice::of(SLICE);
     let key = kvc::key(key)?;
     let secret = secret::optional(secret)?;
@@ -359,7 +386,10 @@ fn load<'a>(
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn load_more<'a>(env: Env<'a>, load: &'a Load) -> NifResult<Term<'a>> {
+fn load_more<'a>(env: Env<'a>, turn: &'a Guard, load: &'a Load) -> NifResult<Term<'a>> {
+    let Some(_turn) = turn.running_io(env) else {
+        return Ok(owner_died(env));
+    };
     let slice = Slice::of(SLICE);
     load.0
         .turn(|loading| load_slice(env, loading, &slice), || Ok(gone(env)))
@@ -423,10 +453,14 @@ fn note_use(path: Binary<'_>, key: Binary<'_>, hits: u32, at: u64) -> NifResult<
 #[rustler::nif(schedule = "DirtyIo")]
 fn check<'a>(
     env: Env<'a>,
+    turn: &'a Guard,
     path: Binary<'a>,
     key: Binary<'a>,
     secret: Term<'a>,
 ) -> NifResult<Term<'a>> {
+    let Some(_turn) = turn.running_io(env) else {
+        return Ok(owner_died(env));
+    };
     let slice = Slice::of(SLICE);
     let key = kvc::key(key)?;
     let secret = secret::optional(secret)?;
@@ -447,7 +481,10 @@ fn check<'a>(
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn check_more<'a>(env: Env<'a>, check: &'a Checking) -> Term<'a> {
+fn check_more<'a>(env: Env<'a>, turn: &'a Guard, check: &'a Checking) -> Term<'a> {
+    let Some(_turn) = turn.running_io(env) else {
+        return owner_died(env);
+    };
     let slice = Slice::of(SLICE);
     check
         .0
@@ -467,7 +504,10 @@ fn check_slice<'a>(env: Env<'a>, mut check: Check, slice: &Slice) -> (Option<Che
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn takes_unnamed<'a>(env: Env<'a>, path: Binary<'a>) -> NifResult<Term<'a>> {
+fn takes_unnamed<'a>(env: Env<'a>, turn: &'a Guard, path: Binary<'a>) -> NifResult<Term<'a>> {
+    let Some(_turn) = turn.running_io(env) else {
+        return Ok(owner_died(env));
+    };
     Ok(match root(path)?.and_then(|root| root.takes_unnamed()) {
         Ok(takes) => takes.encode(env),
         Err(error) => error_term(env, &error),
@@ -475,7 +515,15 @@ fn takes_unnamed<'a>(env: Env<'a>, path: Binary<'a>) -> NifResult<Term<'a>> {
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn exists<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term<'a>> {
+fn exists<'a>(
+    env: Env<'a>,
+    turn: &'a Guard,
+    path: Binary<'a>,
+    key: Binary<'a>,
+) -> NifResult<Term<'a>> {
+    let Some(_turn) = turn.running_io(env) else {
+        return Ok(owner_died(env));
+    };
     let key = kvc::key(key)?;
     Ok(match root(path)?.and_then(|root| root.has(&key)) {
         Ok(exists) => exists.encode(env),
@@ -484,7 +532,15 @@ fn exists<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn delete<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term<'a>> {
+fn delete<'a>(
+    env: Env<'a>,
+    turn: &'a Guard,
+    path: Binary<'a>,
+    key: Binary<'a>,
+) -> NifResult<Term<'a>> {
+    let Some(_turn) = turn.running_io(env) else {
+        return Ok(owner_died(env));
+    };
     let key = kvc::key(key)?;
     Ok(match root(path)?.and_then(|root| root.delete(&key)) {
         Ok(existed) => existed.encode(env),
@@ -495,10 +551,14 @@ fn delete<'a>(env: Env<'a>, path: Binary<'a>, key: Binary<'a>) -> NifResult<Term
 #[rustler::nif(schedule = "DirtyIo")]
 fn scan<'a>(
     env: Env<'a>,
+    turn: &'a Guard,
     path: Binary<'a>,
     keyed_only: bool,
     removes: bool,
 ) -> NifResult<Term<'a>> {
+    let Some(_turn) = turn.running_io(env) else {
+        return Ok(owner_died(env));
+    };
     Ok(
         match root(path)?.and_then(|root| Scan::open(root, keyed_only, removes.then_some(SETTLED)))
         {
@@ -513,7 +573,10 @@ fn scan<'a>(
 }
 
 #[rustler::nif(schedule = "DirtyIo")]
-fn scan_more<'a>(env: Env<'a>, scan: &'a Scanning) -> Term<'a> {
+fn scan_more<'a>(env: Env<'a>, turn: &'a Guard, scan: &'a Scanning) -> Term<'a> {
+    let Some(_turn) = turn.running_io(env) else {
+        return owner_died(env);
+    };
     let slice = Slice::of(SLICE);
     scan.0.turn(
         |mut scan| {

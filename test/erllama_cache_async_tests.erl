@@ -3,6 +3,8 @@
 
 -include_lib("eunit/include/eunit.hrl").
 
+-import(erllama_cache_test_util, [own_messages/0]).
+
 -define(WRITER, erllama_cache_writer).
 -define(STORE, async_store).
 -define(LARGE, (32 bsl 20)).
@@ -70,7 +72,7 @@ assert_nothing_left(Root) ->
         {?WRITER:current(), ?WRITER:waiters(), Reservations} =:= {0, [], 0}
     end),
     ?assertEqual({ok, []}, file:list_dir(Root)),
-    ?assertEqual({messages, []}, process_info(self(), messages)).
+    ?assertEqual([], own_messages()).
 
 eventually(Fun) ->
     eventually(Fun, erlang:monotonic_time(millisecond) + 10000).
@@ -90,7 +92,7 @@ one_message_tells_the_result(_Root) ->
     ?assert(is_reference(Ref)),
     {ok, Key} = result(Ref),
     ?assertMatch({ok, _, Payload}, erllama_cache_store:load(?STORE, Key)),
-    ?assertEqual({messages, []}, process_info(self(), messages)).
+    ?assertEqual([], own_messages()).
 
 errors_are_told(Root) ->
     {ok, Missing} = ?WRITER:save_async(?STORE, disk, maps:remove(tokens, meta(1)), <<"x">>),
@@ -136,7 +138,7 @@ cancelled_too_late(_Root) ->
     ?assertMatch({ok, _}, result(Ref)),
     ok = ?WRITER:cancel(Ref),
     ok = ?WRITER:cancel(make_ref()),
-    ?assertEqual({messages, []}, process_info(self(), messages)).
+    ?assertEqual([], own_messages()).
 
 the_callers_death_cancels(Root) ->
     Turns = hold_all_turns(),

@@ -12,7 +12,7 @@
 
 -import(erllama_cache_test_util, [
     fresh_dir/2, files/1, open_files/1, file_of/2, meta/0, meta/1, eventually/1,
-    actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, run_command/2
+    actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, own_messages/0, run_command/2
 ]).
 
 -define(WRITER, erllama_cache_writer).
@@ -415,7 +415,7 @@ slot_comes_with_the_timeout(Ms) ->
     Waiter = actor(),
     Waiting = tell(Waiter, fun() ->
         Result = ?WRITER:acquire(Ms),
-        {Result, process_info(self(), message_queue_len)}
+        {Result, own_messages()}
     end),
     eventually(fun() -> waiting() =/= [] orelse answered(Waiting) end),
     true = erlang:suspend_process(Waiter),
@@ -426,16 +426,15 @@ slot_comes_with_the_timeout(Ms) ->
     ok = ?WRITER:release(),
     true = erlang:resume_process(Waiter),
     case answer(Waiter, Waiting) of
-        {ok, {message_queue_len, 0}} ->
+        {ok, []} ->
             ok = ask(Waiter, fun() -> ?WRITER:release() end);
-        {{error, max_concurrent}, {message_queue_len, 0}} when not InTime ->
+        {{error, max_concurrent}, []} when not InTime ->
             %% It had given up before it could be held up.
             slot_comes_with_the_timeout(2 * Ms)
     end.
 
 answered(Ref) ->
-    {messages, Messages} = process_info(self(), messages),
-    lists:keymember(Ref, 1, Messages).
+    lists:keymember(Ref, 1, own_messages()).
 
 %% Timeouts that race with slots that are handed over: each ends in one of the two, and neither in
 %% a message that nobody reads.
@@ -449,11 +448,10 @@ no_message_is_left_behind(_Config) ->
             end
          || N <- lists:seq(1, 500)
         ],
-        {message_queue_len, Messages} = process_info(self(), message_queue_len),
-        Messages
+        own_messages()
     end,
     Running = [{Actor, tell(Actor, Turns)} || Actor <- [actor() || _ <- lists:seq(1, 8)]],
-    [?assertEqual(0, answer(Actor, Ref)) || {Actor, Ref} <- Running],
+    [?assertEqual([], answer(Actor, Ref)) || {Actor, Ref} <- Running],
     ?assertEqual({0, []}, {?WRITER:current(), waiting()}).
 
 a_process_keeps_two_entries_and_no_message(_Config) ->
@@ -464,13 +462,12 @@ a_process_keeps_two_entries_and_no_message(_Config) ->
         {ok, _} = save(),
         {error, already_present} = save(),
         {error, {missing_key, tokens}} = save(maps:remove(tokens, meta())),
-        {message_queue_len, Messages} = process_info(self(), message_queue_len),
-        {length(get()), Messages}
+        {length(get()), own_messages()}
     end,
     {Entries, Messages} = ask(actor(), Life),
     %% One for its slots, one for the turns of its I/O.
     ?assert(Entries =< 2),
-    ?assertEqual(0, Messages).
+    ?assertEqual([], Messages).
 
 bad_arguments_match_no_clause(_Config) ->
     NoClause = fun(Function, Args) ->

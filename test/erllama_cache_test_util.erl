@@ -5,7 +5,7 @@
 -export([fresh_dir/2, files/1, open_files/1, file_of/2]).
 -export([meta/0, meta/1]).
 -export([eventually/1, eventually/2]).
--export([actor/0, actor/1, ask/2, tell/2, answer/2, kill/1]).
+-export([actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, own_messages/0]).
 -export([run_command/2, run_node/3]).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -118,6 +118,19 @@ act(Director) ->
                 end,
             From ! {Ref, Outcome},
             act(Director)
+    end.
+
+%% The messages that the calling process has not received, and still has not afterwards. Asked for
+%% its own, process_info/2 of OTP 25 leaves out what came while a call of a NIF was under way.
+-spec own_messages() -> [term()].
+own_messages() ->
+    Messages = take_messages(),
+    [self() ! Message || Message <- Messages].
+
+take_messages() ->
+    receive
+        Message -> [Message | take_messages()]
+    after 0 -> []
     end.
 
 %% What `Fun' returns in that process; raises what it raises there.

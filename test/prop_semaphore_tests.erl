@@ -19,7 +19,7 @@
 %% The host of the clients' saves.
 -export([identify/1]).
 
--import(erllama_cache_test_util, [eventually/2, meta/0]).
+-import(erllama_cache_test_util, [eventually/2, own_messages/0, meta/0]).
 
 -define(WRITER, erllama_cache_writer).
 -define(SEQUENCES, "2000").
@@ -62,26 +62,24 @@ unsilence(Level) ->
 
 prop_semaphore() ->
     ?FORALL(Commands, more_commands(2, commands(?MODULE)), begin
-        %% An exception here is a failed run like another: PropEr would hide it, asking for a stack
-        %% trace in a way that Erlang no longer knows.
-        try run(Commands) of
-            {ok, [], _} ->
-                true;
-            Failed ->
-                ?WHENFAIL(io:format(user, "~n~p~nmismatch: ~p~n", [Failed, get(mismatch)]), false)
-        catch
-            Class:Reason:Stack ->
-                ?WHENFAIL(io:format(user, "~n~p~n", [{Class, Reason, Stack}]), false)
-        end
+        Outcome = step(fun() -> run(Commands) end),
+        ?WHENFAIL(
+            io:format(user, "~n~p~nmismatch: ~p~n", [Outcome, get(mismatch)]),
+            Outcome =:= passed
+        )
     end).
 
-%% The result, what was left behind, and the last state and answer.
 run(Commands) ->
     setup(),
-    {History, Model, Result} = run_commands(?MODULE, Commands),
-    Left = left_behind(Model),
-    teardown(),
-    {Result, Left, lists:last([none | History])}.
+    try run_commands(?MODULE, Commands) of
+        {History, Model, Result} ->
+            case {Result, left_behind(Model)} of
+                {ok, []} -> passed;
+                {_, Left} -> {Result, {left_behind, Left}, {last, lists:last([none | History])}}
+            end
+    after
+        teardown()
+    end.
 
 setup() ->
     ok = start_server(?FIRST_LIMIT, infinity),
@@ -373,7 +371,7 @@ postcondition(Model, {call, _, Step, _} = Call, Result) ->
     Answers = maps:map(fun(Client, _) -> await_answer(Client) end, Expected#model.answers),
     Wanted = {Expected#model.answers, outcome(Step, Model), picture(Expected), []},
     Matches = fun() ->
-        Seen = {Answers, Result, observed(), early_answers()},
+        Seen = {Answers, Result, observed(), own_messages()},
         _ = put(mismatch, {{wanted, Wanted}, {seen, Seen}}),
         Seen =:= Wanted
     end,
@@ -441,18 +439,27 @@ difference(Counts, Before) ->
 
 %%% Steps
 
+%% What a step raises is its outcome. PropEr's own way to report it asks for the stack trace as
+%% Erlang no longer gives it, and hides it.
+step(Step) ->
+    try
+        Step()
+    catch
+        Class:Reason:Stack -> {raised, Class, Reason, Stack}
+    end.
+
 take(Client, Call, Timeout) ->
     ask(Client, {take, Call, Timeout}).
 
 %% Queues with a time-out, and sleeps through it.
 doze(Client, Call) ->
-    doze(Client, Call, 10).
+    step(fun() -> doze(Client, Call, 10) end).
 
 doze(Client, Call, Timeout) ->
     ok = take(Client, Call, Timeout),
-    Pid = pid(Client),
+    {Pid, Ref} = get(Client),
     Queued = fun() -> lists:any(fun(#{pid := P}) -> P =:= Pid end, ?WRITER:waiters()) end,
-    Answered = fun() -> process_info(self(), message_queue_len) =/= {message_queue_len, 0} end,
+    Answered = fun() -> lists:keymember(Ref, 2, own_messages()) end,
     eventually(fun() -> Queued() orelse Answered() end, ?DEADLINE),
     true = erlang:suspend_process(Pid),
     case Queued() of
@@ -467,8 +474,7 @@ doze(Client, Call, Timeout) ->
     end.
 
 wake(Client) ->
-    true = erlang:resume_process(pid(Client)),
-    ok.
+    step(fun() -> true = erlang:resume_process(pid(Client)), ok end).
 
 release(Client) ->
     ask(Client, release).
@@ -478,8 +484,7 @@ leave(Client, How) ->
 
 %% Another takes its name.
 die(Client, How) ->
-    ok = stop(pid(Client), How),
-    new_client(Client).
+    step(fun() -> ok = stop(pid(Client), How), new_client(Client) end).
 
 %% As if the garbage collector had found nobody who refers to the guard.
 drop_guard(Client) ->
@@ -493,17 +498,22 @@ set_max_bytes(MaxBytes) ->
 
 start_server(Limit, MaxBytes) ->
     Config = #{host => ?MODULE, max_concurrent => Limit, max_inflight_bytes => MaxBytes},
-    case ?WRITER:start_link(Config) of
-        {ok, Pid} ->
-            true = unlink(Pid),
-            ok;
-        {error, {already_started, _}} ->
-            already_started
-    end.
+    step(fun() ->
+        case ?WRITER:start_link(Config) of
+            {ok, Pid} ->
+                true = unlink(Pid),
+                ok;
+            {error, {already_started, _}} ->
+                already_started
+        end
+    end).
 
-lose_server(kill) ->
+lose_server(How) ->
+    step(fun() -> end_server(How) end).
+
+end_server(kill) ->
     stop(whereis(?WRITER), kill);
-lose_server(crash) ->
+end_server(crash) ->
     Monitor = monitor(process, ?WRITER),
     ok = sys:terminate(?WRITER, crash),
     receive
@@ -511,7 +521,7 @@ lose_server(crash) ->
     end.
 
 stop_server() ->
-    gen_server:stop(?WRITER).
+    step(fun() -> gen_server:stop(?WRITER) end).
 
 stop(Pid, How) ->
     Monitor = monitor(process, Pid),
@@ -554,10 +564,6 @@ await_answer(Client) ->
         {answer, Ref, Answer} -> Answer
     after ?DEADLINE -> none
     end.
-
-early_answers() ->
-    {messages, Messages} = process_info(self(), messages),
-    Messages.
 
 %% Returns when it is told to leave the scope that it is in.
 serve() ->

@@ -74,13 +74,14 @@ fn payload(len: usize) -> Vec<u8> {
 
 // What is done with it.
 
-/// What is learnt of a directory is remembered by its number, and a test may have let the one that
-/// had this number before seem to know no files without a name.
+/// A directory of which nothing is known yet. What is learnt of one is remembered by its number, and
+/// a test may have had another of this number, and let its file system seem to be what it is not.
 fn root() -> TempDir {
     let mut spoilt = Vec::new();
     loop {
         let dir = tempfile::tempdir().unwrap();
-        if !open(dir.path()).needs_names() {
+        let root = open(dir.path());
+        if !root.needs_names() && !root.links_unnamed() {
             return dir;
         }
         spoilt.push(dir);

@@ -131,7 +131,7 @@ impl Root {
     }
 
     /// Whether a file without a name is known to take one here.
-    pub(crate) fn links_unnamed(&self) -> bool {
+    pub fn links_unnamed(&self) -> bool {
         self.traits.links_unnamed.load(Ordering::Relaxed)
     }
 

@@ -25,7 +25,7 @@ export FILE
 
 .PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom soak-semaphore \
   faults crash kill disks fuzz soak sanitize valgrind readme dropin chunks rustdoc \
-  bench-plots bench-semaphore bench-save bench-build edoc clean distclean
+  bench-plots bench-semaphore bench-save bench-slow bench-build edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -132,6 +132,15 @@ bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one an
 
 bench-save: setup bench-build ## Saves and loads beside the bare floor and the plain Erlang way
 	tools/journal.sh $(BENCH) -s bench_save main
+
+bench-slow: setup bench-build _build/iofault.so ## What others wait for beside a slow disk
+	IOFAULT_SYNC_MS=30 IOFAULT_READ_MS=20 LD_PRELOAD=$(CURDIR)/_build/iofault.so \
+	  $(BENCH) -s bench_slow main
+
+# Preloaded into a VM, it makes calls of the NIF library fail, or slow.
+_build/iofault.so: c_src/iofault.c
+	mkdir -p _build
+	$(CC) -std=gnu11 -O1 -Wall -Wextra -Werror -U_FORTIFY_SOURCE -fPIC -shared -o $@ $< -ldl
 
 bench-build:
 	cd $(NATIVE) && cargo build --locked --release -p erllama_cache_bench

@@ -1,8 +1,10 @@
 /*
- * Makes the n-th I/O call of the NIF library fail, or ends the VM at it. For tests only, preloaded
- * into a VM by tools/faults.sh and never installed:
+ * Makes the n-th I/O call of the NIF library fail, or ends the VM at it, or makes all syncs and reads
+ * slow. For tests only, preloaded into a VM by tools/faults.sh and `make bench-slow` and never
+ * installed:
  *
  *     IOFAULT=control LD_PRELOAD=iofault.so erl ...
+ *     IOFAULT_SYNC_MS=30 IOFAULT_READ_MS=20 LD_PRELOAD=iofault.so erl ...
  *
  * Only calls that come from the library itself are counted and touched; the VM's own are not. The
  * file `control` is mapped by this and written by the test, test/erllama_cache_faults.erl: one VM
@@ -30,6 +32,7 @@
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #define LIBRARY "/erllama_cache_nif.so"
@@ -83,6 +86,21 @@ _Static_assert(KIND_COUNT <= MOST_KINDS, "the control file has no room for so ma
 static struct control *control;
 /* The addresses of the library's code. */
 static uintptr_t from, to;
+/* What each sync, and each read, of the library takes longer: milliseconds. */
+static long sync_delay, read_delay;
+
+static long milliseconds(const char *variable)
+{
+    const char *value = getenv(variable);
+
+    return value == NULL ? 0 : strtol(value, NULL, 10);
+}
+
+__attribute__((constructor)) static void read_delays(void)
+{
+    sync_delay = milliseconds("IOFAULT_SYNC_MS");
+    read_delay = milliseconds("IOFAULT_READ_MS");
+}
 
 __attribute__((constructor)) static void map_control(void)
 {
@@ -142,6 +160,29 @@ static int is_ours(void *caller)
     return dl_iterate_phdr(find_library, caller);
 }
 
+static long delay_of(enum kind kind)
+{
+    switch (kind) {
+    case K_fsync: case K_fdatasync: case K_sync_file_range_wait: return sync_delay;
+    case K_read: case K_pread: return read_delay;
+    default: return 0;
+    }
+}
+
+static void wait_for_slow_disk(enum kind kind, void *caller)
+{
+    int saved = errno;
+    long delay = delay_of(kind);
+
+    if (delay > 0 && is_ours(caller)) {
+        struct timespec left = {delay / 1000, delay % 1000 * 1000000};
+
+        while (nanosleep(&left, &left) == -1 && errno == EINTR)
+            ;
+    }
+    errno = saved;
+}
+
 /* What is to happen to this call. */
 static enum action reached(enum kind kind, void *caller)
 {
@@ -149,6 +190,7 @@ static enum action reached(enum kind kind, void *caller)
     uint64_t n, total, set;
     enum action action = PASS;
 
+    wait_for_slow_disk(kind, caller);
     if (control != NULL && is_ours(caller)) {
         n = __atomic_add_fetch(&control->counts[kind], 1, __ATOMIC_SEQ_CST);
         total = __atomic_add_fetch(&control->total, 1, __ATOMIC_SEQ_CST);

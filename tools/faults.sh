@@ -26,6 +26,7 @@ set -eu
 here=$(cd "$(dirname "$0")/.." && pwd)
 lib="$here/_build/default/lib/erllama_cache_nif"
 out="$here/_build/faults"
+shim="$here/_build/iofault.so"
 : "${FAULTS:=full}"
 
 fail() {
@@ -42,7 +43,7 @@ esac
 # A call that the shim does not know would be one that never fails: each is either known to it or
 # listed here, as no I/O or as what Rust needs to print a panic.
 check_symbols() {
-    nm -D --defined-only "$out/iofault.so" | awk '{ print $3 }' | sort >"$out/known"
+    nm -D --defined-only "$shim" | awk '{ print $3 }' | sort >"$out/known"
     nm -D --undefined-only "$lib/priv/erllama_cache_nif.so" |
         awk '{ sub(/@.*/, "", $2); print $2 }' |
         grep -Ev '^(_|enif_|pthread_|mem|bcmp$|strlen$|abort$)' |
@@ -56,8 +57,7 @@ check_symbols() {
 }
 
 mkdir -p "$out/ebin"
-${CC:-cc} -std=gnu11 -O1 -Wall -Wextra -Werror -U_FORTIFY_SOURCE -fPIC -shared \
-    -o "$out/iofault.so" "$here/c_src/iofault.c" -ldl
+make -s -C "$here" _build/iofault.so
 check_symbols
 erlc +debug_info -Werror -o "$out/ebin" "$here/test/erllama_cache_test_util.erl" \
     "$here/test/erllama_cache_faults.erl"
@@ -75,7 +75,7 @@ trap 'exit 1' INT TERM
 # Few schedulers are enough for one operation, and such a VM starts faster.
 cat >"$out/victim" <<END
 #!/bin/sh
-export LD_PRELOAD="$out/iofault.so" ERL_CRASH_DUMP_SECONDS=0
+export LD_PRELOAD="$shim" ERL_CRASH_DUMP_SECONDS=0
 exec erl -noinput -boot no_dot_erlang +S 1:1 +SDcpu 1:1 +SDio 3 +A 1 \\
     -pa "$lib/ebin" "$out/ebin" -run erllama_cache_faults main -extra "\$@"
 END
@@ -89,7 +89,7 @@ run() {
     mkdir "$base/$part"
     echo "== $part, on $where"
     status=0
-    IOFAULT="$base/control" LD_PRELOAD="$out/iofault.so" ERL_CRASH_DUMP_SECONDS=0 \
+    IOFAULT="$base/control" LD_PRELOAD="$shim" ERL_CRASH_DUMP_SECONDS=0 \
         erl -noinput -boot no_dot_erlang -pa "$lib/ebin" "$out/ebin" \
         -run erllama_cache_faults main -extra "$part" "$base/$part" "$FAULTS" "$@" || status=$?
     if [ "$status" -ne 0 ]; then

@@ -3,8 +3,8 @@
 //!
 //! [`join`] runs two things at once and returns when both have ended. What the pool has no idle
 //! thread for runs on the caller's: many saves at once keep all processors busy as it is, and
-//! nobody ever waits for a thread. [`ask_waiter`] is for what takes time and no processor, [`reap`]
-//! for what takes long to be dropped.
+//! nobody ever waits for a thread. [`ask_waiter`] is for what takes time and no processor,
+//! [`Errands`] for what may not be done where it comes up, [`reap`] for what takes long to be dropped.
 
 use std::io;
 use std::mem;
@@ -73,22 +73,36 @@ impl<A> Drop for Ended<'_, A> {
     }
 }
 
-/// Drops something whose drop takes long on a thread that does nothing else: never here, however many
-/// of them there are, unless there can be no such thread.
+/// Drops something whose drop takes long on a thread that does nothing else.
 pub(crate) fn reap<T: Send + 'static>(value: T) {
-    static REAPER: OnceCell<Sender<Box<dyn Send>>> = OnceCell::new();
-    let reaper = REAPER.get_or_try_init(|| {
-        let (values, queue) = channel::unbounded::<Box<dyn Send>>();
-        start_thread(move || {
-            for value in queue {
-                let _ = panic::catch_unwind(AssertUnwindSafe(|| drop(value)));
-            }
-        })?;
-        io::Result::Ok(values)
-    });
-    if let Ok(reaper) = reaper {
-        // The thread never ends, so this cannot fail; if it did, the value would be dropped here.
-        let _ = reaper.send(Box::new(value));
+    static REAPER: Errands = Errands::new();
+    REAPER.run(move || drop(value));
+}
+
+/// A thread that does one thing after another, however many there are: none of it is ever done by
+/// whoever asks for it, unless there can be no such thread.
+pub(crate) struct Errands(OnceCell<Sender<Task>>);
+
+impl Errands {
+    pub(crate) const fn new() -> Errands {
+        Errands(OnceCell::new())
+    }
+
+    pub(crate) fn run(&self, errand: impl FnOnce() + Send + 'static) {
+        let thread = self.0.get_or_try_init(|| {
+            let (errands, queue) = channel::unbounded::<Task>();
+            start_thread(move || {
+                for errand in queue {
+                    let _ = panic::catch_unwind(AssertUnwindSafe(errand));
+                }
+            })?;
+            io::Result::Ok(errands)
+        });
+        match thread {
+            // The thread never ends, so this cannot fail; if it did, the errand would be dropped.
+            Ok(thread) => drop(thread.send(Box::new(errand))),
+            Err(_) => errand(),
+        }
     }
 }
 

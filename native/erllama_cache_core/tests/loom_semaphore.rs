@@ -41,15 +41,22 @@ impl Sleeper {
     }
 }
 
-fn deliver(wakes: Wakes<Arc<Sleeper>>) {
-    for (sleeper, verdict) in wakes {
-        sleeper.tell(verdict);
+fn deliver(semaphore: &Sem, mut wakes: Wakes<Arc<Sleeper>>) {
+    loop {
+        let unfinished = wakes.are_unfinished();
+        for (sleeper, verdict) in wakes {
+            sleeper.tell(verdict);
+        }
+        if !unfinished {
+            return;
+        }
+        wakes = semaphore.go_on();
     }
 }
 
 fn open(limit: u32) -> Arc<Sem> {
     let semaphore = Arc::new(Sem::new());
-    deliver(semaphore.open(limit, None));
+    deliver(&semaphore, semaphore.open(limit, None));
     semaphore
 }
 
@@ -88,7 +95,14 @@ fn acquire(guard: &G, want: Want) -> Result<(), Verdict> {
 }
 
 fn release(guard: &G) {
-    deliver(guard.release().expect("it is held"));
+    deliver(guard.semaphore(), guard.release().expect("it is held"));
+}
+
+fn release_if_held(guard: &G) -> bool {
+    let wakes = guard.release();
+    wakes
+        .map(|wakes| deliver(guard.semaphore(), wakes))
+        .is_some()
 }
 
 fn nothing_left(semaphore: &Sem) {
@@ -117,7 +131,7 @@ fn two_take_turns_on_one_slot() {
             );
             inside.fetch_sub(1, Ordering::Relaxed);
             release(&guard);
-            deliver(guard.end(End::Dropped));
+            deliver(guard.semaphore(), guard.end(End::Dropped));
         };
         let other = {
             let (semaphore, inside) = (Arc::clone(&semaphore), Arc::clone(&inside));
@@ -193,7 +207,7 @@ fn a_timeout_against_the_hand_over_ends_in_exactly_one() {
         let (waiter, sleeper) = queued(&semaphore, Want::SLOT);
         let releaser = thread::spawn(move || release(&holder));
         let (gave_up, wakes) = waiter.give_up();
-        deliver(wakes);
+        deliver(waiter.semaphore(), wakes);
         if gave_up {
             releaser.join().unwrap();
             assert!(!sleeper.was_told(), "a stray message");
@@ -213,11 +227,29 @@ fn a_waiter_that_dies_lets_the_next_in() {
         let holder = holding(&semaphore, Want::SLOT);
         let (dying, _) = queued(&semaphore, Want::SLOT);
         let (next, sleeper) = queued(&semaphore, Want::SLOT);
-        let death = thread::spawn(move || deliver(dying.end(End::OwnerDied)));
+        let death = thread::spawn(move || deliver(dying.semaphore(), dying.end(End::OwnerDied)));
         release(&holder);
         assert_eq!(sleeper.sleep(), Verdict::Granted);
         death.join().unwrap();
         release(&next);
+        nothing_left(&semaphore);
+    });
+}
+
+/// A call decides for one waiter here, and nobody but who goes on comes after it.
+#[test]
+fn a_release_for_two_lets_both_in() {
+    model(None, || {
+        let semaphore = open(2);
+        let holder = holding(&semaphore, slots(2));
+        let (first, woken_first) = queued(&semaphore, Want::SLOT);
+        let (second, woken_second) = queued(&semaphore, Want::SLOT);
+        let releaser = thread::spawn(move || release(&holder));
+        assert_eq!(woken_first.sleep(), Verdict::Granted);
+        assert_eq!(woken_second.sleep(), Verdict::Granted);
+        releaser.join().unwrap();
+        release(&first);
+        release(&second);
         nothing_left(&semaphore);
     });
 }
@@ -227,7 +259,7 @@ fn a_holder_that_dies_lets_the_next_in() {
     model(None, || {
         let semaphore = open(1);
         let dying = holding(&semaphore, Want::SLOT);
-        let death = thread::spawn(move || deliver(dying.end(End::OwnerDied)));
+        let death = thread::spawn(move || deliver(dying.semaphore(), dying.end(End::OwnerDied)));
         let guard = Guard::new(&semaphore, ());
         acquire(&guard, Want::SLOT).unwrap();
         death.join().unwrap();
@@ -244,9 +276,9 @@ fn released_twice_from_two_threads_comes_back_once() {
         let guard = Arc::new(holding(&semaphore, Want::SLOT));
         let first = {
             let guard = Arc::clone(&guard);
-            thread::spawn(move || guard.release().map(deliver).is_some())
+            thread::spawn(move || release_if_held(&guard))
         };
-        let second = guard.release().map(deliver).is_some();
+        let second = release_if_held(&guard);
         assert!(first.join().unwrap() ^ second);
         assert_eq!(semaphore.current(), 1);
     });
@@ -260,9 +292,9 @@ fn death_and_drop_at_once_give_back_once() {
         let guard = Arc::new(holding(&semaphore, Want::SLOT));
         let death = {
             let guard = Arc::clone(&guard);
-            thread::spawn(move || deliver(guard.end(End::OwnerDied)))
+            thread::spawn(move || deliver(guard.semaphore(), guard.end(End::OwnerDied)))
         };
-        deliver(guard.end(End::Dropped));
+        deliver(guard.semaphore(), guard.end(End::Dropped));
         death.join().unwrap();
         assert_eq!(semaphore.current(), 1);
         assert_eq!(semaphore.holders().len(), 1);
@@ -277,9 +309,9 @@ fn death_and_release_at_once_give_back_once() {
         let guard = Arc::new(holding(&semaphore, Want::SLOT));
         let death = {
             let guard = Arc::clone(&guard);
-            thread::spawn(move || deliver(guard.end(End::OwnerDied)))
+            thread::spawn(move || deliver(guard.semaphore(), guard.end(End::OwnerDied)))
         };
-        guard.release().into_iter().for_each(deliver);
+        release_if_held(&guard);
         death.join().unwrap();
         assert_eq!(semaphore.current(), 1);
     });
@@ -296,12 +328,12 @@ fn running_io_keeps_a_dead_owners_slot_until_it_ends() {
             let (owner, running) = (Arc::clone(&owner), Arc::clone(&running));
             thread::spawn(move || {
                 running.store(0, Ordering::Release);
-                deliver(owner.unpin());
+                deliver(owner.semaphore(), owner.unpin());
             })
         };
         let death = {
             let owner = Arc::clone(&owner);
-            thread::spawn(move || deliver(owner.end(End::OwnerDied)))
+            thread::spawn(move || deliver(owner.semaphore(), owner.end(End::OwnerDied)))
         };
         let guard = Guard::new(&semaphore, ());
         acquire(&guard, Want::SLOT).unwrap();
@@ -324,11 +356,11 @@ fn no_io_begins_in_a_dead_owners_name() {
         let owner = Arc::new(holding(&semaphore, Want::SLOT));
         let death = {
             let owner = Arc::clone(&owner);
-            thread::spawn(move || deliver(owner.end(End::OwnerDied)))
+            thread::spawn(move || deliver(owner.semaphore(), owner.end(End::OwnerDied)))
         };
         if owner.pin().is_ok() {
             assert_eq!(semaphore.current(), 1, "the slot went while its I/O ran");
-            deliver(owner.unpin());
+            deliver(owner.semaphore(), owner.unpin());
         }
         death.join().unwrap();
         nothing_left(&semaphore);
@@ -342,7 +374,7 @@ fn a_higher_limit_reaches_those_who_wait() {
         let _holder = holding(&semaphore, Want::SLOT);
         let resize = {
             let semaphore = Arc::clone(&semaphore);
-            thread::spawn(move || deliver(semaphore.set_limit(2)))
+            thread::spawn(move || deliver(&semaphore, semaphore.set_limit(2)))
         };
         let guard = Guard::new(&semaphore, ());
         acquire(&guard, Want::SLOT).unwrap();
@@ -358,7 +390,7 @@ fn a_lower_limit_is_kept_by_those_who_come_after() {
         let holder = holding(&semaphore, Want::SLOT);
         let resize = {
             let semaphore = Arc::clone(&semaphore);
-            thread::spawn(move || deliver(semaphore.set_limit(1)))
+            thread::spawn(move || deliver(&semaphore, semaphore.set_limit(1)))
         };
         let early = Guard::new(&semaphore, ());
         let came_before = early.try_acquire(Want::SLOT).is_ok();
@@ -378,8 +410,8 @@ fn limits_go_up_and_down_under_waiters() {
         let resize = {
             let semaphore = Arc::clone(&semaphore);
             thread::spawn(move || {
-                deliver(semaphore.set_limit(2));
-                deliver(semaphore.set_limit(1));
+                deliver(&semaphore, semaphore.set_limit(2));
+                deliver(&semaphore, semaphore.set_limit(1));
             })
         };
         let releaser = thread::spawn(move || release(&holder));
@@ -400,7 +432,7 @@ fn closing_tells_a_waiter_exactly_one_thing() {
         let (waiter, sleeper) = queued(&semaphore, Want::SLOT);
         let closer = {
             let semaphore = Arc::clone(&semaphore);
-            thread::spawn(move || deliver(semaphore.close()))
+            thread::spawn(move || deliver(&semaphore, semaphore.close()))
         };
         release(&holder);
         match sleeper.sleep() {
@@ -421,7 +453,7 @@ fn closing_leaves_nobody_asleep() {
         let _holder = holding(&semaphore, Want::SLOT);
         let closer = {
             let semaphore = Arc::clone(&semaphore);
-            thread::spawn(move || deliver(semaphore.close()))
+            thread::spawn(move || deliver(&semaphore, semaphore.close()))
         };
         let guard = Guard::new(&semaphore, ());
         assert_eq!(acquire(&guard, Want::SLOT), Err(Verdict::Closed));
@@ -439,7 +471,7 @@ fn a_server_that_crashes_and_comes_back_loses_nobody() {
             let semaphore = Arc::clone(&semaphore);
             thread::spawn(move || {
                 semaphore.suspend();
-                deliver(semaphore.open(1, None));
+                deliver(&semaphore, semaphore.open(1, None));
             })
         };
         release(&holder);
@@ -489,7 +521,7 @@ fn a_light_one_never_overtakes_a_heavy_waiter() {
 fn bytes_given_back_during_an_acquire_are_found() {
     model(None, || {
         let semaphore = Arc::new(Sem::new());
-        deliver(semaphore.open(2, Some(10)));
+        deliver(&semaphore, semaphore.open(2, Some(10)));
         let want = Want {
             weight: 1,
             bytes: 10,

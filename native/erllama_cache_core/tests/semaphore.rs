@@ -1,7 +1,8 @@
 //! The semaphore's rules, one at a time. A waker here is a name; what a test calls "woken" is what
 //! a call returned to be woken.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 
 use erllama_cache_core::semaphore::{
     Attempt, End, Ended, Guard, MAX_LIMIT, Refusal, Semaphore, Verdict, Wakes, Want,
@@ -388,10 +389,121 @@ fn limits_are_kept_in_bounds() {
 }
 
 /// Real threads, real sleep: the count never passes the limit and every waiter is woken.
+/// More than one call decides for.
+const CROWD: usize = 1000;
+
+fn crowd(semaphore: &Arc<Sem>, want: Want) -> Vec<G> {
+    (0..CROWD)
+        .map(|_| queued(semaphore, "one of many", want))
+        .collect()
+}
+
+/// What is decided by the call that returned `wakes`, and what by those that go on, until all is.
+fn decided(semaphore: &Sem, mut wakes: Wakes<&'static str>) -> Vec<Vec<Verdict>> {
+    let mut calls = Vec::new();
+    loop {
+        let unfinished = wakes.are_unfinished();
+        calls.push(wakes.into_iter().map(|(_, verdict)| verdict).collect());
+        if !unfinished {
+            return calls;
+        }
+        wakes = semaphore.go_on();
+    }
+}
+
+#[track_caller]
+fn assert_a_few_at_a_time(calls: &[Vec<Verdict>], verdict: Verdict, all: usize) {
+    assert!(calls.iter().all(|call| call.len() < CROWD / 2));
+    assert_eq!(calls.concat(), vec![verdict; all]);
+}
+
+#[test]
+fn a_crowd_is_let_in_a_few_at_a_time() {
+    let semaphore = open(CROWD as u32);
+    let heavy = holding(&semaphore, "heavy", slots(CROWD as u32));
+    let guards = crowd(&semaphore, Want::SLOT);
+    let calls = decided(&semaphore, heavy.release().unwrap());
+    assert_a_few_at_a_time(&calls, Verdict::Granted, CROWD);
+    assert_eq!(semaphore.current() as usize, guards.len());
+    // Nobody waits, and whoever comes meets a semaphore that knows it.
+    assert!(woken(guards[0].release().unwrap()).is_empty());
+    assert_eq!(heavy.try_acquire(Want::SLOT), Ok(()));
+}
+
+#[test]
+fn a_crowd_is_sent_away_a_few_at_a_time() {
+    let semaphore = open(2);
+    let holder = holding(&semaphore, "holder", slots(2));
+    let _guards = crowd(&semaphore, Want::SLOT);
+    let calls = decided(&semaphore, semaphore.close());
+    assert_a_few_at_a_time(&calls, Verdict::Closed, CROWD);
+    assert!(released(&holder).is_empty());
+}
+
+/// Who is on the list of those to be sent away is let in by nobody; who comes after is not on it.
+#[test]
+fn a_crowd_that_is_being_sent_away_gets_no_slot() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Want::SLOT);
+    let _guards = crowd(&semaphore, Want::SLOT);
+    let first = semaphore.close();
+    assert!(first.are_unfinished());
+    assert!(woken(first).len() < CROWD);
+    let second = semaphore.open(1, None);
+    assert!(
+        woken(second)
+            .iter()
+            .all(|(_, verdict)| *verdict == Verdict::Closed)
+    );
+    let _late = queued(&semaphore, "late", Want::SLOT);
+    let told: Vec<_> = decided(&semaphore, holder.release().unwrap()).concat();
+    let (last, others) = told.split_last().unwrap();
+    assert!(others.iter().all(|verdict| *verdict == Verdict::Closed));
+    assert_eq!(*last, Verdict::Granted, "the late one");
+    assert_eq!((semaphore.current(), semaphore.info().waiting), (1, 0));
+}
+
+#[test]
+fn a_crowd_that_is_too_heavy_is_refused_a_few_at_a_time() {
+    let semaphore = open(2);
+    let holder = holding(&semaphore, "holder", slots(2));
+    let _heavy = crowd(&semaphore, slots(2));
+    let _light = queued(&semaphore, "light", Want::SLOT);
+    let calls = decided(&semaphore, semaphore.set_limit(1));
+    assert_a_few_at_a_time(&calls, Verdict::WeightExceedsLimit, CROWD);
+    assert_eq!(released(&holder), granted(&["light"]));
+    // A crowd that is not is looked at, and left alone.
+    let _heavy = crowd(&semaphore, Want::SLOT);
+    assert!(
+        decided(&semaphore, semaphore.set_limit(1))
+            .concat()
+            .is_empty()
+    );
+    assert_eq!(semaphore.info().waiting, CROWD);
+}
+
+#[test]
+fn another_thread_goes_on() {
+    let semaphore = open(CROWD as u32);
+    let heavy = holding(&semaphore, "heavy", slots(CROWD as u32));
+    let _guards = crowd(&semaphore, Want::SLOT);
+    let first = heavy.release().unwrap();
+    assert!(first.are_unfinished());
+    let (tell, told) = mpsc::channel();
+    let here = thread::current().id();
+    Semaphore::go_on_elsewhere(&semaphore, move |wakes| {
+        assert_ne!(thread::current().id(), here);
+        for (name, _) in wakes {
+            tell.send(name).unwrap();
+        }
+    });
+    // It ends when the other thread has let go of its end.
+    assert_eq!(woken(first).len() + told.iter().count(), CROWD);
+}
+
 #[test]
 fn threads_share_it() {
     use std::sync::atomic::{AtomicU32, Ordering};
-    use std::sync::mpsc;
 
     const LIMIT: u32 = 3;
     const TURNS: u32 = 2_000;
@@ -405,7 +517,7 @@ fn threads_share_it() {
                 .expect("a waiter waits until it is woken");
         }
     };
-    std::thread::scope(|scope| {
+    thread::scope(|scope| {
         for name in 0..8 {
             let (semaphore, inside) = (&semaphore, &inside);
             scope.spawn(move || {

@@ -10,11 +10,11 @@ use rustler::{
 
 use crate::atoms;
 use crate::live::{Kind, Live};
-use crate::waker::{SpareEnv, Waker, deliver};
+use crate::waker::{Slots, SpareEnv, Waker, deliver};
 
 /// The semaphore. It outlives the server that opened it, and so do the slots.
 pub(crate) struct Semaphore {
-    core: Arc<core::Semaphore<LocalPid, Waker>>,
+    core: Arc<Slots>,
     /// The monitor of the server that opened it last.
     server: Mutex<Option<Monitor>>,
     _live: Live,
@@ -48,11 +48,11 @@ pub(crate) struct Guard {
 #[rustler::resource_impl]
 impl Resource for Guard {
     fn down<'a>(&'a self, env: Env<'a>, _pid: LocalPid, _monitor: Monitor) {
-        deliver(env, self.core.end(End::OwnerDied));
+        deliver(env, self.core.semaphore(), self.core.end(End::OwnerDied));
     }
 
     fn destructor(self, env: Env<'_>) {
-        deliver(env, self.core.end(End::Dropped));
+        deliver(env, self.core.semaphore(), self.core.end(End::Dropped));
     }
 }
 
@@ -74,7 +74,8 @@ impl Guard {
 
 impl Drop for RunningIo<'_> {
     fn drop(&mut self) {
-        deliver(self.env, self.guard.core.unpin());
+        let core = &self.guard.core;
+        deliver(self.env, core.semaphore(), core.unpin());
     }
 }
 
@@ -128,7 +129,11 @@ fn semaphore_new() -> ResourceArc<Semaphore> {
 #[rustler::nif(name = "semaphore_new")]
 fn semaphore_new_open(env: Env<'_>, limit: u32) -> NifResult<ResourceArc<Semaphore>> {
     let semaphore = closed_semaphore();
-    deliver(env, semaphore.core.open(limit_in_bounds(limit)?, None));
+    deliver(
+        env,
+        &semaphore.core,
+        semaphore.core.open(limit_in_bounds(limit)?, None),
+    );
     Ok(semaphore)
 }
 
@@ -147,19 +152,23 @@ fn semaphore_open(
         .server
         .lock()
         .unwrap_or_else(PoisonError::into_inner) = monitor;
-    deliver(env, semaphore.core.open(limit, bytes));
+    deliver(env, &semaphore.core, semaphore.core.open(limit, bytes));
     Ok(atoms::ok())
 }
 
 #[rustler::nif]
 fn semaphore_close(env: Env<'_>, semaphore: &Semaphore) -> Atom {
-    deliver(env, semaphore.core.close());
+    deliver(env, &semaphore.core, semaphore.core.close());
     atoms::ok()
 }
 
 #[rustler::nif]
 fn semaphore_set_limit(env: Env<'_>, semaphore: &Semaphore, limit: u32) -> NifResult<Atom> {
-    deliver(env, semaphore.core.set_limit(limit_in_bounds(limit)?));
+    deliver(
+        env,
+        &semaphore.core,
+        semaphore.core.set_limit(limit_in_bounds(limit)?),
+    );
     Ok(atoms::ok())
 }
 
@@ -169,7 +178,11 @@ fn semaphore_set_max_bytes(
     semaphore: &Semaphore,
     bytes: Term<'_>,
 ) -> NifResult<Atom> {
-    deliver(env, semaphore.core.set_max_bytes(max_bytes(bytes)?));
+    deliver(
+        env,
+        &semaphore.core,
+        semaphore.core.set_max_bytes(max_bytes(bytes)?),
+    );
     Ok(atoms::ok())
 }
 
@@ -296,7 +309,7 @@ fn acquire_or_queue(
 #[rustler::nif]
 fn give_up(env: Env<'_>, guard: &Guard) -> Atom {
     let (gave_up, wakes) = guard.core.give_up();
-    deliver(env, wakes);
+    deliver(env, guard.core.semaphore(), wakes);
     if gave_up {
         atoms::withdrawn()
     } else {
@@ -308,7 +321,7 @@ fn give_up(env: Env<'_>, guard: &Guard) -> Atom {
 fn release(env: Env<'_>, guard: &Guard) -> Atom {
     match guard.core.release() {
         Some(wakes) => {
-            deliver(env, wakes);
+            deliver(env, guard.core.semaphore(), wakes);
             atoms::ok()
         }
         None => atoms::none(),

@@ -5,13 +5,16 @@ use std::mem;
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use erllama_cache_core::semaphore::{Verdict, Wakes};
+use erllama_cache_core::semaphore::{Semaphore, Verdict, Wakes};
 use rustler::env::SavedTerm;
 use rustler::thread::is_scheduler_thread;
 use rustler::{Encoder, Env, LocalPid, OwnedEnv, Reference, Resource, ResourceArc, sys};
 
 use crate::atoms;
 use crate::live::{Kind, Live};
+
+/// The semaphore beneath the resource.
+pub(crate) type Slots = Semaphore<LocalPid, Waker>;
 
 /// What wakes a waiter: a message that nobody else can send, in an environment of its own.
 pub(crate) struct Waker {
@@ -57,9 +60,9 @@ impl Waker {
         }
     }
 
-    /// Sends in the name of `env`, which is that of the NIF or callback that runs. Comes back when
-    /// the receiver is dead, or when the sender is: see [`deliver`].
-    fn send(self, env: Env<'_>, verdict: Verdict) -> Result<(), Waker> {
+    /// Sends in the name of `env`, which is that of the NIF or callback that runs, or of nobody. Comes
+    /// back when the receiver is dead, or when the sender is: see [`deliver`].
+    fn send(self, env: Option<Env<'_>>, verdict: Verdict) -> Result<(), Waker> {
         let Some(own) = &self.env else {
             return Ok(());
         };
@@ -68,10 +71,9 @@ impl Waker {
             Verdict::Closed => atoms::closed(),
             Verdict::WeightExceedsLimit => atoms::weight_exceeds_limit(),
         };
-        let caller = if is_scheduler_thread() {
-            env.as_c_arg()
-        } else {
-            ptr::null_mut()
+        let caller = match env {
+            Some(env) if is_scheduler_thread() => env.as_c_arg(),
+            _ => ptr::null_mut(),
         };
         let sent = own.run(|own| {
             let message = (self.reference.load(own), verdict).encode(own);
@@ -99,19 +101,28 @@ impl Drop for Waker {
     }
 }
 
-/// Wakes waiters. No lock is held here: a send takes the sender's main lock, and `down` runs with a
-/// dying process's main lock held and takes the semaphore's.
+/// Wakes waiters of `semaphore`, and has another thread wake those that are left. No lock is held
+/// here: a send takes the sender's main lock, and `down` runs with a dying process's main lock held
+/// and takes the semaphore's.
 #[inline]
-pub(crate) fn deliver(env: Env<'_>, wakes: Wakes<Waker>) {
+pub(crate) fn deliver(env: Env<'_>, semaphore: &Arc<Slots>, wakes: Wakes<Waker>) {
     if !wakes.is_empty() {
-        deliver_some(env, wakes);
+        deliver_some(env, semaphore, wakes);
     }
 }
 
-fn deliver_some(env: Env<'_>, wakes: Wakes<Waker>) {
+fn deliver_some(env: Env<'_>, semaphore: &Arc<Slots>, wakes: Wakes<Waker>) {
+    if wakes.are_unfinished() {
+        Semaphore::go_on_elsewhere(semaphore, |wakes| {
+            for (waker, verdict) in wakes {
+                // In nobody's name it fails only where the receiver is dead.
+                let _ = waker.send(None, verdict);
+            }
+        });
+    }
     let left: Vec<_> = wakes
         .into_iter()
-        .filter_map(|(waker, verdict)| Some((waker.send(env, verdict).err()?, verdict)))
+        .filter_map(|(waker, verdict)| Some((waker.send(Some(env), verdict).err()?, verdict)))
         .collect();
     if !left.is_empty() {
         // A process that was killed while its dirty NIF ran cannot send any more, although the
@@ -139,7 +150,7 @@ impl Resource for Courier {
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner)
         {
-            let _ = waker.send(env, verdict);
+            let _ = waker.send(Some(env), verdict);
         }
     }
 }

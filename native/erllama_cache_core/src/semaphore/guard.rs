@@ -90,6 +90,11 @@ impl<O: Clone, W> Guard<O, W> {
         }
     }
 
+    /// The semaphore whose slots these are.
+    pub fn semaphore(&self) -> &Arc<Semaphore<O, W>> {
+        &self.semaphore
+    }
+
     /// Takes what is wanted if it is free and nobody is queued for it, without waiting.
     ///
     /// # Errors

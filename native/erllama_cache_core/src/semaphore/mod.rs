@@ -19,6 +19,12 @@
 //! and the caller delivers it when no lock is held. How a waiter sleeps and is woken is the
 //! caller's affair: a message in the NIF, a condition variable in the models.
 //!
+//! # A few at a time
+//!
+//! No call decides for more than some hundred waiters, for its caller may be a thread that runs
+//! processes, and so may be who wants the lock. What it leaves is said in its [`Wakes`], and somebody
+//! who has the time [goes on](Semaphore::go_on).
+//!
 //! # Order of locks
 //!
 //! The semaphore's `inner`, then one guard's `state`. The path without a queue takes the guard's
@@ -32,6 +38,7 @@ mod word;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::iter;
+use std::ops::Range;
 use std::option;
 use std::time::Duration;
 use std::vec;
@@ -40,10 +47,11 @@ pub use guard::{End, Ended, Guard};
 pub use word::MAX_LIMIT;
 
 use crate::clock;
+use crate::pool::Errands;
 use crate::sync::{Arc, Mutex, MutexGuard, lock};
 use granted::Granted;
 use guard::{Hold, Shared, State, seen_allows};
-use queue::{Queue, Waiter};
+use queue::{Queue, Ticket, Waiter};
 use word::Word;
 
 /// What one acquire asks for.
@@ -103,6 +111,7 @@ pub struct Wakes<W> {
     /// Apart from the rest, so that the usual case, one slot and one waiter, allocates nothing.
     first: Option<(W, Verdict)>,
     rest: Vec<(W, Verdict)>,
+    unfinished: bool,
 }
 
 impl<W> Wakes<W> {
@@ -110,6 +119,7 @@ impl<W> Wakes<W> {
         Wakes {
             first: None,
             rest: Vec::new(),
+            unfinished: false,
         }
     }
 
@@ -122,9 +132,19 @@ impl<W> Wakes<W> {
         }
     }
 
-    /// Whether there is nobody to wake.
+    fn len(&self) -> usize {
+        usize::from(self.first.is_some()) + self.rest.len()
+    }
+
+    /// Whether there is nobody to wake, and nothing left to do.
     pub fn is_empty(&self) -> bool {
-        self.first.is_none()
+        self.first.is_none() && !self.unfinished
+    }
+
+    /// Whether more waiters are to be told something: then [`Semaphore::go_on`] has to be called, soon
+    /// and by anybody.
+    pub fn are_unfinished(&self) -> bool {
+        self.unfinished
     }
 }
 
@@ -198,6 +218,10 @@ pub struct Semaphore<O, W> {
 
 struct Inner<O, W> {
     queue: Queue<O, W>,
+    /// Waiters with tickets below this waited when the semaphore was closed.
+    closed_before: Ticket,
+    /// Waiters with these tickets have not been looked at since the limit was set.
+    limit_news: Range<Ticket>,
     /// Every guard that has not ended, or that running I/O keeps.
     guards: BTreeMap<u64, Arc<Shared<O>>>,
     next_guard: u64,
@@ -232,6 +256,8 @@ impl<O: Clone, W> Semaphore<O, W> {
             granted: Granted::default(),
             inner: Mutex::new(Inner {
                 queue: Queue::new(),
+                closed_before: 0,
+                limit_news: 0..0,
                 guards: BTreeMap::new(),
                 next_guard: 0,
                 max_bytes: None,
@@ -264,41 +290,55 @@ impl<O: Clone, W> Semaphore<O, W> {
 
     /// Refuses new acquires, and those who wait.
     pub fn close(&self) -> Wakes<W> {
-        let mut wakes = Wakes::none();
         let mut inner = lock(&self.inner);
         self.word.set_open(false);
-        while let Some(waiter) = inner.queue.pop() {
-            dismiss(waiter, Verdict::Closed, &mut wakes);
-        }
-        self.word.clear_queue();
-        wakes
+        inner.closed_before = inner.queue.next();
+        self.serve(&mut inner)
     }
 
-    /// Changes the limit at once: a higher one is handed out before this returns, a lower one takes
-    /// no slot from anybody but lets nobody in until enough has come back. A waiter that wants more
-    /// than the new limit is refused. Bounds of `limit` as for [`Semaphore::open`].
+    /// Changes the limit: a higher one is handed out, a lower one takes no slot from anybody but lets
+    /// nobody in until enough has come back. A waiter that wants more than the new limit is refused.
+    /// Bounds of `limit` as for [`Semaphore::open`].
     pub fn set_limit(&self, limit: u32) -> Wakes<W> {
         self.limit_locked(lock(&self.inner), limit)
     }
 
     fn limit_locked(&self, mut inner: MutexGuard<'_, Inner<O, W>>, limit: u32) -> Wakes<W> {
-        let limit = limit.clamp(1, MAX_LIMIT);
-        self.word.set_limit(limit);
-        let mut wakes = Wakes::none();
-        for waiter in inner.queue.remove_heavier_than(limit) {
-            dismiss(waiter, Verdict::WeightExceedsLimit, &mut wakes);
-        }
-        self.hand_on(&mut inner, &mut wakes);
-        wakes
+        self.word.set_limit(limit.clamp(1, MAX_LIMIT));
+        inner.limit_news = 0..inner.queue.next();
+        self.serve(&mut inner)
+    }
+
+    /// Goes on where a call has left [unfinished](Wakes::are_unfinished) what there was to do.
+    pub fn go_on(&self) -> Wakes<W> {
+        self.serve(&mut lock(&self.inner))
+    }
+
+    /// Has another thread go on until nothing is left, and deliver what comes of it.
+    pub fn go_on_elsewhere(semaphore: &Arc<Self>, deliver: impl Fn(Wakes<W>) + Send + 'static)
+    where
+        O: Send + Sync + 'static,
+        W: Send + 'static,
+    {
+        static STEWARD: Errands = Errands::new();
+        let semaphore = Arc::clone(semaphore);
+        STEWARD.run(move || {
+            loop {
+                let wakes = semaphore.go_on();
+                let is_last = !wakes.are_unfinished();
+                deliver(wakes);
+                if is_last {
+                    break;
+                }
+            }
+        });
     }
 
     /// Changes how many bytes may stand in memory; `None` for no bound.
     pub fn set_max_bytes(&self, max_bytes: Option<u64>) -> Wakes<W> {
-        let mut wakes = Wakes::none();
         let mut inner = lock(&self.inner);
         inner.max_bytes = max_bytes;
-        self.hand_on(&mut inner, &mut wakes);
-        wakes
+        self.serve(&mut inner)
     }
 
     /// Slots held now.
@@ -373,7 +413,7 @@ impl<O: Clone, W> Semaphore<O, W> {
         loop {
             let inner = lock(&self.inner);
             let before = waiters.len();
-            for (ticket, waiter) in inner.queue.from(next).take(AT_A_TIME) {
+            for (ticket, waiter) in inner.queue.within(next..Ticket::MAX).take(AT_A_TIME) {
                 waiters.push(Waiting {
                     owner: waiter.guard.owner.clone(),
                     want: waiter.want,
@@ -451,36 +491,34 @@ impl<O: Clone, W> Semaphore<O, W> {
     }
 
     fn give_back(&self, want: Want) -> Wakes<W> {
-        let mut wakes = Wakes::none();
         if want.bytes > 0 {
             // The bytes first: whoever sees the free slot must see the free memory too.
             let mut inner = lock(&self.inner);
             inner.bytes -= want.bytes;
             self.word.give_back(want.weight);
-            self.hand_on(&mut inner, &mut wakes);
+            self.serve(&mut inner)
         } else if self.word.give_back(want.weight).has_queue() {
-            self.hand_on(&mut lock(&self.inner), &mut wakes);
+            self.serve(&mut lock(&self.inner))
+        } else {
+            Wakes::none()
         }
-        wakes
     }
 
     fn give_up(&self, shared: &Shared<O>) -> (bool, Wakes<W>) {
-        let mut wakes = Wakes::none();
         let mut inner = lock(&self.inner);
         let ticket = lock(&shared.state).ticket.take();
         let Some(waiter) = ticket.and_then(|ticket| inner.queue.remove(ticket)) else {
-            return (false, wakes);
+            return (false, Wakes::none());
         };
         inner.timed_out += 1;
         // The one who left may have been the head, too heavy for what those behind it can have.
-        self.hand_on(&mut inner, &mut wakes);
+        let wakes = self.serve(&mut inner);
         drop(inner);
         drop(waiter);
         (true, wakes)
     }
 
     fn end(&self, shared: &Shared<O>, end: End) -> Wakes<W> {
-        let mut wakes = Wakes::none();
         let mut inner = lock(&self.inner);
         let mut state = lock(&shared.state);
         let waiter = state
@@ -493,33 +531,46 @@ impl<O: Clone, W> Semaphore<O, W> {
                 inner.owner_died += holds.len() as u64;
             }
             drop(state);
-            for Hold { want, .. } in holds {
-                inner.bytes -= want.bytes;
-                self.word.give_back(want.weight);
-            }
+            let all = holds.iter().map(|hold| hold.want);
+            inner.bytes -= all.clone().map(|want| want.bytes).sum::<u64>();
+            // All that is held fits the word.
+            self.word.give_back(all.map(|want| want.weight).sum());
         } else {
             drop(state);
         }
-        self.hand_on(&mut inner, &mut wakes);
+        let wakes = self.serve(&mut inner);
         drop(inner);
         drop(waiter);
         wakes
     }
 
-    /// Grants to the head of the queue for as long as it fits. Whatever may have made it fit ends
-    /// here: a slot given back, a higher bound, a head that left.
-    fn hand_on(&self, inner: &mut Inner<O, W>, wakes: &mut Wakes<W>) {
-        while let Some(want) = inner.queue.head().map(|head| head.want) {
+    /// Decides for those who wait what can be decided now, for so many at most. Whatever may have
+    /// changed that ends here: a slot given back, another bound, a head that left.
+    fn serve(&self, inner: &mut Inner<O, W>) -> Wakes<W> {
+        let mut wakes = Wakes::none();
+        let finished = refuse_after_close(inner, &mut wakes)
+            && refuse_too_heavy(inner, self.word.load().limit(), &mut wakes)
+            && self.hand_on(inner, &mut wakes);
+        wakes.unfinished = !finished;
+        wakes
+    }
+
+    /// Grants to the head of the queue for as long as it fits. `false` when it would go on.
+    fn hand_on(&self, inner: &mut Inner<O, W>, wakes: &mut Wakes<W>) -> bool {
+        while let Some(want) = inner.queue.head().map(|(_, head)| head.want) {
             let seen = self.word.load();
             if !seen.fits(want.weight) || !inner.bytes_fit(want.bytes) {
-                return;
+                return true;
+            }
+            if wakes.len() >= AT_A_TIME {
+                return false;
             }
             if self.word.take(seen, want.weight).is_err() {
                 // Something was given back meanwhile: nothing else changes the word under a queue.
                 continue;
             }
             let Some(waiter) = inner.queue.pop() else {
-                return;
+                break;
             };
             inner.bytes += want.bytes;
             let wait = clock::precise().saturating_sub(waiter.since);
@@ -534,11 +585,55 @@ impl<O: Clone, W> Semaphore<O, W> {
             wakes.push(waiter.waker, Verdict::Granted);
         }
         self.word.clear_queue();
+        true
     }
 }
 
-/// How many guards or waiters are looked at while the lock is held: it takes some microseconds.
-const AT_A_TIME: usize = 256;
+/// How many guards or waiters are looked at while the lock is held: it takes some microseconds. In
+/// a model each one is by itself.
+const AT_A_TIME: usize = if cfg!(loom) { 1 } else { 256 };
+
+/// Tells those who waited when the semaphore was closed. `false` when it would go on.
+fn refuse_after_close<O, W>(inner: &mut Inner<O, W>, wakes: &mut Wakes<W>) -> bool {
+    while let Some((ticket, _)) = inner.queue.head() {
+        if ticket >= inner.closed_before {
+            break;
+        }
+        if wakes.len() >= AT_A_TIME {
+            return false;
+        }
+        if let Some(waiter) = inner.queue.pop() {
+            dismiss(waiter, Verdict::Closed, wakes);
+        }
+    }
+    true
+}
+
+/// Tells those whom a lower limit will never let in: they would wait for ever. `false` when it would
+/// go on.
+fn refuse_too_heavy<O, W>(inner: &mut Inner<O, W>, limit: u32, wakes: &mut Wakes<W>) -> bool {
+    if inner.limit_news.is_empty() {
+        return true;
+    }
+    let room = AT_A_TIME.saturating_sub(wakes.len());
+    let looked_at: Vec<_> = inner
+        .queue
+        .within(inner.limit_news.clone())
+        .take(room)
+        .map(|(ticket, waiter)| (ticket, waiter.want.weight > limit))
+        .collect();
+    for (ticket, _) in looked_at.iter().filter(|(_, is_too_heavy)| *is_too_heavy) {
+        if let Some(waiter) = inner.queue.remove(*ticket) {
+            dismiss(waiter, Verdict::WeightExceedsLimit, wakes);
+        }
+    }
+    inner.limit_news.start = match looked_at.last() {
+        _ if looked_at.len() < room => inner.limit_news.end,
+        Some((last, _)) => last + 1,
+        None => inner.limit_news.start,
+    };
+    inner.limit_news.is_empty()
+}
 
 fn holds<O: Clone>(guard: &Shared<O>, now: Duration) -> Vec<Holder<O>> {
     let state = lock(&guard.state);

@@ -2,6 +2,7 @@
 //! give up.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::Duration;
 
 use super::Want;
@@ -42,8 +43,14 @@ impl<O, W> Queue<O, W> {
         ticket
     }
 
-    pub(super) fn head(&self) -> Option<&Waiter<O, W>> {
-        self.waiters.first_key_value().map(|(_, waiter)| waiter)
+    /// The ticket that the next one gets.
+    pub(super) fn next(&self) -> Ticket {
+        self.next
+    }
+
+    pub(super) fn head(&self) -> Option<(Ticket, &Waiter<O, W>)> {
+        let head = self.waiters.first_key_value();
+        head.map(|(ticket, waiter)| (*ticket, waiter))
     }
 
     pub(super) fn pop(&mut self) -> Option<Waiter<O, W>> {
@@ -54,18 +61,13 @@ impl<O, W> Queue<O, W> {
         self.waiters.remove(&ticket)
     }
 
-    /// Takes out those who want more than `limit` at once: they would wait for ever.
-    pub(super) fn remove_heavier_than(&mut self, limit: u32) -> Vec<Waiter<O, W>> {
-        self.waiters
-            .extract_if(.., |_, waiter| waiter.want.weight > limit)
-            .map(|(_, waiter)| waiter)
-            .collect()
-    }
-
-    /// Those from this ticket on, the head first.
-    pub(super) fn from(&self, ticket: Ticket) -> impl Iterator<Item = (Ticket, &Waiter<O, W>)> {
-        let rest = self.waiters.range(ticket..);
-        rest.map(|(ticket, waiter)| (*ticket, waiter))
+    /// Those with these tickets, the first to be served first.
+    pub(super) fn within(
+        &self,
+        tickets: Range<Ticket>,
+    ) -> impl Iterator<Item = (Ticket, &Waiter<O, W>)> {
+        let waiters = self.waiters.range(tickets);
+        waiters.map(|(ticket, waiter)| (*ticket, waiter))
     }
 
     pub(super) fn len(&self) -> usize {

@@ -229,6 +229,9 @@ targets(Rows, Targets) ->
 floor_target(Name, #{ratio := Ratio}, Bound) ->
     bench_report:target(Name, Ratio, {at_most, Bound}, "x").
 
+above_target(Name, #{above := Above}, Bound) ->
+    bench_report:target(Name, Above / 1.0e3, {at_most, Bound}, "us").
+
 plain_target(Name, #{plain := #{p50 := Plain}, this := #{p50 := This}}, Bound) ->
     bench_report:target(Name, Plain / This, {at_least, Bound}, "x").
 
@@ -255,8 +258,13 @@ loads(Tier, Root) ->
          || {Bytes, Row} <- Rows
         ],
         Map = maps:from_list(Rows),
-        Target = {256 * ?MIB, fun floor_target/3, "load 256 MiB, warm: times a bare read", 1.3},
-        {targets(Map, [Target]), #{load => Map}}
+        Targets = [
+            {4 * ?KIB, fun above_target/3, "load 4 KiB, warm: above a bare read", 25},
+            {64 * ?KIB, fun above_target/3, "load 64 KiB, warm: above a bare read", 25},
+            {?MIB, fun above_target/3, "load 1 MiB, warm: above a bare read", 250},
+            {256 * ?MIB, fun floor_target/3, "load 256 MiB, warm: times a bare read", 1.3}
+        ],
+        {targets(Map, Targets), #{load => Map}}
     end).
 
 load_rounds(Tier, Root, Bytes, Rounds) ->
@@ -277,7 +285,8 @@ load_rounds(Tier, Root, Bytes, Rounds) ->
     #{
         floor => bench_report:summary(Of(floor)),
         this => bench_report:summary(Of(this)),
-        ratio => bench_report:median([T / F || {F, T} <- lists:zip(Of(floor), Of(this))])
+        ratio => bench_report:median([T / F || {F, T} <- lists:zip(Of(floor), Of(this))]),
+        above => bench_report:median([T - F || {F, T} <- lists:zip(Of(floor), Of(this))])
     }.
 
 %% Each in a process of its own, so that what it loaded is gone before the next begins.

@@ -120,7 +120,7 @@ load(Key, Payload) ->
         {ok, #{tokens := Tokens}, Payload} ->
             line("time", "~ts: every byte checked", [rate(Payload, Micros)]),
             line("compared", "the ~b bytes of payload are the same", [byte_size(Payload)]),
-            line("tokens", "~w", [Tokens]);
+            line("tokens", "~w", [[Token || <<Token:32/little>> <= Tokens]]);
         {ok, _Info, _Other} ->
             fail("what was loaded is not what was saved", []);
         miss ->

@@ -40,7 +40,7 @@
     fingerprint := <<_:256>>,
     fingerprint_mode := erllama_cache_meta:fingerprint_mode(),
     ctx_params_hash := <<_:256>>,
-    tokens := [0..16#ffffffff],
+    tokens := <<_:_*32>>,
     context_size := non_neg_integer(),
     creation_time := non_neg_integer(),
     last_used_time := non_neg_integer(),
@@ -53,6 +53,9 @@
 }.
 %% What was saved beside a payload, under the keys of the `build_meta' map; last use and hits as
 %% they were before this load. `quant_type' is `undefined' for a byte that stands for no known type.
+%% The tokens are as in the file, four bytes each, `[T || <<T:32/little>> <= Tokens]': who loads a
+%% prompt of many knows them, and a list of them would be garbage on the heap of a process that is
+%% to decode the next one.
 
 -type info() :: #{
     name := name(),
@@ -195,8 +198,9 @@ child_spec(Name, #{root := Root} = Options) ->
 %% Such a file stays until it is replaced by a save of the same key, or deleted.
 %%
 %% ```
-%% {ok, #{tokens := [1, 15043, 3186], hit_count := 0}, Payload} =
-%%     erllama_cache_store:load(my_store, Key).
+%% {ok, #{context_size := 4096, hit_count := 0, tokens := Tokens}, Payload} =
+%%     erllama_cache_store:load(my_store, Key),
+%% [1, 15043, 3186] = [Token || <<Token:32/little>> <= Tokens].
 %% '''
 %%
 %% Errors: `{corrupt, Reason}'; `unauthenticated', there is a secret and the file was made without

@@ -528,7 +528,7 @@ save(N, Payload) ->
 
 load(N, Noise) ->
     case erllama_cache_store:load(?STORE, key(N)) of
-        {ok, #{tokens := [N]}, <<Node:32, Life:32, _/binary>> = Payload} ->
+        {ok, #{tokens := <<N:32/little>>}, <<Node:32, Life:32, _/binary>> = Payload} ->
             case payload(N, {Node, Life}, Noise) of
                 Payload -> {ok, {Node, Life}};
                 _ -> wrong_bytes

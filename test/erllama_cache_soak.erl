@@ -245,7 +245,7 @@ same(N, Info, Payload) ->
     is_same(N, Info, Payload) orelse error({wrong_bytes, N}).
 
 is_same(N, #{tokens := Tokens}, Payload) ->
-    Tokens =:= [N, 7] andalso Payload =:= payload(N).
+    Tokens =:= <<N:32/little, 7:32/little>> andalso Payload =:= payload(N).
 
 holder() ->
     case ?WRITER:acquire(pick([0, 10, 1000]), #{weight => pick([1, 1, 2])}) of

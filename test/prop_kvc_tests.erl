@@ -84,7 +84,7 @@ expected_info(#{tokens := Tokens, quant_type := Quant} = Meta, Info, Size) ->
     QuantByte = quant_byte(Quant),
     Known = QuantByte =/= 255,
     maps:merge(maps:with(optional(), Info), Meta#{
-        tokens := [Token band 16#ffffffff || Token <- Tokens],
+        tokens := << <<Token:32/little>> || Token <- Tokens >>,
         quant_byte => QuantByte,
         quant_type := case Known of true -> Quant; false -> undefined end,
         file_size => Size
@@ -112,7 +112,7 @@ defaults_hold(Meta, Info, Before) ->
 %% The whole file, by the format's description.
 expected_size(Info, Payload) ->
     %% The digest's is the last record, and always there.
-    Tags = [32, 1, 1, 32, 4, 4 * length(maps:get(tokens, Info)), 33] ++ [
+    Tags = [32, 1, 1, 32, 4, byte_size(maps:get(tokens, Info)), 33] ++ [
         byte_size(Text)
      || Key <- [hostname, erllama_version, save_reason_detail],
         Text <- [maps:get(Key, Info)],
@@ -151,7 +151,7 @@ holds(_Other, _Good, _Bad, _Payload) ->
 
 %% The key as the load tells it: tokens and the like were not changed unnoticed.
 key_of(#{fingerprint := Fp, quant_byte := Quant, ctx_params_hash := Ctx, tokens := Tokens}) ->
-    crypto:hash(sha256, [Fp, Quant, Ctx, [<<T:32/little>> || T <- Tokens]]).
+    crypto:hash(sha256, [Fp, Quant, Ctx, Tokens]).
 
 %% The same from the undamaged file, whose TLV section begins behind the prompt: fingerprint, mode,
 %% quant byte, context hash, number of tokens, tokens.

@@ -34,6 +34,10 @@ impl fmt::Debug for Secret {
 /// tree, and a piece that a processor's cache holds.
 pub(crate) const PART: usize = 256 * 1024;
 
+/// Up to how many bytes of a view are hashed in one go. A view comes in pieces, most of them short, and
+/// the hash, which takes many blocks at once, would take one at a time.
+const GATHERED: usize = 64 * 1024;
+
 /// A digest in the making. Feed it the payload, then the prefix's
 /// [`digest_view`](crate::kvc::Prefix::digest_view).
 ///
@@ -113,7 +117,11 @@ impl Digester {
     }
 
     fn root(mut self, view: &[&[u8]]) -> blake3::Hash {
-        view.iter().for_each(|piece| self.update(piece));
+        if view.iter().map(|piece| piece.len()).sum::<usize>() <= GATHERED {
+            self.update(&view.concat());
+        } else {
+            view.iter().for_each(|piece| self.update(piece));
+        }
         let Some(mut left) = self.subtrees.pop() else {
             return self.tail.finalize();
         };

@@ -75,16 +75,6 @@ pub(crate) fn prefix<'a>(
 /// A stored file's metadata, under the same keys as it was saved with.
 pub(crate) fn info<'a>(env: Env<'a>, prefix: &ParsedPrefix) -> NifResult<Term<'a>> {
     let header = prefix.header();
-    let tokens: Vec<u32> = prefix
-        .tokens()
-        .chunks_exact(4)
-        .map(|token| {
-            token
-                .iter()
-                .rev()
-                .fold(0, |sum, byte| sum << 8 | u32::from(*byte))
-        })
-        .collect();
     let quant_type = kvc::quant_name(prefix.quant_byte());
     let pairs: [(Atom, Term<'a>); 17] = [
         (atoms::save_reason(), atom(env, header.save_reason.name())),
@@ -103,7 +93,8 @@ pub(crate) fn info<'a>(env: Env<'a>, prefix: &ParsedPrefix) -> NifResult<Term<'a
             atoms::ctx_params_hash(),
             binary(env, prefix.ctx_params_hash()),
         ),
-        (atoms::tokens(), tokens.encode(env)),
+        // As they are in the file: a list would be sixteen bytes of the caller's heap for each.
+        (atoms::tokens(), binary(env, prefix.tokens())),
         (atoms::context_size(), header.context_size.encode(env)),
         (atoms::creation_time(), header.creation_time.encode(env)),
         (atoms::last_used_time(), header.last_used_time.encode(env)),

@@ -199,8 +199,8 @@ const UNBACKED: u64 = 64 * 1024 * 1024;
 /// answer before the memory is used up.
 pub fn fits_memory(len: u64) -> bool {
     let fits = |memory: Option<u64>| memory.is_none_or(|memory| len <= memory);
-    // A control group's limit is looked up by name: not for what any can hold.
-    fits(sys::physical_memory()) && (len < UNBACKED || fits(group_memory(Path::new("/"))))
+    // Both are asked for anew by each call, so not for what any machine can hold.
+    len < UNBACKED || fits(sys::physical_memory()) && fits(group_memory(Path::new("/")))
 }
 
 /// The lowest limit of memory that any of this process's control groups has, in bytes; `/proc` and

@@ -9,7 +9,7 @@
 -module(erllama_cache_nif).
 
 -export([
-    semaphore_new/0, semaphore_new/1, semaphore_open/3, semaphore_close/1,
+    semaphore_new/0, semaphore_new/1, semaphore_open/3, semaphore_close/1, semaphore_abandon/1,
     semaphore_set_limit/2, semaphore_set_max_bytes/2,
     semaphore_current/1, semaphore_limit/1,
     semaphore_info/1, semaphore_holders/1, semaphore_waiters/1,
@@ -79,6 +79,10 @@ semaphore_open(_Semaphore, _Limit, _MaxBytes) -> ?NOT_LOADED.
 %% Refuses those who wait and those who come.
 -spec semaphore_close(semaphore()) -> ok.
 semaphore_close(_Semaphore) -> ?NOT_LOADED.
+
+%% Refuses those who wait, if its server has died and no other has opened it since.
+-spec semaphore_abandon(semaphore()) -> ok.
+semaphore_abandon(_Semaphore) -> ?NOT_LOADED.
 
 -spec semaphore_set_limit(semaphore(), pos_integer()) -> ok.
 semaphore_set_limit(_Semaphore, _Limit) -> ?NOT_LOADED.

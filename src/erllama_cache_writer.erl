@@ -275,6 +275,7 @@ open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret
         defaults => #{hostname => unicode:characters_to_binary(Hostname)}
     }),
     ok = erllama_cache_nif:semaphore_open(Semaphore, Limit, MaxBytes),
+    ok = erllama_cache_abandon:after_crash_of(self(), Semaphore),
     {ok, Semaphore}.
 
 save_options(Digest, none, #{file_mode := Mode, page_cache := PageCache} = Config) ->

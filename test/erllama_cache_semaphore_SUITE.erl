@@ -50,6 +50,8 @@ groups() ->
             limit_raised_under_waiters,
             byte_bound_raised_under_waiters,
             server_restarted_under_waiters,
+            server_that_nobody_replaces,
+            server_that_is_replaced_in_time,
             server_stopped_under_waiters
         ]},
         {ends, [], [
@@ -557,6 +559,41 @@ ended({Waiter, Acquire}) ->
     catch
         exit:Reason -> Reason
     end.
+
+%% As when a supervisor has given up: a minute later.
+server_that_nobody_replaces(_Config) ->
+    ok = ?WRITER:acquire(0),
+    Waiters = queue_up(3),
+    Abandons = kill_server(),
+    ?assert(waiting(Waiters)),
+    a_minute_has_passed(Abandons),
+    [{noproc, {?WRITER, acquire, [infinity]}} = ended(Waiter) || Waiter <- Waiters],
+    lists:foreach(fun has_no_message/1, [pid_of(Waiter) || Waiter <- Waiters]),
+    ok = ?WRITER:release().
+
+server_that_is_replaced_in_time(_Config) ->
+    ok = ?WRITER:acquire(0),
+    [First | _] = Waiters = queue_up(3),
+    Abandons = kill_server(),
+    {ok, Server} = ?WRITER:start_link(#{host => ?MODULE, max_concurrent => 1}),
+    true = unlink(Server),
+    a_minute_has_passed(Abandons),
+    ?assert(waiting(Waiters)),
+    ok = ?WRITER:release(),
+    ok = answered(First).
+
+%% The server, and who is to tell the waiters when it is gone.
+kill_server() ->
+    Server = whereis(?WRITER),
+    {monitored_by, Monitors} = process_info(Server, monitored_by),
+    [Abandons] = [Pid || Pid <- Monitors, is_pid(Pid)],
+    ok = kill(Server),
+    Abandons.
+
+a_minute_has_passed(Abandons) ->
+    Monitor = monitor(process, Abandons),
+    Abandons ! {timeout, make_ref(), no_server},
+    receive {'DOWN', Monitor, process, Abandons, normal} -> ok end.
 
 server_stopped_under_waiters(_Config) ->
     ok = ?WRITER:acquire(0),

@@ -298,6 +298,19 @@ fn a_suspension_loses_nothing() {
 }
 
 #[test]
+fn what_nobody_opens_again_is_abandoned() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Want::SLOT);
+    let _waiter = queued(&semaphore, "waiter", Want::SLOT);
+    assert!(semaphore.abandon().is_empty(), "it is open");
+    semaphore.suspend();
+    assert_eq!(woken(semaphore.abandon()), [("waiter", Verdict::Closed)]);
+    assert!(released(&holder).is_empty());
+    assert!(semaphore.open(1, None).is_empty());
+    assert_eq!(holder.try_acquire(Want::SLOT), Ok(()));
+}
+
+#[test]
 fn bytes_bound_what_stands_in_memory() {
     let semaphore = Arc::new(Sem::new());
     assert!(semaphore.open(10, Some(100)).is_empty());

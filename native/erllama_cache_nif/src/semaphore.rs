@@ -163,6 +163,12 @@ fn semaphore_close(env: Env<'_>, semaphore: &Semaphore) -> Atom {
 }
 
 #[rustler::nif]
+fn semaphore_abandon(env: Env<'_>, semaphore: &Semaphore) -> Atom {
+    deliver(env, &semaphore.core, semaphore.core.abandon());
+    atoms::ok()
+}
+
+#[rustler::nif]
 fn semaphore_set_limit(env: Env<'_>, semaphore: &Semaphore, limit: u32) -> NifResult<Atom> {
     deliver(
         env,

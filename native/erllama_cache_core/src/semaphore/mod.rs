@@ -296,6 +296,17 @@ impl<O: Clone, W> Semaphore<O, W> {
         self.serve(&mut inner)
     }
 
+    /// Refuses those who wait, if it has not been opened since it was
+    /// [suspended](Semaphore::suspend): nobody will any more.
+    pub fn abandon(&self) -> Wakes<W> {
+        let mut inner = lock(&self.inner);
+        if self.word.load().is_open() {
+            return Wakes::none();
+        }
+        inner.closed_before = inner.queue.next();
+        self.serve(&mut inner)
+    }
+
     /// Changes the limit: a higher one is handed out, a lower one takes no slot from anybody but lets
     /// nobody in until enough has come back. A waiter that wants more than the new limit is refused.
     /// Bounds of `limit` as for [`Semaphore::open`].

@@ -3,7 +3,7 @@
 %%
 %% A root is a file system path as the system wants it: encoded, without a NUL.
 %% Functions that end in `_more' go on with what another has begun, for as long as the answer is
-%% `more'; nothing works for much longer than 20 ms at a time, but for a sync.
+%% `more'. A slice is 10 ms long, or a sync, where that takes longer.
 %%
 %% @private
 -module(erllama_cache_nif).

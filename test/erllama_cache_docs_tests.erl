@@ -32,6 +32,26 @@ each_link_leads_somewhere_test_() ->
      || Module <- ?PUBLIC, Link <- links(Module)
     ].
 
+%% What a picture says in numbers is taken from the code by nobody but whoever draws it.
+the_picture_of_a_save_has_the_codes_numbers_test_() ->
+    {ok, Picture} = file:read_file(in_project("docs/save.svg")),
+    Core = "native/erllama_cache_core/src/files/tmp.rs",
+    Numbers = [
+        {Core, "const PIECE: usize = ([0-9]+) \\* 1024;", "write ~ts KiB"},
+        {Core, "const WRITEBACK: u64 = ([0-9]+) \\* 1024 \\* 1024;", "after each ~ts MiB"},
+        {"native/erllama_cache_nif/src/files.rs",
+         "const SLICE: Duration = Duration::from_millis\\(([0-9]+)\\);", "of ~ts ms"}
+    ],
+    [
+        {File, fun() ->
+            {ok, Code} = file:read_file(in_project(File)),
+            [[Number]] = matches(Pattern, Code),
+            Said = unicode:characters_to_binary(io_lib:format(Text, [Number])),
+            ?assertNotEqual(nomatch, binary:match(Picture, Said))
+        end}
+     || {File, Pattern, Text} <- Numbers
+    ].
+
 links(Module) ->
     {ok, Code} = file:read_file(source(Module)),
     lists:usort([binary_to_list(Link) || [Link] <- matches("\\{@link ([^} ]+)\\}", Code)]).

@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
-"""A reader and writer of KVC version 1 files that shares no code with the library.
+"""A reader and writer of KVC version 1 and 2 files that shares no code with the library.
 
 It is the oracle of the format's tests: a test that compares a file of the library's with what
 this makes of it compares two implementations. It is slow, and meant to be plain.
 
     kvc_oracle.py build META.json PAYLOAD OUT.kvc    write a file
     kvc_oracle.py show FILE.kvc                      print its fields as JSON
-    kvc_oracle.py check FILE.kvc...                  verify; exit 1 if any is bad
+    kvc_oracle.py check [--host] FILE.kvc...         verify; exit 1 if any is bad; with --host also
+                                                     what a host's parser refuses: a quant byte
+                                                     that names no type
     kvc_oracle.py prefix FILE.kvc                    hex of all bytes before the payload,
                                                      extension tags (>= 0x80) removed
 
 META.json holds a build_meta map: fingerprint and ctx_params_hash as hex, tokens as a list of
 integers, everything else as a string or a number. What has a default in Erlang has to be there
-(creation_time, last_used_time), or is left empty.
+(creation_time, last_used_time), or is left empty. "version" is 1 (the default) or 2.
+
+The two versions differ in the version byte, in what the key is made of (1: the tokens, 2: the
+prompt's bytes), and in save_reason 6, agent_prefix, which only version 2 has.
 
 Python 3.8 or later is all it needs. With the package `blake3` it also checks tag 0xB3; keyed
 digests when the environment variable KVC_KEY holds the key as 64 hex digits.
@@ -30,7 +35,9 @@ QUANT = {
     "iq2_s": 19, "iq2_m": 20, "iq3_xxs": 21, "iq3_xs": 22, "iq3_s": 23, "iq3_m": 24,
     "iq1_s": 25, "iq1_m": 26, "iq4_nl": 27, "iq4_xs": 28, "bf16": 29,
 }
-REASON = {"unknown": 0, "cold": 1, "continued": 2, "evict": 3, "shutdown": 4, "finish": 5}
+REASON = {"unknown": 0, "cold": 1, "continued": 2, "evict": 3, "shutdown": 4, "finish": 5,
+          "agent_prefix": 6}
+LAST_REASON = {1: 5, 2: 6}
 MODE = {"safe": 0, "gguf_chunked": 1, "fast_unsafe": 2}
 HEADER = struct.Struct("<3sBBBHIIIIQQQ")   # 48 bytes
 TRAILER = struct.Struct("<QQII")           # 24 bytes
@@ -54,13 +61,18 @@ def encode_tokens(tokens):
     return b"".join(struct.pack("<I", t & 0xFFFFFFFF) for t in tokens)
 
 
-def key(fingerprint, quant_byte, ctx_params_hash, tokens_bin):
+def key(version, fingerprint, quant_byte, ctx_params_hash, tokens_bin, prompt):
+    """Version 1: over the tokens, u32 little-endian each. Version 2: over the prompt's bytes."""
+    last = tokens_bin if version == 1 else prompt
     return hashlib.sha256(
-        fingerprint + bytes([quant_byte]) + ctx_params_hash + tokens_bin).digest()
+        fingerprint + bytes([quant_byte]) + ctx_params_hash + last).digest()
 
 
 def build(meta, payload):
     tokens = meta["tokens"]
+    version = meta.get("version", 1)
+    if REASON[meta["save_reason"]] > LAST_REASON[version]:
+        raise ValueError("version %d has no save_reason %s" % (version, meta["save_reason"]))
     tlvs = [
         (0x01, bytes.fromhex(meta["fingerprint"])),
         (0x02, bytes([MODE[meta["fingerprint_mode"]]])),
@@ -77,7 +89,7 @@ def build(meta, payload):
     prompt = meta.get("prompt_text", "").encode()
     offset = HEADER.size + TRAILER.size + 4 + len(prompt) + 4 + len(tlv)
     header = HEADER.pack(
-        b"KVC", 1, meta["quant_bits"], REASON[meta["save_reason"]], 0, len(tokens),
+        b"KVC", version, meta["quant_bits"], REASON[meta["save_reason"]], 0, len(tokens),
         meta.get("hit_count", 0), meta["context_size"], 0,
         meta["creation_time"], meta["last_used_time"], len(payload))
     trailer = TRAILER.pack(offset, len(payload), crc32c(payload), 0)
@@ -90,8 +102,8 @@ def parse(data):
         raise ValueError("too short for a header")
     (magic, version, quant_bits, reason, _, token_count, hits, ctx, _,
      created, used, nbytes) = HEADER.unpack_from(data, 0)
-    if magic != b"KVC" or version != 1:
-        raise ValueError("not a KVC version 1 file")
+    if magic != b"KVC" or version not in (1, 2):
+        raise ValueError("not a KVC file of version 1 or 2")
     offset, length, crc, _ = TRAILER.unpack_from(data, HEADER.size)
     pos = HEADER.size + TRAILER.size
 
@@ -127,11 +139,12 @@ def parse(data):
         if len(tags[tag]) != size:
             raise ValueError("tag 0x%02x has %d bytes" % (tag, len(tags[tag])))
     return {
-        "quant_bits": quant_bits, "save_reason": reason, "cached_token_count": token_count,
+        "version": version, "quant_bits": quant_bits, "save_reason": reason,
+        "cached_token_count": token_count,
         "hit_count": hits, "context_size": ctx, "creation_time": created,
         "last_used_time": used, "payload_offset": offset, "payload_length": length,
         "payload_crc32c": crc, "prompt_text": prompt, "tags": tags,
-        "key": key(tags[0x01], tags[0x03][0], tags[0x04], tags[0x09]),
+        "key": key(version, tags[0x01], tags[0x03][0], tags[0x04], tags[0x09], prompt),
         "payload": data[offset:],
     }
 
@@ -166,7 +179,7 @@ def digest(data, fields):
     return h.digest()
 
 
-def check(path):
+def check(path, as_host=False):
     """Raise ValueError unless every stored check of the file holds."""
     with open(path, "rb") as f:
         data = f.read()
@@ -177,6 +190,8 @@ def check(path):
         raise ValueError("crc32c %08x, stored %08x" % (actual, fields["payload_crc32c"]))
     if len(tags[0x09]) != 4 * fields["cached_token_count"]:
         raise ValueError("token count mismatch")
+    if as_host and tags[0x03][0] not in QUANT.values():
+        raise ValueError("quant byte %d names no type" % tags[0x03][0])
     name = os.path.basename(path)
     if name != fields["key"].hex() + ".kvc":
         raise ValueError("file name is not its key, %s" % fields["key"].hex())
@@ -229,9 +244,10 @@ def main(argv):
         return 0
     if len(argv) >= 2 and argv[0] == "check":
         bad = 0
-        for path in argv[1:]:
+        as_host = "--host" in argv
+        for path in [arg for arg in argv[1:] if arg != "--host"]:
             try:
-                check(path)
+                check(path, as_host)
                 print("ok   %s" % path)
             except (ValueError, OSError) as e:
                 bad += 1

@@ -111,7 +111,7 @@ save_in_toy() { # ERLANG
 }
 
 reads() { # by another implementation
-    run python3 "$here/test/kvc_oracle.py" check "$root"/*.kvc
+    run python3 "$here/test/kvc_oracle.py" check --host "$root"/*.kvc
 }
 
 (cd "$toy" && run rebar3 compile)

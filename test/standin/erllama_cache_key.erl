@@ -3,6 +3,10 @@
 -module(erllama_cache_key).
 
 -export([make/1, make/4, quant_byte/1, encode_tokens/1]).
+-export([reset/0, grow/2, names/1]).
+
+%% The byte of every type that the table does not name.
+-define(NO_TYPE, 255).
 
 -spec make(#{fingerprint := <<_:256>>, quant_type := atom(), ctx_params_hash := <<_:256>>,
              tokens := [non_neg_integer()]}) -> <<_:256>>.
@@ -29,6 +33,25 @@ quant_byte(QuantType) when is_atom(QuantType) ->
 -spec encode_tokens([non_neg_integer()]) -> binary().
 encode_tokens(Tokens) ->
     erllama_standin:call(encode_tokens, [Tokens], fun() -> encode(Tokens) end).
+
+%%% For tests. None of these is logged.
+
+-spec reset() -> ok.
+reset() ->
+    persistent_term:put(?MODULE, #{}).
+
+%% Adds a type to the table, as a later version of the host may.
+-spec grow(atom(), byte()) -> ok.
+grow(QuantType, Byte) ->
+    persistent_term:put(?MODULE, (later())#{QuantType => Byte}).
+
+%% Whether some type has this byte: the host's parser refuses all others.
+-spec names(byte()) -> boolean().
+names(Byte) ->
+    Byte =< byte(bf16) orelse lists:member(Byte, maps:values(later())).
+
+later() ->
+    persistent_term:get(?MODULE, #{}).
 
 key(Fingerprint, QuantType, CtxParamsHash, Tokens) ->
     <<_:256>> = crypto:hash(sha256, [Fingerprint, byte(QuantType), CtxParamsHash, Tokens]).
@@ -66,4 +89,4 @@ byte(iq1_m) -> 26;
 byte(iq4_nl) -> 27;
 byte(iq4_xs) -> 28;
 byte(bf16) -> 29;
-byte(_Other) -> 255.
+byte(Other) -> maps:get(Other, later(), ?NO_TYPE).

@@ -1,52 +1,79 @@
-%% Stands in for the host's server of reservations. A reservation is forgotten when the process that
-%% saves dies, unless its file has been published: then that file is adopted. Leases end only when
-%% a test says so, see expire/1.
+%% Stands in for the host's server of reservations.
+%%
+%% A reservation has a lease of a minute, which check, mark and announce renew. While it stands, the
+%% key is in conflict with everybody else; when it has run out, its token is refused, and the key is
+%% granted to whoever asks next. When its holder dies it is forgotten, unless its file has been
+%% published: that is read whole, and adopted or deleted. Who asks for a key that is being saved may
+%% wait for it, and is answered by the announcement alone.
+%%
+%% It is stricter than the host where a writer can be wrong without the host's seeing it: what is
+%% marked and announced must be the file that stands there, and in this order. Otherwise the call
+%% raises `{breaks_the_contract, What}' in its caller.
 -module(erllama_cache_meta_srv).
 -behaviour(gen_server).
 
 -export([reserve_save/3, check_reservation/2, mark_published/3, announce_saved/5,
          cancel_reservation/2]).
--export([start/0, expire/1, forget/1, reserved/0, stored/0]).
+-export([start/0, start_link/0]).
+-export([await/2, advance/1, expire/1, forget/1, reserved/0, stored/0, waiting/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
+
+%% Milliseconds.
+-define(LEASE, 60000).
 
 -record(reservation, {
     token :: reference(),
+    pid :: pid(),
     monitor :: reference(),
+    ends :: integer(),
     path :: file:name_all() | undefined
 }).
 
 -record(state, {
     reservations = #{} :: #{binary() => #reservation{}},
-    stored = [] :: [binary()]
+    stored = [] :: [binary()],
+    waiting = [] :: [{Key :: binary(), gen_server:from(), Timer :: reference()}],
+    %% What tests have put this server's clock on by, in milliseconds.
+    ahead = 0 :: non_neg_integer()
 }).
+
+-define(IS_KEY(Key), (is_binary(Key) andalso byte_size(Key) =:= 32)).
+-define(IS_PATH(Path), (is_list(Path) orelse is_binary(Path))).
 
 %%% The host's functions
 
 -spec reserve_save(<<_:256>>, disk | ram_file, pid()) ->
     {ok, reference()} | {error, already_present | conflict}.
-reserve_save(Key, Tier, Pid) ->
+reserve_save(Key, Tier, Pid)
+    when ?IS_KEY(Key), Tier =:= disk orelse Tier =:= ram_file, is_pid(Pid)
+->
     call(reserve_save, [Key, Tier, Pid]).
 
 -spec check_reservation(<<_:256>>, reference()) -> ok | {error, expired}.
-check_reservation(Key, Token) ->
+check_reservation(Key, Token) when ?IS_KEY(Key), is_reference(Token) ->
     call(check_reservation, [Key, Token]).
 
 -spec mark_published(<<_:256>>, reference(), file:name_all()) -> ok | {error, expired}.
-mark_published(Key, Token, Path) ->
+mark_published(Key, Token, Path) when ?IS_KEY(Key), is_reference(Token), ?IS_PATH(Path) ->
     call(mark_published, [Key, Token, Path]).
 
 -spec announce_saved(<<_:256>>, reference(), pos_integer(), <<_:384>>, binary()) ->
     ok | {error, expired}.
-announce_saved(Key, Token, Size, Header, Tokens) ->
+announce_saved(Key, Token, Size, <<_:48/binary>> = Header, Tokens)
+    when ?IS_KEY(Key), is_reference(Token), is_integer(Size), Size > 0, is_binary(Tokens)
+->
     call(announce_saved, [Key, Token, Size, Header, Tokens]).
 
 -spec cancel_reservation(<<_:256>>, reference()) -> ok.
-cancel_reservation(Key, Token) ->
+cancel_reservation(Key, Token) when ?IS_KEY(Key), is_reference(Token) ->
     call(cancel_reservation, [Key, Token]).
 
 call(Name, Args) ->
     erllama_standin:call(Name, Args, fun() ->
-        gen_server:call(?MODULE, list_to_tuple([Name | Args]))
+        case gen_server:call(?MODULE, list_to_tuple([Name | Args])) of
+            {breaks_the_contract, _} = Reason -> error(Reason);
+            Answer -> Answer
+        end
     end).
 
 %%% For tests. None of these is logged.
@@ -54,6 +81,20 @@ call(Name, Args) ->
 -spec start() -> {ok, pid()}.
 start() ->
     {ok, _} = gen_server:start({local, ?MODULE}, ?MODULE, [], []).
+
+-spec start_link() -> {ok, pid()} | {error, term()}.
+start_link() ->
+    gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
+
+%% Asks for a key as a turn does that follows: while it is being saved, for so many milliseconds.
+-spec await(<<_:256>>, non_neg_integer()) -> stored | miss.
+await(Key, Timeout) ->
+    gen_server:call(?MODULE, {await, Key, Timeout}, infinity).
+
+%% Lets time pass for leases.
+-spec advance(non_neg_integer()) -> ok.
+advance(Ms) ->
+    gen_server:call(?MODULE, {advance, Ms}).
 
 %% Ends a reservation's lease.
 -spec expire(<<_:256>>) -> ok.
@@ -73,76 +114,164 @@ reserved() ->
 stored() ->
     gen_server:call(?MODULE, stored).
 
+%% The keys that somebody waits for.
+-spec waiting() -> [Key :: <<_:256>>].
+waiting() ->
+    gen_server:call(?MODULE, waiting).
+
 %%% The server
 
 init([]) ->
     {ok, #state{}}.
 
-handle_call({reserve_save, Key, _Tier, Pid}, _From, State) ->
-    #state{reservations = Reservations, stored = Stored} = State,
-    case {lists:member(Key, Stored), Reservations} of
+handle_call({reserve_save, Key, _Tier, Pid}, _From, State0) ->
+    #state{reservations = Reservations, stored = Stored} = State = without_the_dead(Key, State0),
+    case {lists:member(Key, Stored), find(Key, State)} of
         {true, _} ->
             {reply, {error, already_present}, State};
-        {false, #{Key := _}} ->
+        {false, {ok, _Reservation}} ->
             {reply, {error, conflict}, State};
-        {false, _} ->
+        {false, Lapsed} ->
+            [true = demonitor(Monitor, [flush])
+             || {lapsed, #reservation{monitor = Monitor}} <- [Lapsed]],
             Token = make_ref(),
-            New = #reservation{token = Token, monitor = monitor(process, Pid)},
+            New = #reservation{
+                token = Token, pid = Pid, monitor = monitor(process, Pid), ends = lease(State)
+            },
             {reply, {ok, Token}, State#state{reservations = Reservations#{Key => New}}}
     end;
 handle_call({check_reservation, Key, Token}, _From, State) ->
     case find(Key, Token, State) of
-        {ok, _} -> {reply, ok, State};
-        error -> {reply, {error, expired}, State}
+        {ok, Reservation} -> {reply, ok, renew(Key, Reservation, State)};
+        stale -> {reply, {error, expired}, State}
     end;
 handle_call({mark_published, Key, Token, Path}, _From, State) ->
     case find(Key, Token, State) of
         {ok, Reservation} ->
-            #state{reservations = Reservations} = State,
-            Marked = Reservations#{Key := Reservation#reservation{path = Path}},
-            {reply, ok, State#state{reservations = Marked}};
-        error ->
+            case erllama_standin_kvc:look(Path) of
+                {ok, #{key := Key}, _Payload} ->
+                    {reply, ok, renew(Key, Reservation#reservation{path = Path}, State)};
+                {ok, #{key := Another}, _Payload} ->
+                    breaks({marked_file_of, Another}, State);
+                {error, Reason} ->
+                    breaks({marked_file, Reason}, State)
+            end;
+        stale ->
             {reply, {error, expired}, State}
     end;
-handle_call({announce_saved, Key, Token, _Size, _Header, _Tokens}, _From, State) ->
+handle_call({announce_saved, Key, Token, Size, Header, Tokens}, _From, State) ->
     case find(Key, Token, State) of
-        {ok, #reservation{path = Path}} when Path =/= undefined ->
-            {reply, ok, store(Key, drop(Key, State))};
-        _ ->
+        {ok, #reservation{path = undefined}} ->
+            breaks(announced_before_marked, State);
+        {ok, #reservation{path = Path}} ->
+            case erllama_standin_kvc:look(Path) of
+                {ok, #{size := Size, header := Header, tokens := Tokens}, _Payload} ->
+                    {reply, ok, answer(Key, store(Key, drop(Key, State)))};
+                {ok, Info, _Payload} ->
+                    breaks({announced, {Size, Header, Tokens}, Info}, State);
+                {error, Reason} ->
+                    breaks({announced_file, Reason}, State)
+            end;
+        stale ->
             {reply, {error, expired}, State}
     end;
-handle_call({cancel_reservation, Key, Token}, _From, State) ->
-    case find(Key, Token, State) of
-        {ok, _} -> {reply, ok, drop(Key, State)};
-        error -> {reply, ok, State}
+handle_call({cancel_reservation, Key, Token}, _From, #state{reservations = All} = State) ->
+    case All of
+        #{Key := #reservation{token = Token}} -> {reply, ok, drop(Key, State)};
+        _ -> {reply, ok, State}
     end;
-handle_call({expire, Key}, _From, State) ->
-    {reply, ok, drop(Key, State)};
+handle_call({await, Key, Timeout}, From, #state{stored = Stored, waiting = Waiting} = State) ->
+    case {lists:member(Key, Stored), find(Key, State)} of
+        {true, _} ->
+            {reply, stored, State};
+        {false, none} ->
+            {reply, miss, State};
+        {false, _} ->
+            Timer = erlang:start_timer(Timeout, self(), From),
+            {noreply, State#state{waiting = [{Key, From, Timer} | Waiting]}}
+    end;
+handle_call({advance, Ms}, _From, #state{ahead = Ahead} = State) ->
+    {reply, ok, State#state{ahead = Ahead + Ms}};
+handle_call({expire, Key}, _From, #state{reservations = Reservations} = State) ->
+    #{Key := Reservation} = Reservations,
+    Lapsed = Reservation#reservation{ends = now_ms(State)},
+    {reply, ok, State#state{reservations = Reservations#{Key := Lapsed}}};
 handle_call({forget, Key}, _From, #state{stored = Stored} = State) ->
     {reply, ok, State#state{stored = lists:delete(Key, Stored)}};
 handle_call(reserved, _From, #state{reservations = Reservations} = State) ->
     Reserved = [{Key, Token} || {Key, #reservation{token = Token}} <- maps:to_list(Reservations)],
     {reply, Reserved, State};
 handle_call(stored, _From, #state{stored = Stored} = State) ->
-    {reply, Stored, State}.
+    {reply, Stored, State};
+handle_call(waiting, _From, #state{waiting = Waiting} = State) ->
+    {reply, [Key || {Key, _, _} <- Waiting], State}.
 
 handle_cast(_Request, State) ->
     {noreply, State}.
 
 handle_info({'DOWN', Monitor, process, _Pid, _Reason}, State) ->
-    [{Key, #reservation{path = Path}}] =
-        [Entry || {_, #reservation{monitor = M}} = Entry
-                      <- maps:to_list(State#state.reservations), M =:= Monitor],
-    Dropped = drop(Key, State),
-    case Path =/= undefined andalso is_whole(Path) of
-        true -> {noreply, store(Key, Dropped)};
-        false -> {noreply, Dropped}
+    [Key] = [Key || {Key, #reservation{monitor = M}} <- maps:to_list(State#state.reservations),
+                    M =:= Monitor],
+    {noreply, holder_died(Key, State)};
+handle_info({timeout, Timer, From}, #state{waiting = Waiting} = State) ->
+    case lists:keytake(Timer, 3, Waiting) of
+        {value, _, Others} ->
+            ok = gen_server:reply(From, miss),
+            {noreply, State#state{waiting = Others}};
+        false ->
+            {noreply, State}
     end.
 
-find(Key, Token, #state{reservations = Reservations}) ->
+breaks(What, State) ->
+    {reply, {breaks_the_contract, What}, State}.
+
+find(Key, #state{reservations = Reservations} = State) ->
+    Now = now_ms(State),
     case Reservations of
-        #{Key := #reservation{token = Token} = Reservation} -> {ok, Reservation};
-        _ -> error
+        #{Key := #reservation{ends = Ends} = Reservation} when Ends > Now -> {ok, Reservation};
+        #{Key := Reservation} -> {lapsed, Reservation};
+        _ -> none
+    end.
+
+find(Key, Token, State) ->
+    case find(Key, State) of
+        {ok, #reservation{token = Token}} = Found -> Found;
+        _ -> stale
+    end.
+
+renew(Key, Reservation, #state{reservations = Reservations} = State) ->
+    Renewed = Reservation#reservation{ends = lease(State)},
+    State#state{reservations = Reservations#{Key := Renewed}}.
+
+lease(State) ->
+    now_ms(State) + ?LEASE.
+
+now_ms(#state{ahead = Ahead}) ->
+    erlang:monotonic_time(millisecond) + Ahead.
+
+%% The message that tells of a holder's death may come after the next one's question.
+without_the_dead(Key, #state{reservations = Reservations} = State) ->
+    case Reservations of
+        #{Key := #reservation{pid = Pid}} ->
+            case is_process_alive(Pid) of
+                true -> State;
+                false -> holder_died(Key, State)
+            end;
+        _ ->
+            State
+    end.
+
+holder_died(Key, #state{reservations = Reservations} = State) ->
+    #{Key := #reservation{path = Path}} = Reservations,
+    Dropped = drop(Key, State),
+    case Path =/= undefined andalso erllama_standin_kvc:read(Path) of
+        false ->
+            Dropped;
+        {ok, #{key := Key}, _Payload} ->
+            store(Key, Dropped);
+        _ ->
+            _ = file:delete(Path),
+            Dropped
     end.
 
 drop(Key, #state{reservations = Reservations} = State) ->
@@ -153,11 +282,7 @@ drop(Key, #state{reservations = Reservations} = State) ->
 store(Key, #state{stored = Stored} = State) ->
     State#state{stored = [Key | Stored]}.
 
-%% What the host makes of a published file whose writer has died, in short.
-is_whole(Path) ->
-    case file:read_file(Path) of
-        {ok, <<"KVC", 1, _:44/binary, Offset:64/little, Length:64/little, _/binary>> = File} ->
-            byte_size(File) =:= Offset + Length;
-        _ ->
-            false
-    end.
+answer(Key, #state{waiting = Waiting} = State) ->
+    {Answered, Others} = lists:partition(fun({For, _, _}) -> For =:= Key end, Waiting),
+    [gen_server:reply(From, stored) || {_, From, _} <- Answered],
+    State#state{waiting = Others}.

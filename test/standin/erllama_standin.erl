@@ -34,8 +34,10 @@
 start(TierSrv, Root) ->
     {ok, _} = gen_server:start({local, ?MODULE}, ?MODULE, TierSrv, []),
     {ok, _} = erllama_cache_meta_srv:start(),
+    ok = erllama_cache_counters:reset(),
+    ok = erllama_cache_key:reset(),
     {ok, _} = erllama_cache_disk_srv:start(TierSrv, Root),
-    erllama_cache_counters:reset().
+    ok.
 
 %% Stops those of them that still run.
 -spec stop() -> ok.

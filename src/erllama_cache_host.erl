@@ -8,8 +8,8 @@
 %% <li>`reserve', next. The save ends with its error; `already_present' is counted.</li>
 %% <li>`root', next. It exits when there is no such tier server.</li>
 %% <li>`check': before a small file is written; between writing and publishing any other, and each
-%%   15 seconds while a long one is written. After its error the temporary file goes, and the
-%%   reservation is left to whose it is.</li>
+%%   15 seconds while a long one is written or waits for its turn. After its error the temporary
+%%   file goes, and the reservation is left to whose it is.</li>
 %% <li>`mark_published' and `announce', when the file has its name. After their errors it
 %% stays.</li>
 %% <li>`count', at the end of a save that went well.</li>

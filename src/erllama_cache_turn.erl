@@ -8,7 +8,7 @@
 %% @private
 -module(erllama_cache_turn).
 
--export([setup/0, run/1]).
+-export([setup/0, run/1, run/3]).
 
 %% So many schedulers are left to others.
 -define(LEFT, 2).
@@ -39,7 +39,21 @@ make_turns() ->
 -spec run(fun((erllama_cache_nif:guard()) -> Result)) -> Result.
 run(Call) ->
     Guard = guard(),
-    ok = take(Guard),
+    ok = take(Guard, infinity, fun() -> ok end),
+    call(Guard, Call).
+
+%% The same. Until the turn comes, `Meanwhile' runs each so many milliseconds; with its error the
+%% wait is over, and the call is not made.
+-spec run(fun((erllama_cache_nif:guard()) -> Result), timeout(), fun(() -> ok | Error)) ->
+    Result | {gave_up, Error}.
+run(Call, Every, Meanwhile) ->
+    Guard = guard(),
+    case take(Guard, Every, Meanwhile) of
+        ok -> call(Guard, Call);
+        Error -> {gave_up, Error}
+    end.
+
+call(Guard, Call) ->
     try
         Call(Guard)
     after
@@ -56,7 +70,7 @@ guard() ->
             Guard
     end.
 
-take(Guard) ->
+take(Guard, Every, Meanwhile) ->
     case erllama_cache_nif:try_acquire(Guard) of
         ok ->
             ok;
@@ -64,6 +78,35 @@ take(Guard) ->
             Ref = make_ref(),
             case erllama_cache_nif:acquire_or_queue(Guard, 1, 0, Ref) of
                 ok -> ok;
-                queued -> receive {Ref, granted} -> ok end
+                queued -> await(Guard, Ref, Every, Meanwhile)
             end
+    end.
+
+await(Guard, Ref, Every, Meanwhile) ->
+    receive
+        {Ref, granted} -> ok
+    after Every ->
+        try Meanwhile() of
+            ok ->
+                await(Guard, Ref, Every, Meanwhile);
+            Error ->
+                ok = leave(Guard, Ref),
+                Error
+        catch
+            Class:Reason:Stack ->
+                ok = leave(Guard, Ref),
+                erlang:raise(Class, Reason, Stack)
+        end
+    end.
+
+leave(Guard, Ref) ->
+    case erllama_cache_nif:give_up(Guard) of
+        withdrawn ->
+            ok;
+        decided ->
+            receive
+                {Ref, granted} -> ok
+            end,
+            _ = erllama_cache_nif:release(Guard),
+            ok
     end.

@@ -891,8 +891,8 @@ begin_write({ok, Path}, #save{size = Size} = Save) when Size =< ?SMALL ->
         {error, _} = Error -> {lost, Error}
     end;
 begin_write({ok, Path}, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
-                              tokens = Tokens, payload = Payload, options = Options}) ->
-    erllama_cache_turn:run(fun(Turn) ->
+                              tokens = Tokens, payload = Payload, options = Options} = Save) ->
+    in_turn(Save, fun(Turn) ->
         erllama_cache_nif:write_tmp(
             Turn, Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
         )
@@ -911,12 +911,20 @@ write_and_publish(Path, #save{tier = ram_file, guard = Guard, key = Key, meta = 
         _ -> Written
     end;
 write_and_publish(Path, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
-                              tokens = Tokens, payload = Payload, options = Options}) ->
-    erllama_cache_turn:run(fun(Turn) ->
+                              tokens = Tokens, payload = Payload, options = Options} = Save) ->
+    in_turn(Save, fun(Turn) ->
         erllama_cache_nif:write_and_publish(
             Turn, Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
         )
     end).
+
+%% A call of the library in its turn. On a disk that is slow the turn may be long in coming: the
+%% lease is renewed meanwhile. If it is lost then, the call is not made.
+in_turn(Save, Call) ->
+    case erllama_cache_turn:run(Call, erllama_cache_host:renew_every(), fun() -> check(Save) end) of
+        {gave_up, Error} -> {lost, Error};
+        Result -> Result
+    end.
 
 %% There is a temporary file: a failed call has dropped it, everything else has to.
 save_begun(Progress, Root, Tmp, Save) ->
@@ -956,8 +964,9 @@ go_on(more, Tmp, #save{guard = Guard, payload = Payload} = Save) ->
     case renew(Save) of
         {ok, Renewed} ->
             Slice = fun(Turn) -> erllama_cache_nif:write_more(Turn, Guard, Tmp, Payload) end,
-            case erllama_cache_turn:run(Slice) of
+            case in_turn(Save, Slice) of
                 {error, _} = Error -> {failed, Error};
+                {lost, _} = Lost -> Lost;
                 Progress -> write_rest(Progress, Tmp, Renewed)
             end;
         {error, _} = Error ->
@@ -980,16 +989,47 @@ renew(#save{renewed = Renewed} = Save) ->
 check(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
     Host:check(TierSrv, Key, Token).
 
-publish(Root, Tmp, #save{guard = Guard} = Save) ->
-    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:publish(Turn, Guard, Tmp) end) of
-        more ->
-            publish(Root, Tmp, Save);
-        {ok, Outcome, Size, Header} ->
-            ok = count_outcome(Outcome),
-            announce(Root, Size, Header, Save);
-        {error, _} = Error ->
-            cancel_reservation(Save),
-            Error
+publish(Root, Tmp, Save) ->
+    try in_turn(Save, publish_call(Tmp, Save)) of
+        {lost, Error} ->
+            ok = erllama_cache_nif:abort(Tmp),
+            Error;
+        Progress ->
+            published(Progress, Root, Tmp, Save)
+    catch
+        Class:Reason:Stack ->
+            ok = erllama_cache_nif:abort(Tmp),
+            cancel_after_exception(Save),
+            erlang:raise(Class, Reason, Stack)
+    end.
+
+published(more, Root, Tmp, Save) ->
+    Renewed = renew_if_it_stands(Save),
+    Meanwhile = fun() ->
+        _ = renew_if_it_stands(Renewed),
+        ok
+    end,
+    Call = publish_call(Tmp, Renewed),
+    Progress = erllama_cache_turn:run(Call, erllama_cache_host:renew_every(), Meanwhile),
+    published(Progress, Root, Tmp, Renewed);
+published({ok, Outcome, Size, Header}, Root, _Tmp, Save) ->
+    ok = count_outcome(Outcome),
+    announce(Root, Size, Header, Save);
+published({error, _} = Error, _Root, _Tmp, Save) ->
+    cancel_reservation(Save),
+    Error.
+
+publish_call(Tmp, #save{guard = Guard}) ->
+    fun(Turn) -> erllama_cache_nif:publish(Turn, Guard, Tmp) end.
+
+%% The file may have its name already. Whether the reservation was lost, or the host does not
+%% answer, is for mark_published to tell.
+renew_if_it_stands(Save) ->
+    try renew(Save) of
+        {ok, Renewed} -> Renewed;
+        {error, _} -> Save
+    catch
+        _:_ -> Save
     end.
 
 count_outcome(linked) -> ok;

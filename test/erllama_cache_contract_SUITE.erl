@@ -14,6 +14,7 @@
     fresh_dir/2, files/1, open_files/1, file_of/2, meta/0, meta/1, eventually/1,
     actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, own_messages/0, run_command/2
 ]).
+-import(erllama_cache_hooked_host, [hold_turns/0, next_turn/1, go_on/1, waits_for_a_turn/1]).
 
 -define(WRITER, erllama_cache_writer).
 -define(META_SRV, erllama_cache_meta_srv).
@@ -22,6 +23,8 @@
 -define(LIMIT, 3).
 -define(PAYLOAD, <<"a payload">>).
 -define(DUPLICATE_DROPPED, 16).
+%% Milliseconds.
+-define(LEASE, 60000).
 
 suite() ->
     [{timetrap, {seconds, 60}}].
@@ -81,6 +84,19 @@ groups() ->
             reservation_expires_before_mark_published,
             reservation_expires_before_announce_saved,
             host_raises
+        ]},
+        {leases, [], [
+            second_saver_meets_a_conflict,
+            key_of_a_dead_saver_is_free_at_once,
+            time_in_the_queue_is_no_time_of_a_lease,
+            lease_is_renewed_while_it_writes,
+            lease_is_renewed_while_it_waits_for_its_turn,
+            key_lost_while_it_waits_for_its_turn,
+            regranted_before_publishing,
+            regranted_after_publishing,
+            regranted_before_announcing,
+            turn_that_follows_waits_for_the_announcement,
+            failure_answers_nobody_who_waits
         ]},
         {taken_name, [], [
             valid_file_is_adopted,
@@ -888,6 +904,252 @@ raises(Call, Class, Config) ->
     ?assertMatch({ok, _}, save()),
     [ok = ?META_SRV:forget(Key) || Key <- ?META_SRV:stored()],
     [ok = file:delete(filename:join(Root, File)) || File <- files(Root)].
+
+%%% Leases
+
+%% Two save one key at the same time.
+second_saver_meets_a_conflict(Config) ->
+    Second = actor(),
+    Self = self(),
+    ok = erllama_standin:script(check_reservation, [
+        {before, fun(_Args) -> Self ! {second, ask(Second, fun() -> save() end)} end}
+    ]),
+    {ok, Key} = save(),
+    ?assertEqual({error, conflict}, receive {second, Result} -> Result after 0 -> none end),
+    ?assertEqual({error, already_present}, ask(Second, fun() -> save() end)),
+    ?assertEqual(#{4 => 1, ?DUPLICATE_DROPPED => 1}, erllama_cache_counters:all()),
+    assert_only(file_of(?config(root, Config), Key), Config).
+
+%% The host may not have been told of the death yet.
+key_of_a_dead_saver_is_free_at_once(Config) ->
+    Self = self(),
+    Block = {before, fun(_Args) -> Self ! blocked, receive never -> ok end end},
+    ok = erllama_standin:script(check_reservation, [Block]),
+    First = actor(),
+    _ = tell(First, fun() -> save(meta(), <<"the dead one's">>) end),
+    receive blocked -> ok end,
+    ok = sys:suspend(?META_SRV),
+    kill(First),
+    Second = actor(),
+    Saving = tell(Second, fun() -> save() end),
+    ok = sys:resume(?META_SRV),
+    {ok, Key} = answer(Second, Saving),
+    ?assertEqual(?PAYLOAD, stored_payload(Config, Key)),
+    assert_only(file_of(?config(root, Config), Key), Config).
+
+%% Nothing is reserved before there is a slot, so that no lease can run out in the queue.
+time_in_the_queue_is_no_time_of_a_lease(_Config) ->
+    ok = ?WRITER:set_max_concurrent(1),
+    ok = ?WRITER:acquire(0),
+    Actor = actor(),
+    Saving = tell(Actor, fun() -> save() end),
+    eventually(fun() -> waiting() =:= [Actor] end),
+    ok = ?META_SRV:advance(10 * ?LEASE),
+    ?assertEqual([], ?META_SRV:reserved()),
+    ok = ?WRITER:release(),
+    ?assertMatch({ok, _}, answer(Actor, Saving)).
+
+%% A save asks between its slices, if its last question was long enough ago: here that is at once.
+lease_is_renewed_while_it_writes(Config) ->
+    Root = ?config(root, Config),
+    on_peer(["erl"], fun() -> save_in_many_slices(Root, 64 * 1024 * 1024) end).
+
+save_in_many_slices(Root, Bytes) ->
+    ok = on_a_fresh_node(Root, 0),
+    Payload = <<0:Bytes/unit:8>>,
+    %% Each question comes late, but in time.
+    Late = {before, fun(_Args) -> ok = ?META_SRV:advance(?LEASE - 20000) end},
+    ok = erllama_standin:script(check_reservation, lists:duplicate(1000, Late)),
+    {ok, Key} = save(meta(), Payload),
+    %% Before the file is published it is asked in any case.
+    ?assert(length(args(check_reservation)) > 2),
+    %% It would take the oracle minutes.
+    ?assertMatch({ok, _, _}, erllama_standin_kvc:look(file_of(Root, Key))),
+    ok = file:delete(file_of(Root, Key)).
+
+%% As long as others have all the turns on the dirty schedulers, whose disk is slow.
+lease_is_renewed_while_it_waits_for_its_turn(Config) ->
+    Root = ?config(root, Config),
+    on_peer(["erl"], fun() -> save_waits_for_turns(Root) end).
+
+save_waits_for_turns(Root) ->
+    ok = on_a_fresh_node(Root, 1),
+    [
+        begin
+            Saver = actor(),
+            Turns = hold_turns(),
+            Saving = tell(Saver, fun() -> save(meta([byte_size(Payload)]), Payload) end),
+            %% The last of these waits is for its publication, if it is not a small save.
+            After = lists:foldl(
+                fun(_Nth, Held) ->
+                    ok = waits_for_a_turn(Saver),
+                    [ok = time_passes_and_it_asks() || _ <- [1, 2, 3]],
+                    next_turn(Held)
+                end,
+                Turns,
+                lists:seq(1, Waits)
+            ),
+            ?assertMatch({ok, _}, answer(Saver, Saving)),
+            ok = go_on(After)
+        end
+     || {Payload, Waits} <- [{?PAYLOAD, 1}, {<<0:(100000 * 8)>>, 2}]
+    ],
+    ok.
+
+time_passes_and_it_asks() ->
+    ok = ?META_SRV:advance(?LEASE - 20000),
+    Asked = length(args(check_reservation)),
+    eventually(fun() -> length(args(check_reservation)) > Asked end).
+
+%% Nothing is published without the reservation, however late the turn comes.
+key_lost_while_it_waits_for_its_turn(Config) ->
+    Root = ?config(root, Config),
+    on_peer(["erl"], fun() -> save_loses_its_key_in_line(Root) end).
+
+save_loses_its_key_in_line(Root) ->
+    ok = on_a_fresh_node(Root, 1),
+    [
+        begin
+            [Saver, Other] = [untidy_actor(), actor()],
+            Turns = hold_turns(),
+            Saving = tell(Saver, fun() -> {save(meta(), Payload), open_files(Root)} end),
+            Held = lists:foldl(
+                fun(_Nth, Now) ->
+                    ok = waits_for_a_turn(Saver),
+                    next_turn(Now)
+                end,
+                Turns,
+                lists:seq(1, Waits)
+            ),
+            ok = waits_for_a_turn(Saver),
+            [{Key, _}] = ?META_SRV:reserved(),
+            ok = ?META_SRV:expire(Key),
+            {ok, Theirs} = ask(Other, fun() -> ?META_SRV:reserve_save(Key, disk, self()) end),
+            %% The turns are still held.
+            ?assertEqual({{error, expired}, []}, answer(Saver, Saving)),
+            ?assertEqual([], files(Root)),
+            ?assertEqual([{Key, Theirs}], ?META_SRV:reserved()),
+            ok = go_on(Held),
+            ?assertEqual({0, []}, {?WRITER:current(), files(Root)}),
+            ok = ?META_SRV:cancel_reservation(Key, Theirs),
+            ?assertMatch({ok, Key}, ask(Saver, fun() -> save() end)),
+            ok = ?META_SRV:forget(Key),
+            ok = file:delete(file_of(Root, Key))
+        end
+     || {Payload, Waits} <- [{?PAYLOAD, 0}, {<<0:(100000 * 8)>>, 0}, {<<0:(100000 * 8)>>, 1}]
+    ],
+    ok.
+
+%% Host and writer on a node where a save asks after this many milliseconds whether its reservation
+%% still stands, and not after 15 s.
+on_a_fresh_node(Root, Ms) ->
+    {ok, _} = application:ensure_all_started(crypto),
+    Module = erllama_cache_host,
+    {ok, {Module, [{abstract_code, {_, Forms}}]}} =
+        beam_lib:chunks(code:which(Module), [abstract_code]),
+    Answer = fun(Anno) -> [{clause, Anno, [], [], [{integer, Anno, Ms}]}] end,
+    {ok, Module, Beam} = compile:forms([
+        case Form of
+            {function, Anno, renew_every, 0, _} -> {function, Anno, renew_every, 0, Answer(Anno)};
+            _ -> Form
+        end
+     || Form <- Forms
+    ]),
+    {module, Module} = code:load_binary(Module, "as for this test", Beam),
+    Ms = Module:renew_every(),
+    ok = erllama_standin:start(?TIER, Root),
+    _ = start_writer(?LIMIT),
+    ok.
+
+%% Another process takes the key over and saves it, while this one is about to publish.
+regranted_before_publishing(Config) ->
+    [
+        begin
+            {Mine, Theirs, Key} = regranted_at(check_reservation, Payload),
+            ?assertEqual({{error, expired}, {ok, Key}}, {Mine, Theirs}),
+            ?assertEqual(<<"theirs">>, stored_payload(Config, Key)),
+            ?assertNot(lists:member(cancel_reservation, calls())),
+            regranted_is_over(Key, Config)
+        end
+     || Payload <- [<<"ours">>, binary:copy(<<"ours">>, 30000)]
+    ].
+
+%% The other one finds the file and adopts it: it is told of once, by the one who has the key.
+regranted_after_publishing(Config) ->
+    {Mine, Theirs, Key} = regranted_at(mark_published, <<"ours">>),
+    ?assertEqual({{error, expired}, {ok, Key}}, {Mine, Theirs}),
+    ?assertEqual(<<"ours">>, stored_payload(Config, Key)),
+    regranted_is_over(Key, Config).
+
+regranted_before_announcing(Config) ->
+    {Mine, Theirs, Key} = regranted_at(announce_saved, <<"ours">>),
+    ?assertEqual({{error, expired}, {ok, Key}}, {Mine, Theirs}),
+    ?assertEqual(<<"ours">>, stored_payload(Config, Key)),
+    [[Key, Lost, _, _, _], [Key, Valid, _, _, _]] = args(announce_saved),
+    ?assertNotEqual(Lost, Valid),
+    regranted_is_over(Key, Config).
+
+%% What two savers of one key are told, the second of whom is granted it when the first makes this
+%% call.
+regranted_at(Call, Payload) ->
+    ok = erllama_standin:forget_calls(),
+    Self = self(),
+    Second = actor(),
+    TakeOver = fun([Key | _]) ->
+        ok = ?META_SRV:expire(Key),
+        Self ! {theirs, Key, ask(Second, fun() -> save(meta(), <<"theirs">>) end)}
+    end,
+    ok = erllama_standin:script(Call, [{before, TakeOver}]),
+    Mine = save(meta(), Payload),
+    receive
+        {theirs, Key, Theirs} -> {Mine, Theirs, Key}
+    after 0 -> error({not_called, Call})
+    end.
+
+regranted_is_over(Key, Config) ->
+    ?assertEqual([Key], ?META_SRV:stored()),
+    ?assertEqual(#{4 => 1}, erllama_cache_counters:all()),
+    assert_only(file_of(?config(root, Config), Key), Config),
+    ?assertMatch({ok, #{key := Key}, _}, ?DISK_SRV:load(?TIER, Key)),
+    ok = file:delete(file_of(?config(root, Config), Key)),
+    ok = ?META_SRV:forget(Key),
+    ok = erllama_cache_counters:reset().
+
+%% It asks for the key while that is being saved, and finds the file when it is answered.
+turn_that_follows_waits_for_the_announcement(_Config) ->
+    {Follower, Following} = follows_a_save(100000),
+    [ok = erllama_standin:script(Call, [
+        {before, fun([Key | _]) -> [Key] = ?META_SRV:waiting() end}
+    ]) || Call <- [check_reservation, mark_published, announce_saved]],
+    {ok, Key} = save(),
+    ?assertMatch({stored, {ok, #{key := Key}, ?PAYLOAD}}, answer(Follower, Following)).
+
+%% It sits out its time.
+failure_answers_nobody_who_waits(Config) ->
+    {Follower, Following} = follows_a_save(500),
+    ok = erllama_standin:script(check_reservation, [
+        {before, fun([Key | _]) -> ok = ?META_SRV:expire(Key) end}
+    ]),
+    ?assertEqual({error, expired}, save()),
+    ?assertEqual({miss, miss}, answer(Follower, Following)),
+    ?assertEqual([], files(?config(root, Config))).
+
+%% A process that asks for the key of the next save as soon as that is reserved.
+follows_a_save(Timeout) ->
+    Follower = actor(),
+    Following = tell(Follower, fun() ->
+        receive
+            {reserved, Key} -> {?META_SRV:await(Key, Timeout), ?DISK_SRV:load(?TIER, Key)}
+        end
+    end),
+    ok = erllama_standin:script(dir, [
+        {before, fun(_Args) ->
+            [{Key, _Token}] = ?META_SRV:reserved(),
+            Follower ! {reserved, Key},
+            eventually(fun() -> ?META_SRV:waiting() =:= [Key] end)
+        end}
+    ]),
+    {Follower, Following}.
 
 %%% The final name is taken
 

@@ -3,7 +3,8 @@
 -module(erllama_cache_hooked_host).
 -behaviour(erllama_cache_host).
 
--export([with_hook/2, stop_after_first_slice/1, go_on/1]).
+-export([with_hook/2]).
+-export([stop_after_first_slice/1, hold_turns/0, next_turn/1, go_on/1, waits_for_a_turn/1]).
 -export_type([turns/0]).
 -export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 
@@ -23,14 +24,25 @@ with_hook(Hook, Fun) ->
 %% turns on the dirty schedulers are taken, and until go_on/1 no slice of anything runs.
 -spec stop_after_first_slice(fun(() -> pid())) -> turns().
 stop_after_first_slice(Begin) ->
-    First = all_turns(),
-    ok = taken(First),
-    waits_for_a_turn(Begin()),
-    %% Turns are given in the order in which they were asked for: one to that process, then all.
-    Second = all_turns(),
-    ok = go_on(First),
-    ok = taken(Second),
-    Second.
+    Turns = hold_turns(),
+    ok = waits_for_a_turn(Begin()),
+    next_turn(Turns).
+
+%% Takes all turns on the dirty schedulers.
+-spec hold_turns() -> turns().
+hold_turns() ->
+    Turns = all_turns(),
+    ok = taken(Turns),
+    Turns.
+
+%% Gives a turn to each who waits for one, and takes them all again.
+-spec next_turn(turns()) -> turns().
+next_turn(Turns) ->
+    %% They are given in the order in which they were asked for.
+    Next = all_turns(),
+    ok = go_on(Turns),
+    ok = taken(Next),
+    Next.
 
 -spec go_on(turns()) -> ok.
 go_on({Guard, _}) ->
@@ -46,8 +58,10 @@ all_turns() ->
 taken({_Guard, {_Ref, ok}}) -> ok;
 taken({_Guard, {Ref, queued}}) -> receive {Ref, granted} -> ok end.
 
+%% Returns when this process waits for its turn.
+-spec waits_for_a_turn(pid()) -> ok.
 waits_for_a_turn(Pid) ->
-    Waits = [{current_function, {erllama_cache_turn, take, 1}}, {status, waiting}],
+    Waits = [{current_function, {erllama_cache_turn, await, 4}}, {status, waiting}],
     erllama_cache_test_util:eventually(fun() ->
         process_info(Pid, [current_function, status]) =:= Waits
     end).

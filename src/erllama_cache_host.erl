@@ -6,7 +6,7 @@
 %% <ul>
 %% <li>`identify', first, with a slot held. The save ends with its error.</li>
 %% <li>`reserve', next. The save ends with its error; `already_present' is counted.</li>
-%% <li>`root', next. It exits when there is no such tier server.</li>
+%% <li>`root', next. It exits when there is no such tier server. The save ends with its error.</li>
 %% <li>`check': before a small file is written; between writing and publishing any other, and each
 %%   15 seconds while a long one is written or waits for its turn. After its error the temporary
 %%   file goes, and the reservation is left to whose it is.</li>
@@ -41,7 +41,7 @@
     {ok, token()} | {error, already_present | conflict | term()}.
 
 %% The directory to save in. Exits when the tier server is not there.
--callback root(tier_srv()) -> file:name_all().
+-callback root(tier_srv()) -> file:name_all() | {error, term()}.
 
 %% Whether the reservation still stands, and renews its lease of 60 seconds.
 -callback check(tier_srv(), Key :: binary(), token()) -> ok | {error, expired}.

@@ -46,7 +46,13 @@ reserve(_TierSrv, Tier, Key, _Size) ->
 
 %% @private
 root(TierSrv) ->
-    erllama_cache_disk_srv:dir(TierSrv).
+    try
+        erllama_cache_disk_srv:dir(TierSrv)
+    catch
+        %% The server answers when it has read what others load, and the caller is the process that
+        %% decodes tokens: it must neither wait for all that nor die of it.
+        exit:{timeout, _} -> {error, tier_busy}
+    end.
 
 %% @private
 check(_TierSrv, Key, Token) ->

@@ -120,6 +120,7 @@ format_error(unauthenticated) -> "the file was not made with this node's secret"
 format_error(not_regular) -> "under the key's name stands something that is not a regular file";
 format_error({wrong_tier, Tier}) -> text("the store is for tier ~ts", [Tier]);
 format_error(exceeds_max_bytes) -> "the file is larger than the store may be";
+format_error(tier_busy) -> "the tier server, busy with loads, did not answer in time";
 format_error(no_room) -> "nothing is left in the store that could be evicted";
 format_error({mac_key, bad_key}) -> "the secret is not 32 bytes";
 format_error({mac_key, raised}) -> "the function that gives the secret has raised";
@@ -609,8 +610,8 @@ save(TierSrv, Tier, Meta, Payload) ->
 %%
 %% Errors: `max_concurrent', no slot in time, and nothing was done; `already_present', this key is
 %% stored; `conflict', somebody else is saving it; `{missing_key, Key}', `{invalid_meta, Key}' and
-%% `prefix_too_long', of the map; `expired', the reservation was lost; `badarg' and
-%% `{unencodable, Encoding}', of the root's name;
+%% `prefix_too_long', of the map; `expired', the reservation was lost; `tier_busy', the tier server
+%% did not answer; `badarg' and `{unencodable, Encoding}', of the root's name;
 %% `{read_back, What}', the file is not what was written; a POSIX reason as the module `file' has
 %% them; and what the host itself answers. After any of them nothing is left behind, but for
 %% `expired' when the file was published by then: it stays, and the host adopts it.
@@ -865,7 +866,7 @@ file_size(#{prompt_text := Prompt, hostname := Hostname, erllama_version := Vers
 save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
     try
         Root = Host:root(TierSrv),
-        {Root, begin_write(erllama_cache_path:native(Root), Save)}
+        {Root, begin_write(native(Root), Save)}
     of
         {Root1, {ok, Outcome, Size, Header}} ->
             ok = count_outcome(Outcome),
@@ -882,6 +883,9 @@ save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
             cancel_after_exception(Save),
             erlang:raise(Class, Reason, Stack)
     end.
+
+native({error, _} = Error) -> Error;
+native(Root) -> erllama_cache_path:native(Root).
 
 begin_write({ok, Path}, #save{size = Size} = Save) when Size =< ?SMALL ->
     %% The way to a dirty scheduler and back takes longer than the write of a few pages, so there is

@@ -73,6 +73,7 @@ groups() ->
         ]},
         {failures, [], [
             tier_server_is_not_there,
+            tier_server_is_busy,
             root_is_missing,
             root_is_a_file,
             root_takes_no_files,
@@ -738,6 +739,18 @@ tier_server_is_not_there(Config) ->
     ?assertExit({noproc, {gen_server, call, [?TIER, dir]}}, save()),
     ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
     assert_nothing_left(Config).
+
+%% It is reading what others load. The call's 5 s are over at once here.
+tier_server_is_busy(Config) ->
+    ok = erllama_standin:script(dir, [
+        {instead, fun([TierSrv]) -> gen_server:call(TierSrv, dir, 0) end}
+    ]),
+    ok = sys:suspend(?TIER),
+    ?assertEqual({{error, tier_busy}, []}, ask(actor(), fun() -> {save(), own_messages()} end)),
+    ok = sys:resume(?TIER),
+    ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
+    assert_nothing_left(Config),
+    ?assertMatch({ok, _}, save()).
 
 root_is_missing(Config) ->
     Missing = filename:join(?config(root, Config), "missing"),

@@ -396,7 +396,7 @@ a_name_that_changes_while_it_is_opened(Config) ->
     Before = snapshot([Theirs]),
     case [while_exchanged(path(Root, 1), Other, M) || M <- Make] of
         [not_found | _] ->
-            {skip, "no renameat2, or no python3"};
+            {skip, "no renameat2"};
         Seen ->
             [?assertEqual([ours, {error, {corrupt, not_regular}}], Outcomes) || Outcomes <- Seen],
             assert_unchanged(Before)

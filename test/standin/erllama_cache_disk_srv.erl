@@ -21,7 +21,7 @@ start(TierSrv, Root) ->
 
 -spec start_link(atom(), file:name_all()) -> {ok, pid()} | {error, term()}.
 start_link(TierSrv, Root) ->
-    gen_server:start_link({local, TierSrv}, ?MODULE, Root, []).
+    erllama_standin:start_link(TierSrv, ?MODULE, Root).
 
 %% Loads a key as the host does, in the server.
 -spec load(atom(), <<_:256>>) ->

@@ -84,7 +84,7 @@ start() ->
 
 -spec start_link() -> {ok, pid()} | {error, term()}.
 start_link() ->
-    gen_server:start_link({local, ?MODULE}, ?MODULE, [], []).
+    erllama_standin:start_link(?MODULE, ?MODULE, []).
 
 %% Asks for a key as a turn does that follows: while it is being saved, for so many milliseconds.
 -spec await(<<_:256>>, non_neg_integer()) -> stored | miss.

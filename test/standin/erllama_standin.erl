@@ -6,9 +6,9 @@
 -module(erllama_standin).
 -behaviour(gen_server).
 
--export([start/2, stop/0]).
+-export([start/1, start/2, stop/0]).
 -export([script/2, calls/0, forget_calls/0]).
--export([call/3]).
+-export([call/3, start_link/3]).
 -export([init/1, handle_call/3, handle_cast/2]).
 -export_type([name/0, step/0]).
 
@@ -32,12 +32,17 @@
 %% Starts the host's servers, with one tier server of this name and root.
 -spec start(atom(), file:name_all()) -> ok.
 start(TierSrv, Root) ->
-    {ok, _} = gen_server:start({local, ?MODULE}, ?MODULE, TierSrv, []),
+    ok = start(TierSrv),
     {ok, _} = erllama_cache_meta_srv:start(),
-    ok = erllama_cache_counters:reset(),
-    ok = erllama_cache_key:reset(),
     {ok, _} = erllama_cache_disk_srv:start(TierSrv, Root),
     ok.
+
+%% Starts what those need, which somebody else starts.
+-spec start(atom()) -> ok.
+start(TierSrv) ->
+    {ok, _} = gen_server:start({local, ?MODULE}, ?MODULE, TierSrv, []),
+    ok = erllama_cache_counters:reset(),
+    erllama_cache_key:reset().
 
 %% Stops those of them that still run.
 -spec stop() -> ok.
@@ -69,6 +74,22 @@ call(Name, Args, Host) ->
         {raise, Class, Reason} -> erlang:raise(Class, Reason, []);
         {before, Fun} -> _ = Fun(Args), Host();
         {instead, Fun} -> Fun(Args)
+    end.
+
+%% For the stand-ins: starts a server below a supervisor. If that is new because the one before was
+%% killed, the server of before has its exit signal, but perhaps not yet handled it.
+-spec start_link(atom(), module(), term()) -> {ok, pid()} | {error, term()}.
+start_link(Name, Module, Arg) ->
+    case gen_server:start_link({local, Name}, Module, Arg, []) of
+        {error, {already_started, Pid}} = Error ->
+            Monitor = monitor(process, Pid),
+            receive
+                {'DOWN', Monitor, process, Pid, _} -> start_link(Name, Module, Arg)
+            after 1000 ->
+                Error
+            end;
+        Started ->
+            Started
     end.
 
 init(TierSrv) ->

@@ -21,13 +21,14 @@
     last_used_time => non_neg_integer(),
     hit_count => 0..16#ffffffff,
     prompt_text => binary(),
-    hostname => binary(),
-    erllama_version => binary(),
-    save_reason_detail => binary(),
+    hostname => binary() | undefined,
+    erllama_version => binary() | undefined,
+    save_reason_detail => binary() | undefined,
     atom() => term()
 }.
 %% Tokens are stored modulo 2^32 each. Times are unix seconds, now by default. Hostname and version
-%% default to this machine's and to that of the application `erllama'. Other keys are ignored.
+%% default to this machine's and to that of the application `erllama'. `undefined' is as good as
+%% leaving the key out. Other keys are ignored.
 
 -type identity() :: #{
     fingerprint := <<_:256>>,
@@ -46,6 +47,7 @@
 
 -define(REQUIRED, [save_reason, quant_bits, fingerprint, fingerprint_mode, quant_type,
                    ctx_params_hash, tokens, context_size]).
+-define(UNDEFINABLE, [hostname, erllama_version, save_reason_detail]).
 -define(IDENTITY, [fingerprint, quant_type, ctx_params_hash, tokens]).
 -define(U32, 16#ffffffff).
 -define(U64, 16#ffffffffffffffff).
@@ -66,10 +68,22 @@ complete(Meta, Defaults) ->
         true ->
             {ok, Complete};
         false ->
-            case [Key || Key <- ?REQUIRED, not is_map_key(Key, Meta)] of
-                [Key | _] -> {error, {missing_key, Key}};
-                [] -> check(Complete)
+            case without_undefined(Meta) of
+                Meta -> why_not(Meta, Complete);
+                Given -> complete(Given, Defaults)
             end
+    end.
+
+%% erllama's own writer takes it for a key that is not there.
+without_undefined(Meta) ->
+    maps:filter(
+        fun(Key, Value) -> Value =/= undefined orelse not lists:member(Key, ?UNDEFINABLE) end, Meta
+    ).
+
+why_not(Meta, Complete) ->
+    case [Key || Key <- ?REQUIRED, not is_map_key(Key, Meta)] of
+        [Key | _] -> {error, {missing_key, Key}};
+        [] -> check(Complete)
     end.
 
 %% All that check/1 asks of a map, in one match: it stands in the way of each save.

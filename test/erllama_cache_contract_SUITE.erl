@@ -1360,7 +1360,7 @@ invalid_values(Config) ->
 
 invalid() ->
     Hash = [<<0:248>>, <<0:264>>, <<0:255>>, <<0:257>>, <<>>, lists:duplicate(32, 0), undefined],
-    Binary = ["text", <<1:7>>, undefined, 1],
+    Binary = ["text", <<1:7>>, 1],
     U64 = [-1, 1 bsl 64, 1.0, now, <<0:64>>],
     [
         {save_reason, [warm, <<"cold">>, "cold", 1]},
@@ -1374,7 +1374,7 @@ invalid() ->
         {creation_time, U64},
         {last_used_time, U64},
         {hit_count, [-1, 1 bsl 32, 1.0, often]},
-        {prompt_text, Binary},
+        {prompt_text, [undefined | Binary]},
         {hostname, Binary},
         {erllama_version, Binary},
         {save_reason_detail, Binary}
@@ -1424,6 +1424,13 @@ defaults(Config) ->
     ?assertEqual(unicode:characters_to_binary(Hostname), maps:get(16#05, Tags)),
     ?assertEqual(<<"unknown">>, maps:get(16#06, Tags)),
     ?assertNot(is_map_key(16#07, Tags)),
+    %% Undefined is as good as left out.
+    Undefined = #{hostname => undefined, erllama_version => undefined,
+                  save_reason_detail => undefined},
+    {ok, Same} = save(maps:merge(meta([1]), Undefined)),
+    {ok, SameFile} = file:read_file(file_of(?config(root, Config), Same)),
+    Texts = [16#05, 16#06, 16#07],
+    ?assertEqual(maps:with(Texts, Tags), maps:with(Texts, tags(SameFile))),
     %% Inside the host its version is known.
     ok = application:load({application, erllama, [{vsn, "0.5.1"}]}),
     try

@@ -86,7 +86,7 @@ init([]) -> {ok, none}.
 handle_call(_Request, _From, State) -> {reply, {error, unknown_call}, State}.
 handle_cast(_Request, State) -> {noreply, State}.
 END
-printf '%s\n' '{erl_opts, [debug_info]}.' '{deps, [' ']}.' >"$toy/rebar.config"
+printf '%s\n' '{erl_opts, [debug_info]}.' '{deps, []}.' >"$toy/rebar.config"
 echo /_build/ >"$toy/.gitignore"
 commit "$toy"
 
@@ -97,8 +97,7 @@ commit "$work/repository"
 
 # Saves in the running application, and hands what it sees to a check.
 save_in_toy() { # ERLANG
-    # shellcheck disable=SC2046  # paths in words
-    (cd "$toy" && run env TOY_ROOT="$root" erl -noinput -pa $(rebar3 path) -eval "
+    (cd "$toy" && run env TOY_ROOT="$root" erl -noinput -pa _build/default/lib/*/ebin -eval "
         {ok, _} = application:ensure_all_started(erllama),
         Meta = #{save_reason => cold, quant_bits => 16, quant_type => f16,
                  fingerprint => <<1:256>>, fingerprint_mode => safe,
@@ -123,16 +122,17 @@ added() { # FILE
     awk -v file="$1" '
         /^ *\+\+\+ / { current = $2 }
         /^ *```$/ { current = "" }
-        current == "b/" file && sub(/^ *\+ /, "") && !/^\+\+/' "$page"
+        current == "b/" file && !/^ *\+\+\+/ && sub(/^   \+/, "")' "$page"
 }
 rm "$toy/src/erllama_cache_writer.erl"
-added rebar.config | sed "s|https://example.org/erllama_cache_nif.git|file://$work/repository|;s|},$|}|" \
+added rebar.config | sed "s|https://example.org/erllama_cache_nif.git|file://$work/repository|" \
     >"$work/dependency"
 added src/erllama.app.src >"$work/application"
 for lines in dependency application; do
     [ -s "$work/$lines" ] || fail "the page adds no $lines"
 done
-sed -i "/^{deps, \[/r $work/dependency" "$toy/rebar.config"
+sed -i -e "/^{deps, \[\]}\.\$/{r $work/dependency
+d}" "$toy/rebar.config"
 sed -i "/{applications, \[/r $work/application" "$toy/src/erllama.app.src"
 (cd "$toy" && run rebar3 get-deps)
 # Cargo's cache, so that the crates it depends on are not built anew.
@@ -162,6 +162,11 @@ echo "in      this one is in use, with the project's keys, reservations and coun
 git -C "$toy" checkout -q -- .
 rm "$toy/rebar.lock"
 [ -z "$(git -C "$toy" status --porcelain)" ] || fail "more has changed than the page undoes"
+# Where all that is compiled is in the path, what is left of the dependency is in use until it is removed.
+(cd "$toy" && run rebar3 compile)
+save_in_toy '"erllama_cache_nif" = Home(erllama_cache_writer)'
+removal=$(grep '^rm -rf _build/' "$page") || fail "the page does not remove what was compiled"
+(cd "$toy" && run sh -c "$removal")
 (cd "$toy" && run rebar3 compile)
 save_in_toy '{error, its_own} = Save(), "erllama" = Home(erllama_cache_writer)'
 reads

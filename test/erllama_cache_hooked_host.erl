@@ -1,17 +1,26 @@
 %% The store as a host, with something that happens when a save asks whether its reservation stands:
-%% a small save before it writes, a large one after it has written and before it publishes.
+%% a small save before it writes, a large one after it has written and before it publishes; or at
+%% each call that is about the reservation.
 -module(erllama_cache_hooked_host).
 -behaviour(erllama_cache_host).
 
 -export([with_hook/2]).
 -export([stop_after_first_slice/1, hold_turns/0, next_turn/1, go_on/1, waits_for_a_turn/1]).
--export_type([turns/0]).
+-export([all_turns/0, taken/1]).
+-export_type([turns/0, hook/0, call/0]).
 -export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 
 -opaque turns() :: {erllama_cache_nif:guard(), {reference(), ok | queued}}.
 
-%% Runs `Fun' while every save that asks runs `Hook' first, in its own process.
--spec with_hook(fun(() -> term()), fun(() -> Result)) -> Result.
+%% Without arguments, it runs before `check'. With the call, the key and the token, it runs before
+%% `check', `mark_published' and `announce', and right after a `reserve' that has gone well.
+-type hook() ::
+    fun(() -> term())
+    | fun((call(), Key :: binary(), erllama_cache_host:token()) -> term()).
+-type call() :: reserve | check | mark_published | announce.
+
+%% Runs `Fun' while every save runs `Hook' in its own process.
+-spec with_hook(hook(), fun(() -> Result)) -> Result.
 with_hook(Hook, Fun) ->
     persistent_term:put(?MODULE, Hook),
     try
@@ -49,12 +58,16 @@ go_on({Guard, _}) ->
     _ = erllama_cache_nif:release(Guard),
     ok.
 
+%% Asks for all turns, behind those who have asked already: see taken/1.
+-spec all_turns() -> turns().
 all_turns() ->
     Guard = erllama_cache_nif:guard_new(persistent_term:get(erllama_cache_turn)),
     Turns = max(1, erlang:system_info(dirty_io_schedulers) - 2),
     Ref = make_ref(),
     {Guard, {Ref, erllama_cache_nif:acquire_or_queue(Guard, Turns, 0, Ref)}}.
 
+%% Waits for the turns. From then on nothing that needs one goes on until go_on/1.
+-spec taken(turns()) -> ok.
 taken({_Guard, {_Ref, ok}}) -> ok;
 taken({_Guard, {Ref, queued}}) -> receive {Ref, granted} -> ok end.
 
@@ -70,20 +83,27 @@ identify(Meta) ->
     erllama_cache_store:identify(Meta).
 
 reserve(Name, Tier, Key, Size) ->
-    erllama_cache_store:reserve(Name, Tier, Key, Size).
+    case erllama_cache_store:reserve(Name, Tier, Key, Size) of
+        {ok, Token} ->
+            ok = hook(reserve, Key, Token),
+            {ok, Token};
+        {error, _} = Error ->
+            Error
+    end.
 
 root(Name) ->
     erllama_cache_store:root(Name).
 
 check(Name, Key, Token) ->
-    Hook = persistent_term:get(?MODULE, fun() -> ok end),
-    _ = Hook(),
+    ok = hook(check, Key, Token),
     erllama_cache_store:check(Name, Key, Token).
 
 mark_published(Name, Key, Token, Root) ->
+    ok = hook(mark_published, Key, Token),
     erllama_cache_store:mark_published(Name, Key, Token, Root).
 
 announce(Name, Key, Token, Size, Header, Tokens) ->
+    ok = hook(announce, Key, Token),
     erllama_cache_store:announce(Name, Key, Token, Size, Header, Tokens).
 
 cancel(Name, Key, Token) ->
@@ -91,3 +111,11 @@ cancel(Name, Key, Token) ->
 
 count(Name, Event) ->
     erllama_cache_store:count(Name, Event).
+
+hook(Call, Key, Token) ->
+    _ = case persistent_term:get(?MODULE, none) of
+        Hook when is_function(Hook, 3) -> Hook(Call, Key, Token);
+        Hook when is_function(Hook, 0), Call =:= check -> Hook();
+        _ -> ok
+    end,
+    ok.

@@ -23,7 +23,7 @@ BENCH := erl -noshell -pa "$(BENCH_LIB)/ebin" "$(BENCH_LIB)/bench"
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom soak-semaphore \
+.PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom soak-semaphore soak-store \
   faults crash kill disks fuzz soak sanitize valgrind readme dropin chunks rustdoc \
   bench-plots bench-semaphore bench-save bench-slow bench-build edoc clean distclean
 
@@ -85,6 +85,9 @@ loom: setup ## Check the models of semaphore and shared sync: every interleaving
 
 soak-semaphore: setup ## The semaphore's state machine for 50,000 sequences (minutes)
 	PROPER_SEQUENCES=$${PROPER_SEQUENCES:-50000} rebar3 eunit --module=prop_semaphore_tests
+
+soak-store: setup ## The store's state machine for 10,000 sequences (minutes)
+	PROPER_SEQUENCES=$${PROPER_SEQUENCES:-10000} rebar3 eunit --module=prop_store_tests
 
 faults: setup all ## Each I/O call fails once, the VM ends at each one; FAULTS=quick does less
 	tools/faults.sh

@@ -179,11 +179,23 @@ run(Commands) ->
             case {get(slow), Result, left_behind()} of
                 {true, _, _} -> passed;
                 {_, ok, []} -> loads(Model);
-                {_, _, Left} -> {Result, {left_behind, Left}, {last, lists:last([none | History])}}
+                {_, _, Left} -> {Result, {left_behind, Left}, story(Commands, History)}
             end
     after
         teardown()
     end.
+
+%% What was done, with what came of it.
+story([{init, _} | Commands], History) ->
+    story(Commands, History);
+story(Commands, History) ->
+    Results = [Result || {_State, Result} <- History],
+    [
+        {Step, Args, Result}
+     || {{set, _, {call, _, Step, Args}}, Result} <- lists:zip(
+            lists:sublist(Commands, length(Results)), Results
+        )
+    ].
 
 setup() ->
     _ = put(slow, false),
@@ -876,10 +888,15 @@ begin_save(Client, Key, Size, Way, N) ->
     end).
 
 go_on(Client) ->
-    use(fun() ->
-        saver(Client) ! go_on,
-        await(Client)
-    end).
+    use(fun() -> let_go(Client) end).
+
+%% A small save that needs more than one slice asks once more, as a large one does.
+let_go(Client) ->
+    saver(Client) ! go_on,
+    case await(Client) of
+        {before, check} -> let_go(Client);
+        Answer -> Answer
+    end.
 
 %% Another takes its name. Of a save in the background, the process that saves is killed.
 die(Client) ->

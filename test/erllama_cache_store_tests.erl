@@ -61,6 +61,9 @@ store_tests() ->
         fun a_killed_saver_leaves_nothing_half/1,
         fun an_ended_lease_stands_until_taken/1,
         fun a_load_leaves_reservations_alone/1,
+        fun a_lease_that_was_taken_over_leaves_no_watch/1,
+        fun a_check_beside_loads_does_not_expire/1,
+        fun a_start_leaves_reservations_alone/1,
 
         fun what_was_not_used_for_longest_is_evicted/1,
         fun a_file_above_the_bound_is_refused/1,
@@ -68,6 +71,8 @@ store_tests() ->
         fun room_comes_back/1,
         fun a_start_makes_room/1,
         fun many_savers_stay_within_the_bound/1,
+        fun two_bounded_stores_share_a_root/1,
+        fun a_load_that_ends_at_once_is_heard_of/1,
 
         fun a_start_reads_headers_only/1,
         fun a_start_removes_what_is_proven_corrupt/1,
@@ -632,6 +637,92 @@ a_load_leaves_reservations_alone(Root) ->
         ?assertMatch(#{files := 1, reservations := 0}, erllama_cache_store:info(Store))
     end).
 
+%% Whoever dies first, the one who lost the key or the one who has it.
+a_lease_that_was_taken_over_leaves_no_watch(Root) ->
+    _ = [
+        with_store(#{root => Root, max_bytes => MaxBytes}, fun(Store) ->
+            {Loser, {ok, _}} = start_owner(fun() -> reserve(Store, key(1)) end),
+            %% In an unbounded store the server hears of a reservation later.
+            eventually(fun() -> watches(Store) =:= 1 end),
+            end_lease(Store, key(1)),
+            {Winner, {ok, Token}} = start_owner(fun() -> reserve(Store, key(1)) end),
+            eventually(fun() -> watches(Store) =:= 1 end),
+            case Dies of
+                loser ->
+                    kill(Loser),
+                    ok = ask(Winner, fun() -> erllama_cache_store:check(Store, key(1), Token) end),
+                    eventually(fun() -> watches(Store) =:= 1 end),
+                    kill(Winner);
+                winner ->
+                    kill(Winner),
+                    none_reserved(Store),
+                    kill(Loser)
+            end,
+            none_reserved(Store),
+            eventually(fun() -> watches(Store) =:= 0 end),
+            %% And who has announced a file may die as well.
+            {Saver, {ok, _}} = start_owner(fun() ->
+                erllama_cache_writer:save(Store, disk, meta(1), ?PAYLOAD)
+            end),
+            kill(Saver),
+            ok = erllama_cache_store:delete(Store, key(1))
+        end)
+     || MaxBytes <- [infinity, 1 bsl 20], Dies <- [loser, winner]
+    ].
+
+watches(Store) ->
+    #{watches := Watches} = gen_server:call(Store, audit),
+    Watches.
+
+%% Loads note their uses in the row of a reservation too, and a check that renews the lease changes
+%% the same row.
+a_check_beside_loads_does_not_expire(Root) ->
+    with_store(#{root => Root}, fun(Store) ->
+        Key = key(1),
+        {ok, Token} = reserve(Store, Key),
+        Loader = spawn(fun() -> note_uses(Store, Key) end),
+        Checked = [
+            begin
+                end_lease(Store, Key),
+                erllama_cache_store:check(Store, Key, Token)
+            end
+         || _ <- lists:seq(1, 5000)
+        ],
+        kill(Loader),
+        ?assertEqual([ok], lists:usort(Checked)),
+        ok = erllama_cache_store:cancel(Store, Key, Token)
+    end).
+
+note_uses(Store, Key) ->
+    _ = erllama_cache_index:use(Store, Key, erlang:system_time(millisecond)),
+    note_uses(Store, Key).
+
+%% A store that starts can be saved to before it has looked through its root.
+a_start_leaves_reservations_alone(Root) ->
+    Key = with_store(#{root => Root}, fun(Store) -> save(Store, 1) end),
+    Turns = erllama_cache_hooked_host:all_turns(),
+    ok = erllama_cache_hooked_host:taken(Turns),
+    Test = self(),
+    Starter = spawn_link(fun() ->
+        with_store(#{root => Root}, fun(_Store) ->
+            Test ! started,
+            receive stop -> ok end
+        end)
+    end),
+    eventually(fun() -> is_pid(whereis(?STORE)) end),
+    ok = erllama_cache_hooked_host:waits_for_a_turn(whereis(?STORE)),
+    {ok, Token} = reserve(?STORE, Key),
+    ok = erllama_cache_hooked_host:go_on(Turns),
+    receive started -> ok end,
+    ?assertEqual(ok, erllama_cache_store:check(?STORE, Key, Token)),
+    ?assertEqual({error, conflict}, in_process(fun() -> reserve(?STORE, Key) end)),
+    Size = filelib:file_size(path(Root, Key)),
+    ?assertEqual(ok, erllama_cache_store:announce(?STORE, Key, Token, Size, <<>>, <<>>)),
+    ?assertMatch(#{files := 1, bytes := Size}, erllama_cache_store:info(?STORE)),
+    Monitor = monitor(process, Starter),
+    Starter ! stop,
+    receive {'DOWN', Monitor, process, Starter, normal} -> ok end.
+
 %%% Eviction
 
 -define(BIG, 10000).
@@ -774,6 +865,69 @@ many_savers_stay_within_the_bound(Root) ->
         Whole = binary:copy(<<0>>, MaxBytes - 260),
         ?assertMatch({ok, _}, erllama_cache_writer:save(Store, disk, big_meta(1), Whole)),
         ?assertEqual([filename:basename(path(Root, key(1)))], list_dir(Root))
+    end).
+
+%% Each bounds what it knows of, and forgets what the other has evicted.
+two_bounded_stores_share_a_root(Root) ->
+    {MaxBytes, Numbers} = {3 * ?ROOM, lists:seq(1, 40)},
+    with_store(#{root => Root, max_bytes => MaxBytes}, fun(Store) ->
+        with_store(other_store, #{root => Root, max_bytes => MaxBytes}, fun(Other) ->
+            Load = fun(Name, N) ->
+                case erllama_cache_store:load(Name, key(N)) of
+                    {ok, _, Payload} -> Payload =:= big_payload();
+                    miss -> true
+                end
+            end,
+            _ = in_processes(2, fun(I) ->
+                Mine = lists:nth(I, [Store, Other]),
+                [
+                    begin
+                        Saved = erllama_cache_writer:save(Mine, disk, big_meta(N), big_payload()),
+                        ?assert(lists:member(Saved, [{ok, key(N)}, {error, already_present}])),
+                        ?assert(Load(Mine, N)),
+                        ?assert(Load(Mine, max(1, N - 2)))
+                    end
+                 || N <- Numbers
+                ]
+            end),
+            ?assert(bytes_in(Root) =< 2 * MaxBytes),
+            %% A save makes room for what loads have found, too.
+            _ = [
+                begin
+                    _ = [Load(Name, N) || N <- Numbers],
+                    {ok, _} = erllama_cache_writer:save(Name, disk, big_meta(New), big_payload()),
+                    ok = its_books_balance(Name, #{max_bytes => MaxBytes}),
+                    #{bytes := Bytes} = erllama_cache_store:info(Name),
+                    ?assert(Bytes =< MaxBytes)
+                end
+             || {Name, New} <- [{Store, 41}, {Other, 42}]
+            ],
+            _ = [
+                ok = erllama_cache_store:delete(Name, key(N))
+             || Name <- [Store, Other], N <- Numbers ++ [41, 42]
+            ],
+            ?assertEqual([], list_dir(Root)),
+            _ = [sys:get_state(Name) || Name <- [Store, Other]],
+            _ = [?assertMatch(#{used := 0, should := 0, watches := 0},
+                              gen_server:call(Name, audit)) || Name <- [Store, Other]]
+        end)
+    end).
+
+%% In a bounded store the server enters what a load has found. It does so when the process that
+%% loaded is dead.
+a_load_that_ends_at_once_is_heard_of(Root) ->
+    with_store(#{root => Root, max_bytes => 2 * ?ROOM}, fun(Store) ->
+        with_store(other_store, #{root => Root}, fun(Other) ->
+            Key = save_big(Other, 1),
+            ok = sys:suspend(Store),
+            {ok, _, _} = in_process(fun() -> erllama_cache_store:load(Store, Key) end),
+            {ok, _, _} = in_process(fun() -> erllama_cache_store:load(Store, Key) end),
+            ?assertNot(is_known(Store, Key)),
+            ok = sys:resume(Store),
+            Size = filelib:file_size(path(Root, Key)),
+            ?assertMatch(#{used := Size, should := Size}, gen_server:call(Store, audit)),
+            ?assert(is_known(Store, Key))
+        end)
     end).
 
 is_known(Store, Key) ->
@@ -1258,16 +1412,15 @@ two_nodes_save_the_same_keys(Root) ->
                  list_dir(Root)).
 
 start_peer() ->
-    {ok, Peer, _Node} = peer:start_link(#{
-        connection => standard_io, args => lists:append([["-pa", Dir] || Dir <- code_dirs()])
-    }),
+    {ok, Peer, _Node} = peer:start_link(#{connection => standard_io, args => code_path()}),
     Peer.
 
 %% Of a module that cover has compiled nobody knows where it is; erllama_cache_nif it may not
 %% compile.
-code_dirs() ->
-    lists:usort([filename:dirname(filename:absname(code:which(Module)))
-                 || Module <- [?MODULE, erllama_cache_nif]]).
+code_path() ->
+    Dirs = lists:usort([filename:dirname(filename:absname(code:which(Module)))
+                        || Module <- [?MODULE, erllama_cache_nif]]),
+    lists:append([["-pa", Dir] || Dir <- Dirs]).
 
 call(Peer, Function, Args) ->
     peer:call(Peer, ?MODULE, Function, Args, 50000).
@@ -1309,13 +1462,15 @@ with_store(Name, Options, Fun) ->
         ok = gen_server:stop(Pid)
     end.
 
-%% Whatever was done to a bounded store: what it counts is what is there.
-its_books_balance(Name, #{max_bytes := MaxBytes}) when is_integer(MaxBytes) ->
+%% Whatever was done to a store: what it counts is what is there, and it watches over nobody when
+%% nothing is reserved.
+its_books_balance(Name, Options) ->
     #{used := Used, should := Should} = gen_server:call(Name, audit),
-    ?assertEqual(Should, Used),
-    ok;
-its_books_balance(_Name, _Unbounded) ->
-    ok.
+    is_integer(maps:get(max_bytes, Options, infinity)) andalso ?assertEqual(Should, Used),
+    case erllama_cache_store:info(Name) of
+        #{reservations := 0} -> eventually(fun() -> watches(Name) =:= 0 end);
+        #{} -> ok
+    end.
 
 %% Two stores on one root, as two nodes have them.
 with_two_stores(Root, Fun) ->

@@ -678,7 +678,7 @@ handle_info({'DOWN', Monitor, process, _Pid, _Reason}, #state{monitors = Monitor
 handle_info(_Message, State) ->
     {noreply, State}.
 
-admit(#row{key = Key, size = Size, token = Token, pid = Pid} = Row, State) ->
+admit(#row{key = Key, size = Size} = Row, State) ->
     #state{config = #config{name = Name, max_bytes = MaxBytes}} = State,
     case Size =< MaxBytes andalso claimable(Name, Key) of
         false ->
@@ -686,17 +686,41 @@ admit(#row{key = Key, size = Size, token = Token, pid = Pid} = Row, State) ->
         {error, _} = Error ->
             {Error, State};
         {ok, Old} ->
-            %% A file that is not there any more, or that is to be replaced, has its room no longer.
-            case make_room(Size - room_of(Old, State), State) of
-                {ok, Roomy} ->
-                    case erllama_cache_index:claim(Name, Old, Row) of
-                        true -> {{ok, Token}, watch(Token, Key, Size, Pid, left(Old, Roomy))};
-                        %% It was evicted to make room, or a load has refused it since.
-                        false -> admit(Row, Roomy)
-                    end;
-                {{error, _} = Error, Tried} ->
-                    {Error, Tried}
+            case fits_beside_reservations(Size, Old, State) of
+                true -> admit(Row, Old, State);
+                false -> {{error, no_room}, State}
             end
+    end.
+
+%% What is reserved cannot be evicted: where that leaves too little room, no file goes in vain.
+fits_beside_reservations(Size, Old, #state{config = Config, watches = Watches}) ->
+    #config{name = Name, max_bytes = MaxBytes} = Config,
+    Others = case Old of
+        none -> Watches;
+        #row{token = Going} -> maps:remove(Going, Watches)
+    end,
+    Reserved = [
+        Watched
+     || {Token, #watch{key = Key, size = Watched}} <- maps:to_list(Others),
+        is_reserved(Token, erllama_cache_index:row(Name, Key))
+    ],
+    Size + lists:sum(Reserved) =< MaxBytes.
+
+is_reserved(Token, #row{token = Token, state = reserved}) -> true;
+is_reserved(_Token, _Row) -> false.
+
+admit(#row{key = Key, size = Size, token = Token, pid = Pid} = Row, Old, State) ->
+    #state{config = #config{name = Name}} = State,
+    %% A file that is not there any more, or that is to be replaced, has its room no longer.
+    case make_room(Size - room_of(Old, State), State) of
+        {ok, Roomy} ->
+            case erllama_cache_index:claim(Name, Old, Row) of
+                true -> {{ok, Token}, watch(Token, Key, Size, Pid, left(Old, Roomy))};
+                %% It was evicted to make room, or a load has refused it since.
+                false -> admit(Row, Roomy)
+            end;
+        {{error, _} = Error, Tried} ->
+            {Error, Tried}
     end.
 
 %% What a row's going would free.

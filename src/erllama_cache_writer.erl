@@ -121,7 +121,8 @@ format_error(not_regular) -> "under the key's name stands something that is not 
 format_error({wrong_tier, Tier}) -> text("the store is for tier ~ts", [Tier]);
 format_error(exceeds_max_bytes) -> "the file is larger than the store may be";
 format_error(tier_busy) -> "the tier server, busy with loads, did not answer in time";
-format_error(no_room) -> "nothing is left in the store that could be evicted";
+format_error(no_room) ->
+    "running saves, or files that cannot be removed, leave too little room in the store";
 format_error({mac_key, bad_key}) -> "the secret is not 32 bytes";
 format_error({mac_key, raised}) -> "the function that gives the secret has raised";
 format_error({mac_key, Reason}) -> text("the secret cannot be read: ~ts", [format_error(Reason)]);

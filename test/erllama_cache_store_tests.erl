@@ -765,9 +765,12 @@ reserved_room_is_not_given_twice(Root) ->
             erllama_cache_store:reserve(Store, disk, <<0:256>>, ?ROOM + 100)
         end),
         ?assertEqual([], stored(Root, 1)),
+        {ok, Small} = erllama_cache_writer:save(Store, disk, meta(3), ?PAYLOAD),
         ?assertEqual(
             {error, no_room}, erllama_cache_writer:save(Store, disk, big_meta(2), big_payload())
         ),
+        %% And nothing goes in vain.
+        ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(Store, Small)),
         kill(Owner),
         eventually(fun() ->
             {error, no_room} =/=

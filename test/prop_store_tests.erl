@@ -486,8 +486,17 @@ reserve_unbounded(Key, Room, N, Model) ->
         _ -> Reserved
     end.
 
-admit(Key, Room, N, Model) ->
+admit(Key, Room, N, #model{max_bytes = MaxBytes} = Model) ->
     Old = entry(Key, Model),
+    %% Nothing is evicted for a save that would not fit beside what is reserved.
+    Beside = [Size || {Token, {Other, Size}} <- maps:to_list(Model#model.watches),
+                      Other =/= Key, stands(Token, Other, Model)],
+    case Room + lists:sum(Beside) =< MaxBytes of
+        true -> admit(Key, Old, Room, N, Model);
+        false -> {{error, no_room}, Model}
+    end.
+
+admit(Key, Old, Room, N, Model) ->
     case make_room(Room - room_of(Old, Model), Model) of
         {ok, Roomy} ->
             case entry(Key, Roomy) of

@@ -3,9 +3,17 @@
 %%
 %% What a key holds is a function of its number, so every load can be compared with what was saved,
 %% whoever saved it, and nobody has to remember anything.
+%%
+%% When the store may refuse a save is another matter: no room, a conflict, a reservation that is
+%% lost. This module is the savers' host and keeps a ledger of all reservations. A refusal that the
+%% ledger does not account for is an error.
 -module(erllama_cache_soak).
+-behaviour(erllama_cache_host).
 
 -export([main/0]).
+-export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
+
+-include("erllama_cache_index.hrl").
 
 -define(WRITER, erllama_cache_writer).
 -define(STORE, soak_store).
@@ -27,6 +35,22 @@
 %% All modules are loaded before anything is counted, so hardly anything is new.
 -define(ATOMS, 16).
 
+-define(LEDGER, soak_ledger).
+%% A save's reservation, from before the store is asked for it until the store has been told that it
+%% is over; and then for as long as somebody asks who asked before that. Times are milliseconds.
+-record(reservation, {
+    id :: reference(),
+    pid :: pid(),
+    store :: pid() | undefined,
+    key :: binary(),
+    size :: non_neg_integer(),
+    asked :: integer(),
+    answered = false :: boolean(),
+    %% When the store said last that it stands.
+    stood :: integer(),
+    ended = never :: integer() | never
+}).
+
 main() ->
     Seconds = list_to_integer(os:getenv("SOAK", "3600")),
     Root = os:getenv("SOAK_ROOT"),
@@ -35,11 +59,13 @@ main() ->
     Counts = counters:new(length(what()), [write_concurrency]),
     persistent_term:put(?MODULE, #{counts => Counts, root => Root}),
     load_all([kernel, stdlib, crypto, erllama_cache_nif]),
+    ?LEDGER = ets:new(?LEDGER, [named_table, public, {keypos, #reservation.id}]),
     Keepers = start_servers(Root),
     %% All that is made on first use is made before anything is counted.
     WarmUp = max(5, Seconds div 20),
     CrashesBefore = warm_up(WarmUp, Root),
     Began = rest(Root),
+    BooksBefore = books(began),
     io:format("soak: ~b s after a warm-up of ~b s, root ~ts~n", [Seconds, WarmUp, Root]),
     {ok, Out} = file:open(Csv, [write]),
     {Samples, Crashes} = work(Seconds, Root, Out),
@@ -49,7 +75,7 @@ main() ->
     Left = leave(Root),
     stop_servers(Keepers),
     Crashed = [{worker_crashed, Crash} || Crash <- CrashesBefore ++ Crashes],
-    Wrong = judge(Began, Ended) ++ Crashed ++ Left,
+    Wrong = judge(Began, Ended) ++ Crashed ++ BooksBefore ++ Left,
     [io:format("soak: WRONG: ~tp~n", [Each]) || Each <- Wrong],
     Wrong =:= [] andalso io:format("soak: everything is back where it began~n"),
     halt(case Wrong of [] -> 0; _ -> 1 end).
@@ -77,7 +103,7 @@ start_store(Root) ->
     erllama_cache_store:start_link(?STORE, #{root => Root, max_bytes => ?MAX_BYTES}).
 
 start_writer() ->
-    ?WRITER:start_link(#{host => erllama_cache_store, max_concurrent => ?MAX_LIMIT}).
+    ?WRITER:start_link(#{host => ?MODULE, max_concurrent => ?MAX_LIMIT}).
 
 %% Starts it again whenever it is gone.
 keeper(Start, Name) ->
@@ -113,8 +139,9 @@ stop_servers(Keepers) ->
 
 warm_up(Seconds, Root) ->
     {_, Crashes} = work(Seconds, Root, ignore),
-    case proplists:get_value(saves, counted()) < ?WARM of
-        true -> Crashes ++ warm_up(2, Root);
+    %% Where workers crash, there may never be that many.
+    case Crashes =:= [] andalso proplists:get_value(saves, counted()) < ?WARM of
+        true -> warm_up(2, Root);
         false -> Crashes
     end.
 
@@ -146,7 +173,7 @@ worker(Job) ->
     end.
 
 %% Without a writer, or a store, whoever asks for one is told so. Everything else that is raised is
-%% a worker's crash, and an error of this program's result.
+%% a worker's crash, and an error of this program's result; an answer that nobody expects, too.
 disturbed(Job) ->
     try
         Job()
@@ -154,15 +181,7 @@ disturbed(Job) ->
         exit:{noproc, _} -> pause(noproc);
         %% The store was killed while it was asked.
         exit:{killed, {gen_server, call, _}} -> pause(noproc);
-        exit:{normal, {gen_server, call, _}} -> pause(noproc);
-        %% Its table went with it, between two looks at it.
-        error:badarg:Stack ->
-            case Stack of
-                [{ets, _, [Table | _], _} | _] when is_atom(Table); is_reference(Table) ->
-                    pause(noproc);
-                _ ->
-                    erlang:raise(error, badarg, Stack)
-            end
+        exit:{normal, {gen_server, call, _}} -> pause(noproc)
     end.
 
 pause(What) ->
@@ -214,14 +233,18 @@ saved({ok, _}) -> count(saves);
 saved({error, already_present}) -> count(present);
 saved({error, max_concurrent}) -> count(busy);
 saved({error, cancelled}) -> count(cancelled);
-%% Of two who save one key; of one whose store was killed; of a store that is full of reservations.
-saved({error, Reason}) when Reason =:= conflict; Reason =:= expired; Reason =:= no_room ->
-    count(lost);
+%% The ledger accounts for each of them: see below.
+saved({error, conflict}) -> count(conflicts);
+saved({error, expired}) -> count(expired);
+saved({error, no_room}) -> count(no_room);
 %% A save in the background tells of what it would have raised.
-saved({error, {exit, {noproc, _}}}) -> count(noproc);
-saved({error, {exit, {Reason, {gen_server, call, _}}}}) when Reason =:= killed; Reason =:= normal ->
+saved({error, {raised, exit, {noproc, _}, _}}) -> count(noproc);
+saved({error, {raised, exit, {Reason, {gen_server, call, _}}, _}}) when
+    Reason =:= killed; Reason =:= normal
+->
     count(noproc);
-saved({error, {error, badarg}}) -> count(noproc).
+saved(Other) ->
+    error({unexpected, Other}).
 
 async_saver() ->
     N = rand:uniform(?KEYS),
@@ -300,6 +323,114 @@ restart(Pid) ->
 pick(List) ->
     lists:nth(rand:uniform(length(List)), List).
 
+%%% The savers' host: the store, and a ledger of all reservations
+
+identify(Meta) ->
+    erllama_cache_store:identify(Meta).
+
+reserve(Name, Tier, Key, Size) ->
+    %% Of a save that the store's end has ended.
+    ok = ended(),
+    ok = settle_ledger(),
+    Asked = now_ms(),
+    ok = enter(#reservation{
+        id = make_ref(), pid = self(), store = whereis(Name), key = Key, size = Size,
+        asked = Asked, stood = Asked
+    }),
+    case erllama_cache_store:reserve(Name, Tier, Key, Size) of
+        {ok, Token} ->
+            ok = enter((get(reservation))#reservation{answered = true}),
+            {ok, Token};
+        {error, Reason} = Error ->
+            Mine = get(reservation),
+            Others = [Other || #reservation{ended = Ended} = Other <- ets:tab2list(?LEDGER),
+                               Other =/= Mine, Ended =:= never orelse Ended >= Asked],
+            ok = ended(),
+            accounts_for(Reason, Mine, Others) orelse
+                error({not_accounted_for, Reason, Mine, Others}),
+            Error
+    end.
+
+accounts_for(already_present, _Mine, _Others) ->
+    true;
+accounts_for(conflict, #reservation{key = Key}, Others) ->
+    lists:keymember(Key, #reservation.key, Others);
+accounts_for(no_room, #reservation{size = Size}, Others) ->
+    Size + lists:sum([Other#reservation.size || Other <- Others]) > ?MAX_BYTES;
+accounts_for(_Other, _Mine, _Others) ->
+    false.
+
+root(Name) ->
+    erllama_cache_store:root(Name).
+
+check(Name, Key, Token) ->
+    stood(Name, erllama_cache_store:check(Name, Key, Token)).
+
+mark_published(Name, Key, Token, Root) ->
+    stood(Name, erllama_cache_store:mark_published(Name, Key, Token, Root)).
+
+announce(Name, Key, Token, Size, Header, Tokens) ->
+    Announced = erllama_cache_store:announce(Name, Key, Token, Size, Header, Tokens),
+    Result = stood(Name, Announced),
+    ok = ended(),
+    Result.
+
+cancel(Name, Key, Token) ->
+    ok = erllama_cache_store:cancel(Name, Key, Token),
+    ended().
+
+count(Name, Event) ->
+    erllama_cache_store:count(Name, Event).
+
+%% A reservation is lost with its store, or when nobody has renewed it for as long as its lease.
+stood(_Name, ok) ->
+    enter((get(reservation))#reservation{stood = now_ms()});
+stood(Name, {error, expired} = Expired) ->
+    #reservation{store = Store, stood = Stood} = Mine = get(reservation),
+    ok = ended(),
+    IsOver = now_ms() - Stood >= erllama_cache_host:lease(),
+    whereis(Name) =/= Store orelse IsOver orelse error({not_accounted_for, expired, Mine}),
+    Expired.
+
+enter(Mine) ->
+    _ = put(reservation, Mine),
+    true = ets:insert(?LEDGER, Mine),
+    ok.
+
+ended() ->
+    case erase(reservation) of
+        undefined -> ok;
+        Mine -> end_entry(Mine)
+    end.
+
+end_entry(Reservation) ->
+    true = ets:insert(?LEDGER, Reservation#reservation{ended = now_ms()}),
+    ok.
+
+%% Who was killed has not said that its reservation is over; and what was over before anybody asked
+%% who still does, nobody needs to know.
+settle_ledger() ->
+    Entries = ets:tab2list(?LEDGER),
+    _ = [end_entry(Entry) || #reservation{ended = never, pid = Pid, key = Key} = Entry <- Entries,
+                             not is_process_alive(Pid), not is_reserved(Pid, Key)],
+    Asking = [Asked || #reservation{ended = never, answered = false, asked = Asked} <- Entries],
+    Since = lists:min([now_ms() | Asking]),
+    _ = [ets:delete(?LEDGER, Id)
+         || #reservation{id = Id, ended = Ended} <- Entries, Ended =/= never, Ended < Since],
+    ok.
+
+%% A dead process has none when the server has answered everything that it was asked before, and
+%% has done with a row that is not there any more.
+is_reserved(Pid, Key) ->
+    _ = gen_server:call(?STORE, audit, infinity),
+    case erllama_cache_index:row(?STORE, Key) of
+        #row{state = reserved, pid = Pid} ->
+            true;
+        _ ->
+            _ = gen_server:call(?STORE, audit, infinity),
+            false
+    end.
+
 %%% What is saved
 
 meta(N) ->
@@ -324,8 +455,8 @@ payload(N) ->
 %%% What is counted and measured
 
 what() ->
-    [saves, present, busy, cancelled, lost, noproc, loads, misses, held, deletes, resizes, kills,
-     restarts].
+    [saves, present, busy, cancelled, conflicts, expired, no_room, noproc, loads, misses, held,
+     deletes, resizes, kills, restarts].
 
 count(What) ->
     #{counts := Counts} = persistent_term:get(?MODULE),
@@ -396,13 +527,22 @@ rest(Root, Before, Deadline) ->
             rest(Root, Now, Deadline)
     end.
 
+%% What the store counts as used is what is there, and it watches over nobody.
+books(When) ->
+    case gen_server:call(?STORE, audit) of
+        #{used := Used, should := Used, watches := 0} -> [];
+        Books -> [{books, When, Books}]
+    end.
+
 %% Everything that is stored still is what was saved; a store that looks at it anew knows all of it
 %% and keeps it within the bound; deleted, it leaves nothing.
 leave(Root) ->
+    BooksAtRest = books(ended),
     Store = whereis(?STORE),
     ok = gen_server:stop(Store),
     ok = await_next(?STORE, Store, now_ms() + ?DEADLINE),
     #{files := Files} = erllama_cache_store:info(?STORE),
+    Books = BooksAtRest ++ books(started_again),
     {ok, Names} = file:list_dir(Root),
     Bytes = lists:sum([filelib:file_size(filename:join(Root, Name)) || Name <- Names]),
     Keys = [{N, element(2, erllama_cache_store:key(meta(N)))} || N <- lists:seq(1, ?KEYS)],
@@ -413,7 +553,7 @@ leave(Root) ->
     io:format("soak: at the end ~b files, ~b bytes~n", [length(Names), Bytes]),
     [ok = erllama_cache_store:delete(?STORE, Key) || {_, Key} <- Keys],
     {ok, Rest} = file:list_dir(Root),
-    [{above_the_bound, Bytes} || Bytes > ?MAX_BYTES] ++
+    Books ++ books(emptied) ++ [{above_the_bound, Bytes} || Bytes > ?MAX_BYTES] ++
         [{unknown_files, length(Names) - Files} || length(Names) =/= Files] ++
         [{wrong_bytes, N} || {N, false} <- Found] ++
         [{files_that_load, length(Found), length(Names)} || length(Names) =/= length(Found)] ++

@@ -4,10 +4,11 @@
 #   who    savers, savers in the background that cancel or die, loaders, holders of slots, one who
 #          deletes, one who changes limits all the time; somebody is killed every 20 ms; writer and
 #          store are stopped or killed every 5 s and start again
-#   what   each load, and at the end each file, is compared with what was saved under its key
+#   what   each load, and at the end each file, is compared with what was saved under its key; a save
+#          is refused room, its key or its reservation only where a ledger of all of them says why
 #   after  when all is at rest, file descriptors, threads, processes, ports, ETS tables and resource
 #          objects are as many as after the warm-up, atoms and memory within a bound (the module says
-#          why), the store within its own; deleted, it leaves an empty directory
+#          why), the store within its own, and its books balance; deleted, it leaves an empty directory
 #
 #   SOAK      seconds (3600)
 #   SOAK_DIR  where the store is (TMPDIR, else /tmp)
@@ -27,7 +28,7 @@ trap 'rm -rf "$SOAK_ROOT"' EXIT
 export SOAK SOAK_ROOT SOAK_CSV
 
 mkdir -p "$out"
-erlc -Werror -o "$out" "$here/test/erllama_cache_soak.erl"
+erlc -Werror -I "$here/src" -pa "$lib" -o "$out" "$here/test/erllama_cache_soak.erl"
 # Memory goes back to the system at once (+MMmcs 0). Without +fnu the curves would be escapes where the
 # locale is not set.
 erl +MMmcs 0 +fnu +pc unicode -noinput -pa "$lib" "$out" -eval 'io:setopts([{encoding, unicode}])' \

@@ -15,15 +15,13 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use erllama_cache_core::Error;
 use erllama_cache_core::digest::Secret;
 use erllama_cache_core::files::{
-    Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, SyncPlan,
-    TmpFile, Use,
+    Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile, Use,
 };
 use erllama_cache_core::kvc::{Corrupt, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason};
 use tempfile::TempDir;
@@ -1226,6 +1224,10 @@ fn a_temporary_file_is_swept_once_its_process_is_dead() {
 
 #[cfg(target_os = "linux")]
 mod failures {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use erllama_cache_core::files::SyncPlan;
+
     use super::failing::{Call, UNNAMED, call, unnamed, with};
     use super::*;
 

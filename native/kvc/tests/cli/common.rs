@@ -236,20 +236,21 @@ pub(crate) fn answer(command: &mut Command, answer: &str) -> Ran {
 /// A terminal of 100 columns: our side, and the one that a program may have for its own.
 pub(crate) fn terminal() -> (File, File) {
     let (mut ours, mut theirs) = (0, 0);
-    let size = libc::winsize {
+    let mut size = libc::winsize {
         ws_row: 30,
         ws_col: 100,
         ws_xpixel: 0,
         ws_ypixel: 0,
     };
+    // Some systems want mutable pointers here, and the others take them.
     // SAFETY: the two numbers and the size live through the call, and the other pointers may be null.
     let result = unsafe {
         libc::openpty(
             &mut ours,
             &mut theirs,
             std::ptr::null_mut(),
-            std::ptr::null(),
-            &size,
+            std::ptr::null_mut(),
+            &raw mut size,
         )
     };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());

@@ -20,12 +20,14 @@ BENCH_LIB := $(CURDIR)/_build/bench/lib/erllama_cache_nif
 export BENCH_NIF := $(CARGO_TARGET_DIR)/release/liberllama_cache_bench
 BENCH := erl -noshell -pa "$(BENCH_LIB)/ebin" "$(BENCH_LIB)/bench"
 
+MUSL := x86_64-unknown-linux-musl
+
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom soak-semaphore soak-store \
-  faults crash kill disks fuzz soak sanitize valgrind readme dropin chunks rustdoc \
-  bench-plots bench-semaphore bench-save bench-slow bench-build edoc clean distclean
+.PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom musl \
+  soak-semaphore soak-store faults crash kill disks fuzz soak sanitize valgrind readme dropin \
+  chunks rustdoc bench-plots bench-semaphore bench-save bench-slow bench-build edoc clean distclean
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
@@ -68,6 +70,7 @@ matrix: setup ## All of those on OTP 27 and on Debian's newest OTP, in roots of 
 check: setup ## Formatting, lints, warnings as errors, xref, dialyzer, documentation
 	cd $(NATIVE) && cargo fmt --all --check
 	cd $(NATIVE) && cargo clippy --locked --workspace --all-targets -- -D warnings
+	tools/targets.sh
 	! grep -rnE '^.{101,}$$' src test bench --include=*.erl --include=*.hrl
 	rebar3 as check compile
 	rebar3 xref
@@ -82,6 +85,12 @@ loom: setup ## Check the models of semaphore and shared sync: every interleaving
 	  --test loom_semaphore --target-dir target/loom
 	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
 	  --lib --target-dir target/loom files::group::models
+
+# Against the configuration, which asks for libraries that can be loaded (native/.cargo/config.toml).
+musl: setup ## The tests of the core and of kvc, linked statically with musl, as on Alpine
+	tools/setup.sh musl-gcc target:$(MUSL)
+	cd $(NATIVE) && RUSTFLAGS="-C target-feature=+crt-static" \
+	  cargo test --locked -p erllama_cache_core -p kvc --target $(MUSL)
 
 soak-semaphore: setup ## The semaphore's state machine for 50,000 sequences (minutes)
 	PROPER_SEQUENCES=$${PROPER_SEQUENCES:-50000} rebar3 eunit --module=prop_semaphore_tests

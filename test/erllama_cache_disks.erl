@@ -102,15 +102,89 @@ scenario(named, Root, [Under]) ->
     Keys = maps:from_list([{N, save(N, Size)} || {N, Size} <- sizes(1)]),
     assert_loads(Keys),
     named_save_in_the_open(Root),
-    named_adoption(Root),
-    named_replacement(Root, Under),
-    named_sweep(Root),
+    adoption(Root),
+    replacement(Root, filename:join(filename:dirname(Under), "outside")),
+    sweep(Root),
     named_root_moved(Root),
     assert_loads(Keys),
     [ok = erllama_cache_store:delete(?STORE, Key) || Key <- maps:values(Keys)],
-    named_eviction(Root),
+    eviction(Root),
     assert_nothing_held(Root),
-    "saved, loaded, adopted, replaced, evicted, swept but for a locked one, root moved away".
+    "saved, loaded, adopted, replaced, evicted, swept but for a locked one, root moved away";
+
+%%% Other file systems
+
+%% All that is usual, on a file system that is not: whether temporary files have names there, and which
+%% syncs a save makes (docs/design.md), is known.
+scenario(usual, Root, [Names, Plan]) ->
+    ?assertEqual(Names =:= "unnamed", takes_unnamed(Root)),
+    start_store(?STORE, Root, #{}),
+    Keys = maps:from_list([{N, save(N, Size)} || {N, Size} <- sizes(1)]),
+    assert_loads(Keys),
+    {Key, Calls} = calls(fun() -> save(5, 50 * ?KIB) end),
+    ?assertEqual(syncs(list_to_atom(Plan)), maps:with(maps:keys(syncs(everything)), Calls)),
+    adoption(Root),
+    replacement(Root, filename:join(filename:dirname(Root), "outside")),
+    sweep(Root),
+    restart_store(?STORE, Root, #{}),
+    ?assertMatch(#{files := 5}, erllama_cache_store:info(?STORE)),
+    assert_loads(Keys#{5 => Key}),
+    eventually(fun() -> files(Root) =:= names(Root, Keys#{5 => Key}) end),
+    [ok = erllama_cache_store:delete(?STORE, K) || K <- [Key | maps:values(Keys)]],
+    eviction(Root),
+    assert_nothing_held(Root),
+    io_lib:format("saved, loaded, adopted, replaced, swept, scanned, evicted; ~ts temporary files, "
+                  "syncs: ~ts", [Names, Plan]);
+
+%%% Loads only read
+
+%% What an image brings along is loaded from there, notes of use being due: nothing is copied into the
+%% upper layer, which has no room for it.
+scenario(lower, Lower, [Upper, Work, Merged, Elsewhere]) ->
+    start_store(?STORE, Lower, #{}),
+    Keys = maps:from_list([{N, save_long_ago(?STORE, N, Size)} || {N, Size} <- sizes(1)]),
+    Before = contents(Lower),
+    ok = gen_server:stop(?STORE),
+    {0, _} = run_command("mount", [
+        "-t", "overlay", "overlay", Merged, "-o",
+        ["lowerdir=", Lower, ",upperdir=", Upper, ",workdir=", Work]
+    ]),
+    start_store(?STORE, Merged, #{}),
+    [assert_loads(Keys) || _ <- lists:seq(1, 3)],
+    notes_are_made(Elsewhere),
+    ?assertEqual([], files(Upper)),
+    ?assertEqual(Before, contents(Lower)),
+    Key = save(5),
+    ?assertEqual([filename:basename(file_of(Merged, Key))], files(Upper)),
+    assert_loads(Keys#{5 => Key}),
+    assert_nothing_held(Merged),
+    "loads from the lower layer, with notes of use due: nothing is copied up";
+
+%% As for a backup or a snapshot. Loads go on, though their uses should be noted; a save waits, and
+%% many leave the others what they need.
+scenario(frozen, Root, [Mount, Elsewhere]) ->
+    start_store(?STORE, Root, #{}),
+    ok = ?WRITER:set_max_concurrent(20),
+    Sizes = lists:flatten(lists:duplicate(5, [Size || {_, Size} <- sizes(1)])),
+    Numbered = lists:zip(lists:seq(1, length(Sizes)), Sizes),
+    Keys = maps:from_list([{N, save_long_ago(?STORE, N, Size)} || {N, Size} <- Numbered]),
+    Saved = frozen(Mount, fun() ->
+        First = begin_save(101),
+        %% Each answers before the thaw, or this fails.
+        all_answer([fun() -> assert_loads(#{N => Key}) end || {N, Key} <- maps:to_list(Keys)]),
+        all_answer([look(Elsewhere) || _ <- Sizes]),
+        %% More than there are turns.
+        More = [begin_save(N) || N <- lists:seq(102, 120)],
+        all_answer([look(Elsewhere) || _ <- Sizes]),
+        [begin ?assertEqual(waits, has_answered(Save)), Save end || Save <- [First | More]]
+    end),
+    Late = [{N, answer(Saver, Saving)} || {N, Saver, Saving} <- Saved],
+    assert_loads(maps:merge(Keys, maps:from_list([{N, Key} || {N, {ok, Key}} <- Late]))),
+    ?assertEqual(20, length([Key || {_, {ok, Key}} <- Late])),
+    %% What was put off has been made up for.
+    [eventually(fun() -> hits(?STORE, Key) > 0 end) || Key <- maps:values(Keys)],
+    assert_nothing_held(Root),
+    "20 loads answer, with notes of use due, and 20 looks elsewhere; 20 saves wait for the thaw".
 
 full(Root, Tier, Reason, Sizes) ->
     start_store(?STORE, Root, #{tier => Tier}),
@@ -242,7 +316,7 @@ named_save_in_the_open(Root) ->
     kill(Saver),
     eventually(fun() -> files(Root) =:= Before end).
 
-named_adoption(Root) ->
+adoption(Root) ->
     start_store(?OTHER, Root, #{}),
     #{adoptions := Adoptions} = ?WRITER:info(),
     {ok, Key} = ?WRITER:save(?OTHER, disk, meta([60]), payload(60, ?MIB)),
@@ -254,8 +328,7 @@ named_adoption(Root) ->
     ok = erllama_cache_store:delete(?STORE, Key).
 
 %% A damaged file, and links to one that is somebody else's.
-named_replacement(Root, Under) ->
-    Outside = filename:join(filename:dirname(Under), "outside"),
+replacement(Root, Outside) ->
     {ok, Key} = erllama_cache_store:key(meta([70])),
     File = file_of(Root, Key),
     [
@@ -279,7 +352,7 @@ named_replacement(Root, Under) ->
     ],
     ok = file:delete(Outside).
 
-named_sweep(Root) ->
+sweep(Root) ->
     Before = files(Root),
     [Stale, Locked] = [stale_name(Root), stale_name(Root)],
     [ok = file:write_file(File, <<"half a f">>) || File <- [Stale, Locked]],
@@ -316,7 +389,7 @@ named_root_moved(Root) ->
     ok = file:delete(Dir),
     [ok = file:del_dir_r(D) || D <- [Moved, Trap]].
 
-named_eviction(Root) ->
+eviction(Root) ->
     restart_store(?STORE, Root, #{max_bytes => 4 * ?MIB}),
     Keys = [save(N, ?MIB) || N <- lists:seq(90, 97)],
     #{files := Files, bytes := Bytes, evictions := Evictions} = erllama_cache_store:info(?STORE),
@@ -324,6 +397,80 @@ named_eviction(Root) ->
     ?assert(Bytes =< 4 * ?MIB),
     ?assertEqual(Files, length(files(Root))),
     ?assertMatch({ok, _, _}, erllama_cache_store:load(?STORE, lists:last(Keys))).
+
+%%% Other file systems
+
+%% What a save of a small file makes, by the plan.
+syncs(everything) ->
+    #{"fdatasync" => 1, "sync_file_range_wait" => 0, "fchmod" => 1, "fsync" => 2};
+syncs(one_link) ->
+    #{"fdatasync" => 1, "sync_file_range_wait" => 0, "fchmod" => 0, "fsync" => 1}.
+
+%% How often the library makes each call while `Fun' runs: c_src/iofault.c counts.
+calls(Fun) ->
+    Before = calls(),
+    Result = Fun(),
+    {Result, maps:map(fun(Kind, Calls) -> Calls - map_get(Kind, Before) end, calls())}.
+
+calls() ->
+    {ok, <<_:12/unit:64, Counts:(48 * 8)/binary, Names:(48 * 24)/binary>>} =
+        file:read_file(os:getenv("IOFAULT")),
+    Kinds = [hd(string:split(binary_to_list(Name), "\0")) || <<Name:24/binary>> <= Names],
+    maps:from_list(lists:zip(Kinds, [Count || <<Count:64/native>> <= Counts])).
+
+%%% Loads only read
+
+save_long_ago(Store, N, Size) ->
+    LongAgo = erlang:system_time(second) - 2 * 3600,
+    {ok, Key} = ?WRITER:save(Store, disk, (meta([N]))#{last_used_time => LongAgo}, payload(N, Size)),
+    Key.
+
+hits(Store, Key) ->
+    {ok, #{hit_count := Hits}, _} = erllama_cache_store:load(Store, Key),
+    Hits.
+
+contents(Dir) ->
+    [{Name, file:read_file(filename:join(Dir, Name))} || Name <- files(Dir)].
+
+%% One thread makes all notes, in their order: when this one has been made, those before it have been
+%% made too, or refused.
+notes_are_made(Elsewhere) ->
+    start_store(?OTHER, Elsewhere, #{}),
+    Key = save_long_ago(?OTHER, 1, 1),
+    eventually(fun() -> hits(?OTHER, Key) > 0 end),
+    ok = gen_server:stop(?OTHER).
+
+frozen(Mount, Fun) ->
+    {0, _} = run_command("fsfreeze", ["-f", Mount]),
+    try
+        Fun()
+    after
+        {0, _} = run_command("fsfreeze", ["-u", Mount])
+    end.
+
+all_answer(Funs) ->
+    Told = [{Actor, tell(Actor, Fun)} || Fun <- Funs, Actor <- [actor()]],
+    [answer(Actor, Ref) || {Actor, Ref} <- Told].
+
+look(Dir) ->
+    fun() -> {ok, _} = file:read_file_info(Dir) end.
+
+%% A large save, begun: it is in a call of the library, or waits for its turn.
+begin_save(N) ->
+    Saver = actor(),
+    Saving = tell(Saver, fun() -> try_save(N, 300 * ?KIB) end),
+    eventually(fun() ->
+        {current_function, {Module, Function, _}} = process_info(Saver, current_function),
+        {Module, Function} =:= {erllama_cache_nif, write_tmp} orelse
+            {Module, Function} =:= {erllama_cache_turn, take}
+    end),
+    {N, Saver, Saving}.
+
+has_answered({_N, _Saver, Saving}) ->
+    receive
+        {Saving, Outcome} -> Outcome
+    after 0 -> waits
+    end.
 
 %%% What all need
 

@@ -440,12 +440,19 @@ notes_are_made(Elsewhere) ->
     eventually(fun() -> hits(?OTHER, Key) > 0 end),
     ok = gen_server:stop(?OTHER).
 
+%% By a process that is there before, and thaws it when this VM ends too: where all schedulers for files
+%% wait, none can be started.
 frozen(Mount, Fun) ->
-    {0, _} = run_command("fsfreeze", ["-f", Mount]),
+    Commands = "fsfreeze -f \"$1\" && echo frozen && read x; fsfreeze -u \"$1\"",
+    Freezer = open_port({spawn_executable, os:find_executable("sh")}, [
+        {args, ["-c", Commands, "sh", Mount]}, {line, 80}, exit_status
+    ]),
+    receive {Freezer, Said} -> ?assertEqual({data, {eol, "frozen"}}, Said) end,
     try
         Fun()
     after
-        {0, _} = run_command("fsfreeze", ["-u", Mount])
+        true = port_command(Freezer, "\n"),
+        receive {Freezer, Ended} -> ?assertEqual({exit_status, 0}, Ended) end
     end.
 
 all_answer(Funs) ->

@@ -201,8 +201,8 @@ scenario() {
             esac
             mkdir "$work/elsewhere"
             mount -t tmpfs tmpfs "$work/elsewhere"
-            # Should the VM hang, which thaws it: what waits for a frozen disk cannot even be killed.
-            { sleep 120; thaw; } &
+            # Should the VM hang, all of it: what waits for a frozen disk cannot even be killed.
+            { sleep 60; echo "the VM hangs, and is thawed from outside"; thaw; } &
             erlang frozen "$mnt/root" "$mnt" "$work/elsewhere"
             ;;
         *) fail "no such scenario: $1" ;;

@@ -44,6 +44,7 @@ store_tests() ->
         fun a_quant_type_without_a_byte_is_refused/1,
         fun a_file_has_the_permissions_of_the_configuration/1,
         fun a_load_is_noted_in_the_file/1,
+        fun loads_change_nothing_while_no_note_is_due/1,
         fun a_miss_is_a_miss/1,
         fun delete_deletes/1,
         fun a_second_save_is_already_present/1,
@@ -388,6 +389,31 @@ a_load_is_noted_in_the_file(Root) ->
         [{ok, _, _} = erllama_cache_store:load(Store, Key) || _ <- lists:seq(1, 100)],
         ?assertEqual({ok, File}, file:read_file(path(Root, Key)))
     end).
+
+%% Nor the times by which a backup knows what to send again. Notes are made in their order: when that of
+%% another file is there, there was none of this one.
+loads_change_nothing_while_no_note_is_due(Root) ->
+    with_store(#{root => Root}, fun(Store) ->
+        Save = fun(N, LastUsed) ->
+            Meta = (meta(N))#{last_used_time => LastUsed},
+            {ok, Key} = erllama_cache_writer:save(Store, disk, Meta, ?PAYLOAD),
+            Key
+        end,
+        Key = Save(1, erlang:system_time(second)),
+        Before = content_and_times(path(Root, Key)),
+        [{ok, _, _} = erllama_cache_store:load(Store, Key) || _ <- lists:seq(1, 100)],
+        Due = Save(2, 1000),
+        ok = erllama_cache_test_util:eventually(fun() ->
+            {ok, #{hit_count := Hits}, _} = erllama_cache_store:load(Store, Due),
+            Hits > 0
+        end),
+        ?assertEqual(Before, content_and_times(path(Root, Key)))
+    end).
+
+%% The times when the content and the inode were last changed, to the nanosecond.
+content_and_times(File) ->
+    {0, Times} = erllama_cache_test_util:run_command("stat", ["-c", "%y %z", File]),
+    {file:read_file(File), Times}.
 
 a_miss_is_a_miss(Root) ->
     with_store(#{root => Root}, fun(Store) ->

@@ -11,7 +11,7 @@ use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Barrier;
@@ -317,6 +317,31 @@ fn permissions_are_those_asked_for() {
         let permissions = fs::metadata(path(dir.path(), n)).unwrap().permissions();
         assert_eq!(permissions.mode() & 0o777, mode);
         assert_holds(dir.path(), n, b"x");
+    }
+}
+
+/// Nor the times by which a backup knows what to send again.
+#[test]
+fn loads_and_checks_change_nothing() {
+    let dir = root();
+    for (n, size) in (0..).zip([1, SMALL]) {
+        let payload = payload(size);
+        save(dir.path(), n, &payload).unwrap();
+        let file = || {
+            let file = path(dir.path(), n);
+            let stat = fs::metadata(&file).unwrap();
+            let modified = (stat.mtime(), stat.mtime_nsec());
+            let changed = (stat.ctime(), stat.ctime_nsec());
+            (fs::read(&file).unwrap(), modified, changed)
+        };
+        let before = file();
+        for _ in 0..100 {
+            assert_holds(dir.path(), n, &payload);
+            let check = Check::open(&open(dir.path()), &key(n), None);
+            let mut check = check.unwrap().unwrap();
+            while check.step(&slice()).unwrap() == Progress::More {}
+        }
+        assert!(file() == before, "{size}");
     }
 }
 

@@ -246,7 +246,7 @@ until_done(Slice) ->
 used(#config{name = Name} = Config, Key, #{file_size := Size, last_used_time := InFile}, Known) ->
     Now = now_ms(),
     case erllama_cache_index:use(Name, Key, Now) of
-        {Uses, Noted} -> note_in_file(Config, Key, Uses, max(Noted, InFile), Now div 1000);
+        {Uses, Noted} -> note_in_file(Config, Key, Uses, [Noted, InFile], Now div 1000);
         %% Saved by another node on the same root.
         false when Known =:= none -> found(Config, Key, Size, Now);
         %% Deleted since.
@@ -254,14 +254,17 @@ used(#config{name = Name} = Config, Key, #{file_size := Size, last_used_time := 
     end.
 
 %% For the order of eviction after a restart: an hour is exact enough, and a file that changes with
-%% each load would be resent by each backup.
-note_in_file(#config{name = Name, path = Path}, Key, Uses, Noted, Now) when
-    Now - Noted >= ?NOTE_EVERY, Uses > 0
-->
-    ok = erllama_cache_nif:note_use(Path, Key, min(Uses, 16#ffffffff), Now),
-    erllama_cache_index:noted(Name, Key, Uses, Now);
-note_in_file(_Config, _Key, _Uses, _Noted, _Now) ->
-    ok.
+%% each load would be resent by each backup. A note as far in the future is by a clock that was wrong,
+%% and would have the file taken for just used at each start until then.
+note_in_file(#config{name = Name, path = Path}, Key, Uses, Notes, Now) ->
+    IsDue = lists:all(fun(Note) -> abs(Now - Note) >= ?NOTE_EVERY end, Notes),
+    case IsDue andalso Uses > 0 of
+        true ->
+            ok = erllama_cache_nif:note_use(Path, Key, min(Uses, 16#ffffffff), Now),
+            erllama_cache_index:noted(Name, Key, Uses, Now);
+        false ->
+            ok
+    end.
 
 %% A file is there that the index does not know.
 found(#config{max_bytes = infinity, name = Name}, Key, Size, LastUsed) ->

@@ -44,6 +44,7 @@ store_tests() ->
         fun a_quant_type_without_a_byte_is_refused/1,
         fun a_file_has_the_permissions_of_the_configuration/1,
         fun a_load_is_noted_in_the_file/1,
+        fun a_note_of_the_future_is_corrected/1,
         fun loads_change_nothing_while_no_note_is_due/1,
         fun a_miss_is_a_miss/1,
         fun delete_deletes/1,
@@ -388,6 +389,17 @@ a_load_is_noted_in_the_file(Root) ->
         {ok, File} = file:read_file(path(Root, Key)),
         [{ok, _, _} = erllama_cache_store:load(Store, Key) || _ <- lists:seq(1, 100)],
         ?assertEqual({ok, File}, file:read_file(path(Root, Key)))
+    end).
+
+%% A clock was ahead: the file would be taken for just used at each start until it is that late.
+a_note_of_the_future_is_corrected(Root) ->
+    with_store(#{root => Root}, fun(Store) ->
+        Meta = (meta(1))#{last_used_time => erlang:system_time(second) + 365 * 86400},
+        {ok, Key} = erllama_cache_writer:save(Store, disk, Meta, ?PAYLOAD),
+        ok = erllama_cache_test_util:eventually(fun() ->
+            {ok, #{last_used_time := Used}, ?PAYLOAD} = erllama_cache_store:load(Store, Key),
+            Used =< erlang:system_time(second)
+        end)
     end).
 
 %% Nor the times by which a backup knows what to send again. Notes are made in their order: when that of

@@ -107,7 +107,7 @@ crash: setup all ## Cut the power of machines that save, check all that is left:
 kill: setup all ## kill -9 of nodes in the middle of saves, KILLS=300 times on each of two roots
 	tools/kill.sh
 
-disks: setup all ## Full disks, quota, FUSE, read-only: on real mounts, as root
+disks: setup all ## Full, frozen, read-only disks; xfs, btrfs, overlays, FUSE, NFS: on real mounts, as root
 	tools/disks.sh
 
 fuzz: setup ## What reads files, on bytes that a fuzzer makes up: make fuzz [FUZZ_RUNS=n]

@@ -254,8 +254,8 @@ used(#config{name = Name} = Config, Key, #{file_size := Size, last_used_time := 
     end.
 
 %% For the order of eviction after a restart: an hour is exact enough, and a file that changes with
-%% each load would be resent by each backup. A note as far in the future is by a clock that was wrong,
-%% and would have the file taken for just used at each start until then.
+%% each load would be resent by each backup. A note as far in the future is by a clock that was
+%% wrong, and would have the file taken for just used at each start until then.
 note_in_file(#config{name = Name, path = Path}, Key, Uses, Notes, Now) ->
     IsDue = lists:all(fun(Note) -> abs(Now - Note) >= ?NOTE_EVERY end, Notes),
     case IsDue andalso Uses > 0 of

@@ -114,8 +114,8 @@ scenario(named, Root, [Under]) ->
 
 %%% Other file systems
 
-%% All that is usual, on a file system that is not: whether temporary files have names there, and which
-%% syncs a save makes (docs/design.md), is known.
+%% All that is usual, on a file system that is not: whether temporary files have names there, and
+%% which syncs a save makes (docs/design.md), is known.
 scenario(usual, Root, [Names, Plan]) ->
     ?assertEqual(Names =:= "unnamed", takes_unnamed(Root)),
     start_store(?STORE, Root, #{}),
@@ -138,8 +138,8 @@ scenario(usual, Root, [Names, Plan]) ->
 
 %%% Loads only read
 
-%% What an image brings along is loaded from there, notes of use being due: nothing is copied into the
-%% upper layer, which has no room for it.
+%% What an image brings along is loaded from there, notes of use being due: nothing is copied into
+%% the upper layer, which has no room for it.
 scenario(lower, Lower, [Upper, Work, Merged, Elsewhere]) ->
     start_store(?STORE, Lower, #{}),
     Keys = maps:from_list([{N, save_long_ago(?STORE, N, Size)} || {N, Size} <- sizes(1)]),
@@ -422,7 +422,8 @@ calls() ->
 
 save_long_ago(Store, N, Size) ->
     LongAgo = erlang:system_time(second) - 2 * 3600,
-    {ok, Key} = ?WRITER:save(Store, disk, (meta([N]))#{last_used_time => LongAgo}, payload(N, Size)),
+    Meta = (meta([N]))#{last_used_time => LongAgo},
+    {ok, Key} = ?WRITER:save(Store, disk, Meta, payload(N, Size)),
     Key.
 
 hits(Store, Key) ->
@@ -432,16 +433,16 @@ hits(Store, Key) ->
 contents(Dir) ->
     [{Name, file:read_file(filename:join(Dir, Name))} || Name <- files(Dir)].
 
-%% One thread makes all notes, in their order: when this one has been made, those before it have been
-%% made too, or refused.
+%% One thread makes all notes, in their order: when this one has been made, those before it have
+%% been made too, or refused.
 notes_are_made(Elsewhere) ->
     start_store(?OTHER, Elsewhere, #{}),
     Key = save_long_ago(?OTHER, 1, 1),
     eventually(fun() -> hits(?OTHER, Key) > 0 end),
     ok = gen_server:stop(?OTHER).
 
-%% By a process that is there before, and thaws it when this VM ends too: where all schedulers for files
-%% wait, none can be started.
+%% By a process that is there before, and thaws it when this VM ends too: where all schedulers for
+%% files wait, none can be started.
 frozen(Mount, Fun) ->
     Commands = "fsfreeze -f \"$1\" && echo frozen && read x; fsfreeze -u \"$1\"",
     Freezer = open_port({spawn_executable, os:find_executable("sh")}, [

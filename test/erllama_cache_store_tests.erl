@@ -402,8 +402,8 @@ a_note_of_the_future_is_corrected(Root) ->
         end)
     end).
 
-%% Nor the times by which a backup knows what to send again. Notes are made in their order: when that of
-%% another file is there, there was none of this one.
+%% Nor the times by which a backup knows what to send again. Notes are made in their order: when
+%% that of another file is there, there was none of this one.
 loads_change_nothing_while_no_note_is_due(Root) ->
     with_store(#{root => Root}, fun(Store) ->
         Save = fun(N, LastUsed) ->

@@ -978,7 +978,7 @@ load(Key) ->
 
 loaded_from(Key) ->
     case erllama_cache_store:load(?STORE, key(Key)) of
-        {ok, #{tokens := [Key]}, <<N:32, _/binary>> = Payload} ->
+        {ok, #{tokens := <<Key:32/little>>}, <<N:32, _/binary>> = Payload} ->
             Size = byte_size(Payload),
             Payload = payload(N, Size),
             {ok, N, Size};

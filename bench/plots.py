@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Draws the pictures of docs/benchmarks.md from the JSON in docs/bench, and writes the README's table
-of figures from the same: tools/plots.sh runs this.
+"""Draws the pictures of docs/benchmarks.md from the JSON in docs/bench, and writes tables of figures, the
+README's and that page's, from the same: tools/plots.sh runs this.
 
 gnuplot draws with one colour for lines and text and one for each side, and knows no style sheet.
 What it has drawn then gets one: ink and paper follow the colour scheme of whoever looks.
@@ -155,12 +155,25 @@ def table(save, semaphore):
     return "".join(line + "\n" for line in lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def write_table(rows):
-    readme = PROJECT / "README.md"
-    begin, end = "<!-- figures, by make bench-plots -->\n", "<!-- end of figures -->\n"
-    before, rest = readme.read_text().split(begin)
-    readme.write_text(before + begin + rows + end + rest.split(end)[1])
-    print("  README.md, its table of figures")
+def slow_table(slow):
+    """What another process waits for beside a slow disk."""
+    def row(name, times):
+        return [name, *[duration(times[key]) for key in ("p50", "p99", "max")]]
+
+    rows = [row("alone", slow["alone_ns"]), row("beside a slow disk", slow["beside_ns"])]
+    lines = ["| `read_file_info` | p50 | p99 | max |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    done = ", ".join(f"{count} {what}" for what, count in sorted(slow["done"].items()))
+    return "".join(f"{line}\n" for line in [*lines, "", f"Meanwhile: {done}."])
+
+
+def write_between(page, what, text):
+    """Replaces what stands between two marks of a page."""
+    file = PROJECT / page
+    begin, end = f"<!-- {what}, by make bench-plots -->\n", f"<!-- end of {what} -->\n"
+    before, rest = file.read_text().split(begin)
+    file.write_text(before + begin + text + end + rest.split(end)[1])
+    print(f"  {page}, its {what}")
 
 
 def is_whole(result, report):
@@ -171,6 +184,8 @@ def is_whole(result, report):
     if result == "save":
         return all(set(figures.get(panel, {})) == {str(size) for size in SIZES}
                    for panel in ("save_disk", "save_ram_file", "load"))
+    if result == "slow":
+        return {"alone_ns", "beside_ns", "done"} <= set(figures)
     return {"sixteen_waits_ns", "sixteen_plain_waits_ns"} <= set(figures)
 
 
@@ -190,7 +205,9 @@ def main(arguments):
     semaphore = read(DOCS / "bench" / "semaphore.json")["figures"]
     draw(saves(save), "bench-save.svg")
     draw(waits(semaphore), "bench-waits.svg")
-    write_table(table(save, semaphore))
+    write_between("README.md", "figures", table(save, semaphore))
+    slow = read(DOCS / "bench" / "slow.json")["figures"]
+    write_between("docs/benchmarks.md", "slow disk", slow_table(slow))
     return 0
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Draws the pictures of docs/benchmarks.md, docs/bench-save.svg and docs/bench-waits.svg, and writes
-# the README's table of figures. What `make bench-save` and `make bench-semaphore` have left in
-# bench/results is first copied to docs/bench, so that a picture is committed together with the
+# tables of figures, the README's and that page's. What `make bench-save`, `make bench-semaphore` and
+# `make bench-slow` have left in bench/results is first copied to docs/bench, so that a picture is committed together with the
 # figures that it shows; of a run that left out parts or sizes ($BENCH_PARTS, $BENCH_SIZES), or was not
 # judged ($BENCH_JUDGE), it is not.
 set -eu
@@ -28,7 +28,7 @@ if ! command -v gnuplot >/dev/null; then
 fi
 
 mkdir -p docs/bench
-for result in save semaphore; do
+for result in save semaphore slow; do
     measured=bench/results/$result.json
     if [ -e "$measured" ] && python3 bench/plots.py --is-whole "$result" "$measured"; then
         cp "$measured" "docs/bench/$result.json"

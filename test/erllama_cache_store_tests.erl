@@ -694,6 +694,7 @@ a_lease_that_was_taken_over_leaves_no_watch(Root) ->
                 winner ->
                     kill(Winner),
                     none_reserved(Store),
+                    eventually(fun() -> watches(Store) =:= 0 end),
                     kill(Loser)
             end,
             none_reserved(Store),

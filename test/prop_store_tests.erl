@@ -49,7 +49,9 @@
 -define(RECENT, 400).
 -define(LONG_AGO, 86400).
 %% How long whatever is to happen may take. Short, because shrinking waits it out again and again.
--define(DEADLINE, 3000).
+-define(DEADLINE, 4000).
+%% The same where a disk is waited for.
+-define(IO_DEADLINE, 20000).
 
 %%% What the model knows
 
@@ -237,7 +239,7 @@ teardown() ->
         Pid -> kill(Pid)
     end,
     [erase(Timer) || {{timer, _} = Timer, _} <- get()],
-    eventually(fun() -> ?WRITER:current() =:= 0 end, ?DEADLINE),
+    eventually(fun() -> ?WRITER:current() =:= 0 end, ?IO_DEADLINE),
     ok = empty(root()),
     flush().
 
@@ -1049,7 +1051,7 @@ go_on_starting({Turns, Ref}) ->
     ok = erllama_cache_hooked_host:go_on(Turns),
     receive
         {Ref, Started} -> Started
-    after ?DEADLINE -> error(no_start)
+    after ?IO_DEADLINE -> error(no_start)
     end.
 
 %% Loads run beside its look. Each key is loaded once more, so that its last use is known.
@@ -1074,7 +1076,7 @@ begin_load(Key) ->
 end_load({Pid, Monitor}) ->
     receive
         {'DOWN', Monitor, process, Pid, {loaded, Loaded}} -> Loaded
-    after ?DEADLINE -> error(no_load)
+    after ?IO_DEADLINE -> error(no_load)
     end.
 
 lose(How) ->
@@ -1178,7 +1180,7 @@ await(Client) ->
             {before, Call};
         {answer, Ref, Answer} ->
             Answer
-    after ?DEADLINE -> no_answer
+    after ?IO_DEADLINE -> no_answer
     end.
 
 serve(Driver) ->

@@ -152,7 +152,7 @@ lay_out() {
     # The vectors and the oracle.
     cp -R "$here/test/." "$lib/test"
     erlc +debug_info -o "$lib/ebin" "$here"/src/*.erl
-    erlc +debug_info +nowarn_export_all -pa "$lib/ebin" -o "$lib/test" \
+    erlc +debug_info +nowarn_export_all -I "$here/src" -pa "$lib/ebin" -o "$lib/test" \
         "$here"/test/standin/*.erl "$here"/test/*.erl
 }
 

@@ -6,12 +6,14 @@
 use std::fmt;
 use std::iter::{self, Enumerate};
 use std::slice::ChunksExactMut;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 
 use blake3::Hasher;
 use blake3::hazmat::{
     ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root,
 };
+
+use crate::sync::unpoisoned;
 
 /// A node's secret: who knows it can make files that this node trusts. It is shown nowhere.
 #[derive(Clone)]
@@ -192,10 +194,7 @@ impl<'a> Parts<'a> {
     }
 
     fn take(&self) -> Option<(usize, &'a mut [u8])> {
-        self.rest
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .next()
+        unpoisoned(self.rest.lock()).next()
     }
 
     /// Adds all to `digester`, once everybody's [`Parts::work`] has returned well.

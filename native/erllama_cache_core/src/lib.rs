@@ -16,3 +16,4 @@ pub mod semaphore;
 mod sync;
 
 pub use error::Error;
+pub use sync::unpoisoned;

@@ -10,11 +10,16 @@ pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(loom))]
 pub(crate) use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-use std::sync::PoisonError;
+use std::sync::{LockResult, PoisonError};
 
-/// Locks, whatever became of the last holder. Every critical section of this crate either leaves
-/// its data whole at each step or does nothing that can panic, so a poisoned lock tells nothing
-/// that a caller could act on, while refusing it would hang every waiter.
+/// Whatever became of the last holder. Every critical section of this library either leaves its data
+/// whole at each step or does nothing that can panic, so a poisoned lock tells nothing that a caller
+/// could act on, while refusing it would hang every waiter.
+pub fn unpoisoned<G>(result: LockResult<G>) -> G {
+    result.unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Locks, see [`unpoisoned`].
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    unpoisoned(mutex.lock())
 }

@@ -5,7 +5,7 @@
 //! process that made it is killed meanwhile.
 
 use std::ffi::CString;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::Duration;
 
 use erllama_cache_core::Error;
@@ -14,6 +14,7 @@ use erllama_cache_core::files::{
     fits_memory,
 };
 use erllama_cache_core::kvc::{Digest, EncodeError, Field, Key, Prefix};
+use erllama_cache_core::unpoisoned;
 use rustler::sys::{ErlNifBinary, enif_alloc_binary};
 use rustler::{Atom, Binary, Encoder, Env, NifResult, OwnedBinary, Resource, ResourceArc, Term};
 
@@ -47,7 +48,7 @@ impl<T> InSlices<T> {
 
     /// Works on it for one call. What `work` does not put back is dropped here, files with it.
     fn turn<R>(&self, work: impl FnOnce(T) -> (Option<T>, R), gone: impl FnOnce() -> R) -> R {
-        let mut slot = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = unpoisoned(self.value.lock());
         match slot.take() {
             Some(value) => {
                 let (kept, result) = work(value);

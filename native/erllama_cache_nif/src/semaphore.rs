@@ -1,9 +1,10 @@
 //! The semaphore and its guards as resource objects.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use erllama_cache_core::semaphore as core;
 use erllama_cache_core::semaphore::{Attempt, End, MAX_LIMIT, Refusal, Want};
+use erllama_cache_core::unpoisoned;
 use rustler::{
     Atom, Encoder, Env, Error, LocalPid, Monitor, NifResult, Reference, Resource, ResourceArc, Term,
 };
@@ -22,7 +23,7 @@ pub(crate) struct Semaphore {
 
 impl Semaphore {
     fn is_server(&self, monitor: &Monitor) -> bool {
-        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        let server = unpoisoned(self.server.lock());
         server.as_ref() == Some(monitor)
     }
 }
@@ -148,10 +149,7 @@ fn semaphore_open(
     let bytes = max_bytes(bytes)?;
     // Before the lock: a monitor takes the caller's main lock.
     let monitor = env.monitor(&semaphore, &env.pid());
-    *semaphore
-        .server
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner) = monitor;
+    *unpoisoned(semaphore.server.lock()) = monitor;
     deliver(env, &semaphore.core, semaphore.core.open(limit, bytes));
     Ok(atoms::ok())
 }

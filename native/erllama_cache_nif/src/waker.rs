@@ -3,9 +3,10 @@
 
 use std::mem;
 use std::ptr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use erllama_cache_core::semaphore::{Semaphore, Verdict, Wakes};
+use erllama_cache_core::unpoisoned;
 use rustler::env::SavedTerm;
 use rustler::thread::is_scheduler_thread;
 use rustler::{Encoder, Env, LocalPid, OwnedEnv, Reference, Resource, ResourceArc, sys};
@@ -32,7 +33,7 @@ pub(crate) struct SpareEnv(Mutex<Option<OwnedEnv>>);
 
 impl SpareEnv {
     fn swap(&self, env: Option<OwnedEnv>) -> Option<OwnedEnv> {
-        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spare = unpoisoned(self.0.lock());
         mem::replace(&mut *spare, env)
     }
 
@@ -145,11 +146,7 @@ struct Courier {
 #[rustler::resource_impl]
 impl Resource for Courier {
     fn destructor(self, env: Env<'_>) {
-        for (waker, verdict) in self
-            .left
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner)
-        {
+        for (waker, verdict) in unpoisoned(self.left.into_inner()) {
             let _ = waker.send(Some(env), verdict);
         }
     }

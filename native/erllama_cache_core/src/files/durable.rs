@@ -27,11 +27,12 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
-use std::sync::{PoisonError, TryLockError};
+use std::sync::TryLockError;
 
 use super::root::Root;
 use super::sys;
 use crate::error::{Context, Error};
+use crate::sync::unpoisoned;
 
 /// Which syncs make a new file and its name durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,10 +124,7 @@ impl Root {
             sync_changed(file)?;
             return Ok(true);
         }
-        let _together = self
-            .name_syncs()
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _together = unpoisoned(self.name_syncs().read());
         sync_changed(file)?;
         Ok(false)
     }

@@ -6,9 +6,8 @@
 //! there: it proves nothing and is never joined.
 
 use std::io;
-use std::sync::PoisonError;
 
-use crate::sync::{Arc, Condvar, Mutex, lock};
+use crate::sync::{Arc, Condvar, Mutex, lock, unpoisoned};
 
 #[derive(Debug, Default)]
 pub(crate) struct Group {
@@ -48,10 +47,7 @@ impl Group {
         let batch = Arc::clone(state.next.get_or_insert_default());
         loop {
             state.waiting += 1;
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = unpoisoned(self.changed.wait(state));
             state.waiting -= 1;
             if let Some(result) = *lock(&batch.result) {
                 return result.map_err(io::Error::from_raw_os_error);

@@ -4,15 +4,16 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, RwLock};
 
-use once_cell::sync::{Lazy, OnceCell};
+use once_cell::sync::OnceCell;
 
 use super::durable::SyncPlan;
 use super::group::Group;
 use super::sys::{self, FileSystem};
 use crate::error::{Context, Error};
 use crate::kvc::Key;
+use crate::sync::unpoisoned;
 
 /// An open root. Everything is done relative to it: whatever becomes of the path by which it was
 /// opened, this is the directory that is worked in.
@@ -60,10 +61,10 @@ struct Seen {
     generation: u64,
 }
 
-static KNOWN: Lazy<Mutex<Known>> = Lazy::new(Mutex::default);
+static KNOWN: LazyLock<Mutex<Known>> = LazyLock::new(Mutex::default);
 
 fn known() -> MutexGuard<'static, Known> {
-    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+    unpoisoned(KNOWN.lock())
 }
 
 impl Known {
@@ -175,11 +176,8 @@ impl Root {
     /// Makes the directory's names durable, together with whoever else wants that now.
     pub(crate) fn sync(&self) -> Result<(), Error> {
         let sync = || {
-            let _alone = (self.sync_plan() == SyncPlan::NoJournal).then(|| {
-                self.name_syncs()
-                    .write()
-                    .unwrap_or_else(PoisonError::into_inner)
-            });
+            let _alone = (self.sync_plan() == SyncPlan::NoJournal)
+                .then(|| unpoisoned(self.name_syncs().write()));
             self.dir.sync_all()
         };
         self.traits.syncs.run(sync).call("fsync")

@@ -17,7 +17,8 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
-use std::mem::{self, ManuallyDrop};
+use std::mem;
+use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::thread;
@@ -78,7 +79,7 @@ const NAME_TRIES: usize = 16;
 #[derive(Debug)]
 pub struct TmpFile {
     root: Root,
-    file: ManuallyDrop<Arc<File>>,
+    file: Handle,
     /// Another thread has the kernel begin with the disk.
     starting: Option<Answer<()>>,
     /// Another thread waits for the disk.
@@ -95,6 +96,18 @@ pub struct TmpFile {
     judged: Option<Stored>,
     /// Since when another has the lock of the file that this one is to replace.
     refused: Option<Instant>,
+}
+
+/// The open file. It is there until [`TmpFile`] is dropped, which may have it closed elsewhere.
+#[derive(Debug)]
+struct Handle(Option<Arc<File>>);
+
+impl Deref for Handle {
+    type Target = Arc<File>;
+
+    fn deref(&self) -> &Arc<File> {
+        self.0.as_ref().expect("only drop takes it")
+    }
 }
 
 /// What a save may choose.
@@ -273,7 +286,7 @@ impl TmpFile {
         }));
         let tmp = TmpFile {
             root,
-            file: ManuallyDrop::new(Arc::new(file)),
+            file: Handle(Some(Arc::new(file))),
             starting: None,
             awaiting: None,
             had_name: name.is_some(),
@@ -803,12 +816,10 @@ impl Drop for TmpFile {
     fn drop(&mut self) {
         // What cannot be unlinked now is swept at the next start: its lock goes with the descriptor.
         let _ = self.remove_name();
-        // SAFETY: nothing uses `file` after this: this is the end of the value.
-        let file = unsafe { ManuallyDrop::take(&mut self.file) };
         // Closing a large file that has no name frees its pages and blocks. That takes long, and
         // this may be a thread that runs processes.
         if !matches!(self.phase, Phase::Published) && !self.is_small() {
-            pool::reap(file);
+            pool::reap(self.file.0.take());
         }
     }
 }

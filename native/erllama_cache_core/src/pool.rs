@@ -180,14 +180,17 @@ fn start_thread(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::time::Instant;
 
     use super::*;
 
     #[test]
     fn an_answer_is_waited_for_as_long_as_one_likes() {
         let (tell, told) = channel::bounded::<u32>(1);
+        let deadline = Instant::now() + Duration::from_secs(20);
         let answer = loop {
+            assert!(Instant::now() < deadline, "no thread was ever idle");
             let told = told.clone();
             // A thread that has just been started is not idle yet.
             match ask_waiter(move || told.recv()) {
@@ -226,19 +229,48 @@ mod tests {
         assert_eq!(sum.into_inner(), 4 * MOST_THREADS * 3 * 4950);
     }
 
+    /// Theirs has begun when ours panics, and goes on once ours unwinds: were it not waited for, it would
+    /// be found in the middle of its work.
     #[test]
-    fn a_panic_of_either_comes_out_and_only_after_both_have_ended() {
+    fn a_panic_of_ours_comes_out_only_after_theirs_has_ended() {
+        struct Opens<'a>(&'a AtomicBool);
+        impl Drop for Opens<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::SeqCst);
+            }
+        }
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            assert!(Instant::now() < deadline, "no thread was ever idle");
+            let [begun, gate, ended] = [const { AtomicBool::new(false) }; 3];
+            let theirs = || {
+                begun.store(true, Ordering::SeqCst);
+                while !gate.load(Ordering::SeqCst) {
+                    thread::yield_now();
+                }
+                (0..1000).for_each(|_| thread::yield_now());
+                ended.store(true, Ordering::SeqCst);
+            };
+            let ours = || {
+                let _opens = Opens(&gate);
+                (0..10_000)
+                    .take_while(|_| !begun.load(Ordering::SeqCst))
+                    .for_each(|_| thread::yield_now());
+                panic!("ours, on purpose");
+            };
+            let joined = panic::catch_unwind(AssertUnwindSafe(|| join(theirs, ours)));
+            assert!(joined.is_err());
+            // Where no thread was idle, it was never begun.
+            assert_eq!(ended.into_inner(), begun.load(Ordering::SeqCst));
+            if begun.into_inner() {
+                break;
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_of_theirs_comes_out_and_the_pool_goes_on() {
         for _ in 0..100 {
-            let ended = AtomicUsize::new(0);
-            let count = || ended.fetch_add(1, Ordering::SeqCst);
-            let ours = panic::catch_unwind(AssertUnwindSafe(|| {
-                join(count, || panic!("ours, on purpose"))
-            }));
-            assert!(ours.is_err());
-            // Run, or never begun because no thread was idle: but not running any more.
-            let after = ended.load(Ordering::SeqCst);
-            thread::yield_now();
-            assert_eq!(ended.load(Ordering::SeqCst), after);
             let theirs = panic::catch_unwind(AssertUnwindSafe(|| {
                 join(|| panic!("theirs, on purpose"), || ())
             }));

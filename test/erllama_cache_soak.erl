@@ -65,17 +65,19 @@ main() ->
     WarmUp = max(5, Seconds div 20),
     CrashesBefore = warm_up(WarmUp, Root),
     Began = rest(Root),
+    There = processes(),
     BooksBefore = books(began),
     io:format("soak: ~b s after a warm-up of ~b s, root ~ts~n", [Seconds, WarmUp, Root]),
     {ok, Out} = file:open(Csv, [write]),
     {Samples, Crashes} = work(Seconds, Root, Out),
     ok = file:close(Out),
     Ended = rest(Root),
+    Since = processes() -- There,
     report(Samples, Began, Ended, Csv),
     Left = leave(Root),
     stop_servers(Keepers),
     Crashed = [{worker_crashed, Crash} || Crash <- CrashesBefore ++ Crashes],
-    Wrong = judge(Began, Ended) ++ Crashed ++ BooksBefore ++ Left,
+    Wrong = judge(Began, Ended, Since) ++ Crashed ++ BooksBefore ++ Left,
     [io:format("soak: WRONG: ~tp~n", [Each]) || Each <- Wrong],
     Wrong =:= [] andalso io:format("soak: everything is back where it began~n"),
     halt(case Wrong of [] -> 0; _ -> 1 end).
@@ -478,12 +480,19 @@ measured() ->
         {rss, rss()},
         {fds, length(element(2, file:list_dir("/proc/self/fd")))},
         {threads, length(element(2, file:list_dir("/proc/self/task")))},
-        {processes, erlang:system_info(process_count)},
+        {processes, erlang:system_info(process_count) - abandoners()},
+        {abandoners, abandoners()},
         {ports, erlang:system_info(port_count)},
         {ets, length(ets:all())},
         {atoms, erlang:system_info(atom_count)}
         | lists:sort(maps:to_list(erllama_cache_nif:live_objects()))
     ].
+
+%% A writer that is killed leaves a process, for a minute, which tells those who wait if no other
+%% writer comes.
+abandoners() ->
+    length([Pid || Pid <- processes(),
+                   proc_lib:translate_initial_call(Pid) =:= {erllama_cache_abandon, init, 1}]).
 
 rss() ->
     {ok, Status} = file:read_file("/proc/self/status"),
@@ -518,7 +527,7 @@ rest(Root, Before, Deadline) ->
         ?WRITER:current() =:= 0 andalso ?WRITER:waiters() =:= [] andalso
         maps:get(reservations, erllama_cache_store:info(?STORE)) =:= 0,
     [garbage_collect(Pid) || Pid <- processes()],
-    Now = [Pair || {What, _} = Pair <- measured(), What =/= rss],
+    Now = [Pair || {What, _} = Pair <- measured(), What =/= rss, What =/= abandoners],
     case Idle andalso Now =:= Before of
         true ->
             measured();
@@ -572,15 +581,23 @@ await_next(Name, Last, Deadline) ->
             await_next(Name, Last, Deadline)
     end.
 
-judge(Began, Ended) ->
+judge(Began, Ended, Since) ->
     [
-        {What, Before, After}
+        {What, Before, After, who(What, Since)}
      || {{What, Before}, {What, After}} <- lists:zip(Began, Ended),
         After > Before + allowed(What)
     ].
 
+%% Those that were not there before; the servers are among them.
+who(processes, Since) ->
+    Asked = [registered_name, initial_call, current_stacktrace, dictionary, messages],
+    [{Pid, process_info(Pid, Asked)} || Pid <- Since];
+who(_What, _Since) ->
+    [].
+
 allowed(rss) -> ?MEMORY;
 allowed(atoms) -> ?ATOMS;
+allowed(abandoners) -> proplists:get_value(restarts, counted());
 allowed(_) -> 0.
 
 %%% The report

@@ -91,7 +91,8 @@ defmodule ElixirCheck do
     assert File.ls!(root) == [Base.encode16(key, case: :lower) <> ".kvc"]
 
     assert {:ok, info, ^payload} = Store.load(__MODULE__, key)
-    assert Map.take(info, Map.keys(meta)) == meta
+    assert Map.take(info, Map.keys(meta)) == %{meta | tokens: info.tokens}
+    assert for(<<token::little-32 <- info.tokens>>, do: token) == meta.tokens
     assert Writer.current() == 0
 
     assert :ok = Store.delete(__MODULE__, key)

@@ -22,7 +22,7 @@
 -import(erllama_cache_test_util, [eventually/2, own_messages/0, meta/0]).
 
 -define(WRITER, erllama_cache_writer).
--define(SEQUENCES, "2000").
+-define(SEQUENCES, "1500").
 -define(CLIENTS, [a, b, c, d, e]).
 -define(FIRST_LIMIT, 2).
 %% No limit here is this high: a probe that asks for it learns whether the semaphore is open, and
@@ -42,7 +42,8 @@ semaphore_test_() ->
         {timeout, Seconds, fun() -> check(Sequences) end}}.
 
 check(Sequences) ->
-    Options = [quiet, {numtests, Sequences}, {to_file, user}],
+    %% Of twice the usual length.
+    Options = [quiet, {numtests, Sequences}, {max_size, 84}, {to_file, user}],
     case proper:quickcheck(prop_semaphore(), Options) of
         true ->
             ok;
@@ -61,7 +62,7 @@ unsilence(Level) ->
     ok = logger:set_primary_config(level, Level).
 
 prop_semaphore() ->
-    ?FORALL(Commands, more_commands(2, commands(?MODULE)), begin
+    ?FORALL(Commands, commands(?MODULE), begin
         Outcome = step(fun() -> run(Commands) end),
         ?WHENFAIL(
             io:format(user, "~n~p~nmismatch: ~p~n", [Outcome, get(mismatch)]),

@@ -70,6 +70,9 @@
 
 main() ->
     logger:set_primary_config(level, none),
+    %% The victims inherit it.
+    _ = os:getenv("FAULTS_LAST_USE") =:= false andalso
+        os:putenv("FAULTS_LAST_USE", integer_to_list(erlang:system_time(second))),
     process_flag(trap_exit, true),
     try run(init:get_plain_arguments()) of
         true -> halt(0);
@@ -293,11 +296,11 @@ stop(Name) ->
             receive {'EXIT', Pid, _} -> ok end
     end.
 
-%% The times are given, so that the same save makes the same file; the last use is to come, so that
-%% no load has one noted, which another thread would do at some time.
+%% The times are given, so that the same save makes the same file in each VM; the last use is no
+%% hour ago, so that no load has one noted, which another thread would do at some time.
 meta(N) ->
     (erllama_cache_test_util:meta([N, 2, 3]))#{
-        creation_time => 1700000000, last_used_time => 4102444800
+        creation_time => 1700000000, last_used_time => list_to_integer(os:getenv("FAULTS_LAST_USE"))
     }.
 
 key(N) ->

@@ -469,8 +469,9 @@ begin_save(N) ->
     Saving = tell(Saver, fun() -> try_save(N, 300 * ?KIB) end),
     eventually(fun() ->
         {current_function, {Module, Function, _}} = process_info(Saver, current_function),
-        {Module, Function} =:= {erllama_cache_nif, write_tmp} orelse
-            {Module, Function} =:= {erllama_cache_turn, take}
+        lists:member({Module, Function}, [
+            {erllama_cache_nif, write_tmp}, {erllama_cache_turn, await}
+        ])
     end),
     {N, Saver, Saving}.
 

@@ -8,6 +8,7 @@
 -module(erllama_cache_writer).
 -behaviour(gen_server).
 
+-include("erllama_cache_limits.hrl").
 -include("erllama_cache_log.hrl").
 
 -export([start_link/0, start_link/1]).
@@ -78,20 +79,8 @@
 -define(STATE, ?MODULE).
 
 -define(DEFAULT_TIMEOUT, 30000).
--define(MAX_TIMEOUT, 16#ffffffff).
--define(MAX_LIMIT, 16#7fffffff).
--define(MAX_BYTES, 16#ffffffffffffffff).
-%% Up to this many bytes of file, a save is one call of the library.
--define(SMALL, 65536).
-
 %% Milliseconds within which a server ends whose supervisor has ended.
 -define(ENDS_WITHIN, 1000).
-
--define(IS_TIMEOUT(T),
-        (T =:= infinity orelse (is_integer(T) andalso T >= 0 andalso T =< ?MAX_TIMEOUT))).
--define(IS_LIMIT(N), (is_integer(N) andalso N > 0 andalso N =< ?MAX_LIMIT)).
--define(IS_BYTES(N),
-        (N =:= infinity orelse (is_integer(N) andalso N >= 0 andalso N =< ?MAX_BYTES))).
 
 %% @doc What an error's reason means, in words for a person, in the manner of
 %% {@link file:format_error/1}. It takes the reasons of this module and of
@@ -101,52 +90,8 @@
 %% "no slot became free in time" = erllama_cache_writer:format_error(max_concurrent).
 %% '''
 -spec format_error(Reason :: term()) -> string().
-format_error({error, Reason}) -> format_error(Reason);
-format_error(max_concurrent) -> "no slot became free in time";
-format_error(weight_exceeds_limit) -> "the weight is above the limit, so it could never be served";
-format_error(cancelled) -> "the save was cancelled";
-format_error(already_present) -> "the key is stored already";
-format_error(conflict) -> "another process is saving the key";
-format_error(expired) -> "the reservation of the key was lost to another process";
-format_error(prefix_too_long) -> "prompt, tokens and texts are too long together";
-format_error({missing_key, Key}) -> text("the build_meta has no ~tp", [Key]);
-format_error({invalid_meta, Key}) -> text("the build_meta's ~tp has the wrong type or size", [Key]);
-format_error({unknown_quant_byte, Byte}) ->
-    text("the host's table does not name the build_meta's quant_type (byte ~w)", [Byte]);
-format_error({read_back, What}) ->
-    text("what was written did not come back the same (~ts)", [words(What)]);
-format_error({corrupt, What}) -> text("the file is corrupt: ~ts", [words(What)]);
-format_error(unauthenticated) -> "the file was not made with this node's secret";
-format_error(not_regular) -> "under the key's name stands something that is not a regular file";
-format_error({wrong_tier, Tier}) -> text("the store is for tier ~ts", [Tier]);
-format_error(exceeds_max_bytes) -> "the file is larger than the store may be";
-format_error(tier_busy) -> "the tier server, busy with loads, did not answer in time";
-format_error(no_room) ->
-    "running saves, or files that cannot be removed, leave too little room in the store";
-format_error({mac_key, bad_key}) -> "the secret is not 32 bytes";
-format_error({mac_key, raised}) -> "the function that gives the secret has raised";
-format_error({mac_key, Reason}) -> text("the secret cannot be read: ~ts", [format_error(Reason)]);
-format_error({errno, Number}) -> text("the system's error ~w", [Number]);
-format_error(no_links) ->
-    "the root's file system has neither links nor a rename that replaces nothing: use another one";
-format_error(out_of_turn) -> "the library was called out of turn, which is a bug";
-format_error(enokey) -> "the encryption key of the directory is not loaded";
-format_error({raised, Class, Reason, _Stack}) -> text("the save raised ~tp: ~tp", [Class, Reason]);
-format_error({saver_died, Reason}) -> text("the process that saved has died: ~tp", [Reason]);
-format_error({unencodable, latin1}) ->
-    "file names are Latin-1 in this VM, and the root's cannot be: start it with +fnu, "
-    "or in a UTF-8 locale";
-format_error({unencodable, Encoding}) ->
-    text("the root's name cannot be encoded as file names are in this VM (~ts)", [Encoding]);
-format_error(badarg) -> "the root's name is none, or has a NUL";
-format_error(Reason) when is_atom(Reason) -> file:format_error(Reason);
-format_error(Reason) -> text("~tp", [Reason]).
-
-text(Format, Args) ->
-    lists:flatten(io_lib:format(Format, Args)).
-
-words(Name) ->
-    string:replace(atom_to_list(Name), "_", " ", all).
+format_error(Reason) ->
+    erllama_cache_error:format(Reason).
 
 %%% The server
 
@@ -162,7 +107,7 @@ words(Name) ->
 %% `{already_started, Pid}'; `{mac_key, Reason}', the secret cannot be read.
 -spec start_link() -> {ok, pid()} | {error, term()}.
 start_link() ->
-    start(maps:merge(env_config(), erllama_limit())).
+    start(maps:merge(erllama_cache_config:environment(), erllama_cache_config:erllama_limit())).
 
 %% @doc Starts the writer with a limit, or with a configuration; what that leaves out comes from the
 %% environment of `erllama_cache_nif', then from the defaults. Raises and fails as
@@ -173,14 +118,12 @@ start_link() ->
 %% '''
 -spec start_link(pos_integer() | config()) -> {ok, pid()} | {error, term()}.
 start_link(Limit) when ?IS_LIMIT(Limit) ->
-    start((env_config())#{max_concurrent => Limit});
+    start((erllama_cache_config:environment())#{max_concurrent => Limit});
 start_link(Config) when is_map(Config) ->
-    start(maps:merge(env_config(), Config)).
+    start(maps:merge(erllama_cache_config:environment(), Config)).
 
 start(Config) ->
-    Complete = maps:merge(default_config(), Config),
-    ok = maps:foreach(fun check_config/2, Complete),
-    start_server(Complete).
+    start_server(erllama_cache_config:complete(Config)).
 
 %% A supervisor that was killed may be there again before the server of the one before has ended,
 %% which traps exits. Told `already_started', it would give up.
@@ -217,42 +160,6 @@ ends_within(Pid, Timeout) ->
         true = demonitor(Monitor, [flush]),
         false
     end.
-
-default_config() ->
-    #{
-        max_concurrent => erlang:system_info(schedulers) * 2 + 1,
-        max_inflight_bytes => infinity,
-        host => erllama_cache_host_erllama,
-        file_mode => 8#600,
-        page_cache => keep,
-        slow_save_ms => 10000
-    }.
-
-env_config() ->
-    Keys = [max_concurrent, max_inflight_bytes, host, file_mode, digest, mac_key, page_cache,
-            slow_save_ms],
-    maps:from_list([
-        {Key, Value}
-     || Key <- Keys, {ok, Value} <- [application:get_env(erllama_cache_nif, Key)]
-    ]).
-
-erllama_limit() ->
-    case application:get_env(erllama, writer_max_concurrent) of
-        {ok, Limit} when ?IS_LIMIT(Limit) -> #{max_concurrent => Limit};
-        _ -> #{}
-    end.
-
-check_config(max_concurrent, Limit) when ?IS_LIMIT(Limit) -> ok;
-check_config(max_inflight_bytes, Bytes) when ?IS_BYTES(Bytes) -> ok;
-check_config(host, Host) when is_atom(Host) -> ok;
-check_config(file_mode, Mode) when is_integer(Mode), Mode >= 0, Mode =< 8#777 -> ok;
-check_config(digest, Digest) when Digest =:= blake3; Digest =:= none -> ok;
-check_config(mac_key, {file, _Path}) -> ok;
-check_config(mac_key, Fun) when is_function(Fun, 0) -> ok;
-check_config(page_cache, PageCache) when PageCache =:= keep; PageCache =:= drop -> ok;
-check_config(slow_save_ms, Ms) when is_integer(Ms), Ms > 0 -> ok;
-check_config(mac_key, _Secret) -> error({invalid_config, mac_key, hidden});
-check_config(Key, Value) -> error({invalid_config, Key, Value}).
 
 %% @private
 init(Config) ->
@@ -638,7 +545,8 @@ save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
             exit_noproc(save, [TierSrv, Tier, '_', '_', Timeout]);
         Guard ->
             Granted = erlang:monotonic_time(),
-            try save_with_slot(Guard, TierSrv, Tier, Meta, Payload, Stop) of
+            Setup = state(save, []),
+            try erllama_cache_save:run(Setup, Guard, TierSrv, Tier, Meta, Payload, Stop) of
                 Result ->
                     ended(Result, TierSrv, Payload, Begun, Granted),
                     Result
@@ -710,52 +618,8 @@ save_async(TierSrv, Tier, Meta, Payload, Opts) when
     is_boolean(Detach) orelse error(badarg),
     Timeout = async_timeout(maps:get(timeout, Opts, ?DEFAULT_TIMEOUT)),
     _ = state(save_async, [TierSrv, Tier, '_', '_', Opts]),
-    Caller = self(),
     Save = fun(Stop) -> save(TierSrv, Tier, Meta, Payload, Timeout, Stop) end,
-    %% Nothing of it is waited for: the caller's next token is more urgent than this save.
-    Messenger = spawn(fun() -> begin_for(Caller, Detach, Save) end),
-    Ref = erllama_cache_nif:handle_new(Messenger),
-    Messenger ! {Caller, Ref},
-    {ok, Ref}.
-
-begin_for(Caller, Detach, Save) ->
-    Monitor = monitor(process, Caller),
-    receive
-        {Caller, Ref} ->
-            true = demonitor(Monitor, [flush]),
-            Self = self(),
-            Saver = spawn_monitor(fun() ->
-                Self ! {Ref, save_for(Caller, Ref, Detach, Save)}
-            end),
-            Caller ! {?MODULE, Ref, result_of(Saver, Ref)};
-        {'DOWN', Monitor, process, Caller, _} ->
-            ok
-    end.
-
-%% The saver may be killed, so somebody else tells the caller: this process, which does nothing that
-%% anybody would kill it for.
-result_of({Pid, Monitor} = Saver, Ref) ->
-    receive
-        {?MODULE, cancel, Ref} = Cancel ->
-            Pid ! Cancel,
-            result_of(Saver, Ref);
-        {Ref, Result} ->
-            true = demonitor(Monitor, [flush]),
-            Result;
-        {'DOWN', Monitor, process, Pid, Reason} ->
-            {error, {saver_died, Reason}}
-    end.
-
-save_for(Caller, Ref, Detach, Save) ->
-    Monitors = case Detach of
-        true -> [];
-        false -> [monitor(process, Caller)]
-    end,
-    try
-        Save({Ref, Monitors})
-    catch
-        Class:Reason:Stack -> {error, {raised, Class, Reason, Stack}}
-    end.
+    {ok, erllama_cache_background:run(Save, Detach)}.
 
 async_timeout(Timeout) when ?IS_TIMEOUT(Timeout) -> Timeout;
 async_timeout(_) -> error(badarg).
@@ -772,299 +636,4 @@ async_timeout(_) -> error(badarg).
 %% '''
 -spec cancel(reference()) -> ok.
 cancel(Ref) when is_reference(Ref) ->
-    case erllama_cache_nif:handle_pid(Ref) of
-        none ->
-            ok;
-        Pid ->
-            Pid ! {?MODULE, cancel, Ref},
-            ok
-    end.
-
-%% Whether a save is to stop: it has been cancelled, or its caller has died.
-stopped(never) ->
-    false;
-stopped({Ref, []}) ->
-    receive
-        {?MODULE, cancel, Ref} -> true
-    after 0 -> false
-    end;
-stopped({Ref, [Monitor]}) ->
-    receive
-        {?MODULE, cancel, Ref} -> true;
-        {'DOWN', Monitor, process, _, _} -> true
-    after 0 -> false
-    end.
-
-%% What stops a save before its file has its name: `{Ref, [Monitor]}', a message that cancels it and
-%% its caller's death.
--type stop() :: never | {reference(), [reference()]}.
-
-%% One save: what it is about, and what has been found out on the way.
--record(save, {
-    host :: module(),
-    guard :: erllama_cache_nif:guard(),
-    tier_srv :: erllama_cache_host:tier_srv(),
-    tier :: erllama_cache_host:tier(),
-    meta :: erllama_cache_meta:complete(),
-    payload :: binary(),
-    options :: erllama_cache_nif:save_options(),
-    key :: key(),
-    quant_byte :: byte(),
-    tokens :: binary(),
-    size :: pos_integer(),
-    token :: erllama_cache_host:token(),
-    stop :: stop(),
-    renewed :: integer()
-}).
-
-save_with_slot(Guard, TierSrv, Tier, BuildMeta, Payload, Stop) ->
-    #{host := Default, defaults := Defaults, options := #{Tier := Options}} = state(save, []),
-    Host = host(TierSrv, Default),
-    case erllama_cache_meta:complete(BuildMeta, Defaults) of
-        {ok, Meta} ->
-            case Host:identify(Meta) of
-                {ok, {Key, QuantByte, Tokens}} ->
-                    Size = file_size(Meta, Tokens, Payload),
-                    case Host:reserve(TierSrv, Tier, Key, Size) of
-                        {ok, Token} ->
-                            save_reserved(#save{
-                                host = Host, guard = Guard, tier_srv = TierSrv, tier = Tier,
-                                meta = Meta, payload = Payload, options = Options, key = Key,
-                                quant_byte = QuantByte,
-                                tokens = Tokens, size = Size, token = Token, stop = Stop,
-                                renewed = erlang:monotonic_time(millisecond)
-                            });
-                        {error, already_present} = Error ->
-                            ok = Host:count(TierSrv, duplicate_dropped),
-                            Error;
-                        {error, _} = Error ->
-                            Error
-                    end;
-                {error, _} = Error ->
-                    Error
-            end;
-        {error, _} = Error ->
-            Error
-    end.
-
-%% Beside erllama a node may have stores: each of them is its own host.
-host(TierSrv, erllama_cache_host_erllama = Default) ->
-    case erllama_cache_store:is_store(TierSrv) of
-        true -> erllama_cache_store;
-        false -> Default
-    end;
-host(_TierSrv, Host) ->
-    Host.
-
-%% What the file will take, for a host that makes room: exact but for the fixed fields and tags,
-%% which are less than this.
-file_size(#{prompt_text := Prompt, hostname := Hostname, erllama_version := Version,
-            save_reason_detail := Detail}, Tokens, Payload) ->
-    256 + byte_size(Prompt) + byte_size(Hostname) + byte_size(Version) + byte_size(Detail) +
-        byte_size(Tokens) + byte_size(Payload).
-
-%% The reservation is ours: whatever ends the save before the file is published gives it up.
-save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
-    try
-        Root = Host:root(TierSrv),
-        {Root, begin_write(native(Root), Save)}
-    of
-        {Root1, {ok, Outcome, Size, Header}} ->
-            ok = count_outcome(Outcome),
-            announce(Root1, Size, Header, Save);
-        {Root1, {Progress, Tmp}} when Progress =:= ok; Progress =:= more ->
-            save_begun(Progress, Root1, Tmp, Save);
-        {_Root, {lost, Error}} ->
-            Error;
-        {_Root, {error, _} = Error} ->
-            cancel_reservation(Save),
-            Error
-    catch
-        Class:Reason:Stack ->
-            cancel_after_exception(Save),
-            erlang:raise(Class, Reason, Stack)
-    end.
-
-native({error, _} = Error) -> Error;
-native(Root) -> erllama_cache_path:native(Root).
-
-begin_write({ok, Path}, #save{size = Size} = Save) when Size =< ?SMALL ->
-    %% The way to a dirty scheduler and back takes longer than the write of a few pages, so there is
-    %% at most one way for all; the reservation, milliseconds old, is checked before it.
-    case check(Save) of
-        ok -> write_and_publish(Path, Save);
-        {error, _} = Error -> {lost, Error}
-    end;
-begin_write({ok, Path}, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
-                              tokens = Tokens, payload = Payload, options = Options} = Save) ->
-    in_turn(Save, fun(Turn) ->
-        erllama_cache_nif:write_tmp(
-            Turn, Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
-        )
-    end);
-begin_write({error, _} = Error, _Save) ->
-    Error.
-
-write_and_publish(Path, #save{tier = ram_file, guard = Guard, key = Key, meta = Meta,
-                              quant_byte = QuantByte, tokens = Tokens, payload = Payload,
-                              options = Options} = Save) ->
-    Written = erllama_cache_nif:write_and_publish_in_memory(
-        Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
-    ),
-    case Written of
-        on_device -> write_and_publish(Path, Save#save{tier = disk});
-        _ -> Written
-    end;
-write_and_publish(Path, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
-                              tokens = Tokens, payload = Payload, options = Options} = Save) ->
-    in_turn(Save, fun(Turn) ->
-        erllama_cache_nif:write_and_publish(
-            Turn, Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
-        )
-    end).
-
-%% A call of the library in its turn. On a disk that is slow the turn may be long in coming: the
-%% lease is renewed meanwhile. If it is lost then, the call is not made.
-in_turn(Save, Call) ->
-    case erllama_cache_turn:run(Call, erllama_cache_host:renew_every(), fun() -> check(Save) end) of
-        {gave_up, Error} -> {lost, Error};
-        Result -> Result
-    end.
-
-%% There is a temporary file: a failed call has dropped it, everything else has to.
-save_begun(Progress, Root, Tmp, Save) ->
-    try write_rest(Progress, Tmp, Save) of
-        written ->
-            publish(Root, Tmp, Save);
-        {failed, Error} ->
-            cancel_reservation(Save),
-            Error;
-        {stopped, Error} ->
-            ok = erllama_cache_nif:abort(Tmp),
-            cancel_reservation(Save),
-            Error;
-        {lost, Error} ->
-            %% The reservation is somebody else's by now, and not ours to cancel.
-            ok = erllama_cache_nif:abort(Tmp),
-            Error
-    catch
-        Class:Reason:Stack ->
-            ok = erllama_cache_nif:abort(Tmp),
-            cancel_after_exception(Save),
-            erlang:raise(Class, Reason, Stack)
-    end.
-
-write_rest(Progress, Tmp, #save{stop = Stop} = Save) ->
-    case stopped(Stop) of
-        true -> {stopped, {error, cancelled}};
-        false -> go_on(Progress, Tmp, Save)
-    end.
-
-go_on(ok, _Tmp, Save) ->
-    case check(Save) of
-        ok -> written;
-        {error, _} = Error -> {lost, Error}
-    end;
-go_on(more, Tmp, #save{guard = Guard, payload = Payload} = Save) ->
-    case renew(Save) of
-        {ok, Renewed} ->
-            Slice = fun(Turn) -> erllama_cache_nif:write_more(Turn, Guard, Tmp, Payload) end,
-            case in_turn(Save, Slice) of
-                {error, _} = Error -> {failed, Error};
-                {lost, _} = Lost -> Lost;
-                Progress -> write_rest(Progress, Tmp, Renewed)
-            end;
-        {error, _} = Error ->
-            {lost, Error}
-    end.
-
-%% A disk that takes longer than the lease must not lose a save that goes well.
-renew(#save{renewed = Renewed} = Save) ->
-    Now = erlang:monotonic_time(millisecond),
-    case Now - Renewed < erllama_cache_host:renew_every() of
-        true ->
-            {ok, Save};
-        false ->
-            case check(Save) of
-                ok -> {ok, Save#save{renewed = Now}};
-                {error, _} = Error -> Error
-            end
-    end.
-
-check(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
-    Host:check(TierSrv, Key, Token).
-
-publish(Root, Tmp, Save) ->
-    try in_turn(Save, publish_call(Tmp, Save)) of
-        {lost, Error} ->
-            ok = erllama_cache_nif:abort(Tmp),
-            Error;
-        Progress ->
-            published(Progress, Root, Tmp, Save)
-    catch
-        Class:Reason:Stack ->
-            ok = erllama_cache_nif:abort(Tmp),
-            cancel_after_exception(Save),
-            erlang:raise(Class, Reason, Stack)
-    end.
-
-published(more, Root, Tmp, Save) ->
-    Renewed = renew_if_it_stands(Save),
-    Meanwhile = fun() ->
-        _ = renew_if_it_stands(Renewed),
-        ok
-    end,
-    Call = publish_call(Tmp, Renewed),
-    Progress = erllama_cache_turn:run(Call, erllama_cache_host:renew_every(), Meanwhile),
-    published(Progress, Root, Tmp, Renewed);
-published({ok, Outcome, Size, Header}, Root, _Tmp, Save) ->
-    ok = count_outcome(Outcome),
-    announce(Root, Size, Header, Save);
-published({error, _} = Error, _Root, _Tmp, Save) ->
-    cancel_reservation(Save),
-    Error.
-
-publish_call(Tmp, #save{guard = Guard}) ->
-    fun(Turn) -> erllama_cache_nif:publish(Turn, Guard, Tmp) end.
-
-%% The file may have its name already. Whether the reservation was lost, or the host does not
-%% answer, is for mark_published to tell.
-renew_if_it_stands(Save) ->
-    try renew(Save) of
-        {ok, Renewed} -> Renewed;
-        {error, _} -> Save
-    catch
-        _:_ -> Save
-    end.
-
-count_outcome(linked) -> ok;
-count_outcome(adopted) -> erllama_cache_metrics:count(adoptions);
-count_outcome(replaced) -> erllama_cache_metrics:count(replacements).
-
-%% The file stays from here on, whatever the host answers: it is whole, and the host adopts it.
-announce(Root, Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, token = Token,
-                                   tokens = Tokens, meta = #{save_reason := Reason}}) ->
-    case Host:mark_published(TierSrv, Key, Token, Root) of
-        ok ->
-            case Host:announce(TierSrv, Key, Token, Size, Header, Tokens) of
-                ok ->
-                    ok = Host:count(TierSrv, {saved, Reason}),
-                    {ok, Key};
-                {error, _} = Error ->
-                    Error
-            end;
-        {error, _} = Error ->
-            Error
-    end.
-
-cancel_reservation(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
-    ok = Host:cancel(TierSrv, Key, Token).
-
-%% What is raised already is what the caller has to see. A host that cannot cancel either has no
-%% reservation to leave behind, or forgets it when this process dies or its lease ends.
-cancel_after_exception(Save) ->
-    try
-        cancel_reservation(Save)
-    catch
-        _:_ -> ok
-    end.
+    erllama_cache_background:cancel(Ref).

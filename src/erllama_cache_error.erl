@@ -1,0 +1,56 @@
+%% What the reasons of errors mean, in words for a person.
+%%
+%% @private
+-module(erllama_cache_error).
+
+-export([format/1]).
+
+%% Takes the reasons of erllama_cache_writer and of erllama_cache_store, with or without the
+%% `{error, _}' around them.
+-spec format(Reason :: term()) -> string().
+format({error, Reason}) -> format(Reason);
+format(max_concurrent) -> "no slot became free in time";
+format(weight_exceeds_limit) -> "the weight is above the limit, so it could never be served";
+format(cancelled) -> "the save was cancelled";
+format(already_present) -> "the key is stored already";
+format(conflict) -> "another process is saving the key";
+format(expired) -> "the reservation of the key was lost to another process";
+format(prefix_too_long) -> "prompt, tokens and texts are too long together";
+format({missing_key, Key}) -> text("the build_meta has no ~tp", [Key]);
+format({invalid_meta, Key}) -> text("the build_meta's ~tp has the wrong type or size", [Key]);
+format({unknown_quant_byte, Byte}) ->
+    text("the host's table does not name the build_meta's quant_type (byte ~w)", [Byte]);
+format({read_back, What}) ->
+    text("what was written did not come back the same (~ts)", [words(What)]);
+format({corrupt, What}) -> text("the file is corrupt: ~ts", [words(What)]);
+format(unauthenticated) -> "the file was not made with this node's secret";
+format(not_regular) -> "under the key's name stands something that is not a regular file";
+format({wrong_tier, Tier}) -> text("the store is for tier ~ts", [Tier]);
+format(exceeds_max_bytes) -> "the file is larger than the store may be";
+format(tier_busy) -> "the tier server, busy with loads, did not answer in time";
+format(no_room) ->
+    "running saves, or files that cannot be removed, leave too little room in the store";
+format({mac_key, bad_key}) -> "the secret is not 32 bytes";
+format({mac_key, raised}) -> "the function that gives the secret has raised";
+format({mac_key, Reason}) -> text("the secret cannot be read: ~ts", [format(Reason)]);
+format({errno, Number}) -> text("the system's error ~w", [Number]);
+format(no_links) ->
+    "the root's file system has neither links nor a rename that replaces nothing: use another one";
+format(out_of_turn) -> "the library was called out of turn, which is a bug";
+format(enokey) -> "the encryption key of the directory is not loaded";
+format({raised, Class, Reason, _Stack}) -> text("the save raised ~tp: ~tp", [Class, Reason]);
+format({saver_died, Reason}) -> text("the process that saved has died: ~tp", [Reason]);
+format({unencodable, latin1}) ->
+    "file names are Latin-1 in this VM, and the root's cannot be: start it with +fnu, "
+    "or in a UTF-8 locale";
+format({unencodable, Encoding}) ->
+    text("the root's name cannot be encoded as file names are in this VM (~ts)", [Encoding]);
+format(badarg) -> "the root's name is none, or has a NUL";
+format(Reason) when is_atom(Reason) -> file:format_error(Reason);
+format(Reason) -> text("~tp", [Reason]).
+
+text(Format, Args) ->
+    lists:flatten(io_lib:format(Format, Args)).
+
+words(Name) ->
+    string:replace(atom_to_list(Name), "_", " ", all).

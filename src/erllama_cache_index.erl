@@ -13,11 +13,13 @@
 -export([new/2, delete/1, config/1, find_config/1]).
 -export([row/2, fold/3, count/1, sizes/1, oldest/2]).
 -export([file/4, refused_file/4, reservation/4]).
+-export([claimable/2]).
 -export([add/2, claim/3, renew/3, settle/3, use/3, refuse/2, noted/4, remove/2, clear/1]).
 -export([end_lease/2]).
 -export_type([row/0, state/0]).
 
 -include("erllama_cache_index.hrl").
+-include("erllama_cache_store.hrl").
 
 %% A reservation stands for so many milliseconds without being renewed.
 -define(LEASE, erllama_cache_host:lease()).
@@ -147,6 +149,33 @@ lease_end() ->
 -spec add(erllama_cache_store:name(), row()) -> boolean().
 add(Name, Row) ->
     table(Name, fun() -> ets:insert_new(Name, Row) end).
+
+%% What a reservation may take the place of: nothing; the row of a file that is not there any more,
+%% or that no load takes; a reservation whose process is dead or whose lease has ended.
+-spec claimable(erllama_cache_store:name(), erllama_cache_nif:key()) ->
+    {ok, none | row()} | {error, conflict | already_present | term()}.
+claimable(Name, Key) ->
+    case row(Name, Key) of
+        none -> {ok, none};
+        #row{state = refused} = Row -> {ok, Row};
+        #row{state = present} = Row -> present_still(Name, Row);
+        #row{pid = Pid, expires = Expires} = Row ->
+            Stands = Expires > erlang:monotonic_time(millisecond) andalso is_process_alive(Pid),
+            case Stands of
+                true -> {error, conflict};
+                false -> {ok, Row}
+            end
+    end.
+
+%% Another node, or a person, may have deleted the file: then the row tells of nothing. Where the
+%% root cannot be looked into, nothing is known, and least of all that the key is stored.
+present_still(Name, #row{key = Key} = Row) ->
+    #config{path = Path} = config(Name),
+    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:exists(Turn, Path, Key) end) of
+        true -> {error, already_present};
+        false -> {ok, Row};
+        {error, _} = Error -> Error
+    end.
 
 %% Puts a reservation in the place of what was found there; `false' when that has changed since. A
 %% lease that has ended may have been renewed.

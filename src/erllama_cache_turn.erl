@@ -8,7 +8,7 @@
 %% @private
 -module(erllama_cache_turn).
 
--export([setup/0, run/1, run/3]).
+-export([setup/0, run/1, run/3, run_slices/2]).
 
 %% So many schedulers are left to others.
 -define(LEFT, 2).
@@ -51,6 +51,23 @@ run(Call, Every, Meanwhile) ->
     case take(Guard, Every, Meanwhile) of
         ok -> call(Guard, Call);
         Error -> {gave_up, Error}
+    end.
+
+%% What a call begins that may be too long for one turn, and others end, each in a turn of its own.
+-spec run_slices(
+    fun((erllama_cache_nif:guard()) -> {more, Begun} | Result),
+    fun((erllama_cache_nif:guard(), Begun) -> more | Result)
+) -> Result.
+run_slices(Begin, Continue) ->
+    case run(Begin) of
+        {more, Begun} -> until_done(fun(Turn) -> Continue(Turn, Begun) end);
+        Result -> Result
+    end.
+
+until_done(Slice) ->
+    case run(Slice) of
+        more -> until_done(Slice);
+        Result -> Result
     end.
 
 call(Guard, Call) ->

@@ -1,0 +1,25 @@
+%% What a store's API and its server share. The rows are in erllama_cache_index.hrl.
+
+%% What never changes of a store. It is in the index too, for those who do not ask the server.
+-record(config, {
+    name :: erllama_cache_store:name(),
+    server :: pid(),
+    path :: erllama_cache_nif:root(),
+    root :: file:name_all(),
+    tier :: erllama_cache_host:tier(),
+    max_bytes :: pos_integer() | infinity,
+    secret :: none | erllama_cache_nif:secret(),
+    counters :: counters:counters_ref(),
+    %% Which directory the root was when it was looked through last: see root_generation/1 of the
+    %% library. One number, changed by the server.
+    generation :: atomics:atomics_ref()
+}).
+
+%% Places in its counters.
+-define(COUNTERS, [saves, duplicates, hits, misses, refused, evictions]).
+-define(SAVES, 1).
+-define(DUPLICATES, 2).
+-define(HITS, 3).
+-define(MISSES, 4).
+-define(REFUSED, 5).
+-define(EVICTIONS, 6).

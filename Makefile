@@ -29,6 +29,8 @@ export FILE
   soak-semaphore soak-store faults crash kill disks fuzz soak sanitize valgrind readme dropin \
   chunks rustdoc bench-plots bench-semaphore bench-save bench-slow bench-build edoc clean distclean
 
+### Building and trying
+
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
 
@@ -37,13 +39,23 @@ kvc: ## Build kvc, which looks into directories of saved states, and say where i
 	@echo "$(CARGO_TARGET_DIR)/release/kvc"
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^### / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 setup: ## Install what is missing (apt), or say what is
 	@tools/setup.sh
 
 demo: setup all ## Save a file into a cache, watch it happen: make demo [FILE=path]
 	ERL_LIBS="$(LIBS)$${ERL_LIBS:+:$$ERL_LIBS}" escript examples/demo.escript $${FILE:+"$$FILE"}
+
+clean: ## Remove what was compiled, but keep cargo's cache
+	rm -rf _build/*/lib/erllama_cache_nif priv/erllama_cache_nif.so
+
+distclean: ## Remove everything that was built
+	$(MAKE) -C c_src clean
+	rm -rf _build doc
+
+### Testing
 
 # The NIF crates have no tests of their own: outside a VM they do not link. Erlang tests them.
 test: setup ## Run all tests: Rust, EUnit, Common Test, Elixir
@@ -79,6 +91,8 @@ check: setup ## Formatting, lints, warnings as errors, xref, dialyzer, documenta
 
 cover: ## Run the Erlang tests with coverage, report in _build/test/cover
 	rebar3 do eunit --cover, ct --cover, cover --verbose
+
+### Proofs
 
 loom: setup ## Check the models of semaphore and shared sync: every interleaving of each
 	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
@@ -122,6 +136,8 @@ sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under Add
 valgrind: setup ## The NIF in a VM under memcheck, with all Erlang tests (long)
 	tools/sanitize.sh valgrind
 
+### Pages and benchmarks
+
 readme: setup all ## Run the commands that the README shows, in a clean copy
 	tools/readme.sh
 
@@ -164,10 +180,3 @@ strict = out=$$($(1) 2>&1); status=$$?; printf '%s\n' "$$out"; \
 
 edoc: ## Write the API documentation to doc/
 	@$(call strict,rebar3 edoc)
-
-clean: ## Remove what was compiled, but keep cargo's cache
-	rm -rf _build/*/lib/erllama_cache_nif priv/erllama_cache_nif.so
-
-distclean: ## Remove everything that was built
-	$(MAKE) -C c_src clean
-	rm -rf _build doc

@@ -3,7 +3,7 @@
 # bounded:
 #
 #   prefix  any bytes as a prefix: the parser, and what it took apart put together again
-#   whole   any bytes as a file in memory: verify, with buffers of every size
+#   whole   any bytes as a file of a key: check and load, as the library does them
 #   root    any bytes as a file in a root: check, load and scan, with a secret and without
 #
 # Each compares the library's verdict with that of a second reader that shares no code with it

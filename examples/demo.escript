@@ -189,7 +189,7 @@ writing(Pid, Monitor) ->
         {'DOWN', Monitor, process, Pid, Reason} -> {over, Reason}
     after 0 ->
         case {process_info(Pid, current_function), holders(Pid)} of
-            {{current_function, {erllama_cache_nif, write_more, 3}}, [Row]} -> Row;
+            {{current_function, {erllama_cache_nif, write_more, 4}}, [Row]} -> Row;
             _ -> false
         end
     end.

@@ -173,11 +173,12 @@ impl<'a> Parts<'a> {
         }
     }
 
-    /// Fetches and hashes parts for as long as there are any. `fetch` fills a piece of the buffer,
-    /// given how far from its start that is.
+    /// Fetches and hashes parts, one at least, until there are no more or it `is_enough`. `fetch` fills a
+    /// piece of the buffer, given how far from its start that is.
     pub(crate) fn work<E>(
         &self,
         fetch: impl Fn(usize, &mut [u8]) -> Result<(), E>,
+        is_enough: impl Fn() -> bool,
     ) -> Result<(), E> {
         while let Some((index, part)) = self.take() {
             fetch(index * PART, part)?;
@@ -189,6 +190,9 @@ impl<'a> Parts<'a> {
                 .finalize_non_root();
             // Nobody else took this part.
             let _ = self.done[index].set(value);
+            if is_enough() {
+                break;
+            }
         }
         Ok(())
     }
@@ -197,11 +201,16 @@ impl<'a> Parts<'a> {
         unpoisoned(self.rest.lock()).next()
     }
 
-    /// Adds all to `digester`, once everybody's [`Parts::work`] has returned well.
-    pub(crate) fn finish(self, digester: &mut Digester) {
-        for value in self.done.into_iter().filter_map(OnceLock::into_inner) {
+    /// Adds to `digester` what was hashed, once everybody's [`Parts::work`] has returned well, and says
+    /// how many bytes from the buffer's start that is: parts are taken in their order, and each that
+    /// was taken is done.
+    pub(crate) fn finish(self, digester: &mut Digester) -> usize {
+        let mut parts = 0;
+        for value in self.done.into_iter().map_while(OnceLock::into_inner) {
             digester.push(value);
+            parts += 1;
         }
+        parts * PART
     }
 }
 
@@ -256,8 +265,8 @@ mod tests {
                                 Ok::<_, ()>(())
                             };
                             thread::scope(|scope| {
-                                scope.spawn(|| parts.work(fetch));
-                                parts.work(fetch)
+                                scope.spawn(|| parts.work(fetch, || false));
+                                parts.work(fetch, || false)
                             })
                             .unwrap();
                             parts.finish(&mut digester);

@@ -63,9 +63,9 @@ pub(crate) fn open_regular(
     }
 }
 
-/// How much is read between two looks at the clock: parts enough for two threads, and little enough
-/// for a slow disk not to make a slice much longer.
-const BLOCK: usize = 2 * 1024 * 1024;
+/// How much is read before the threads that share it meet again; each looks at the clock after each
+/// part.
+const BLOCK: usize = 16 * 1024 * 1024;
 
 /// A file's payload on its way in: where it is, and what it has to come to.
 #[derive(Debug)]
@@ -128,41 +128,43 @@ impl Payload {
         self.prefix.header().payload_len
     }
 
-    /// Reads what stands at `offset` and goes over it. Where there is a digest, which takes longer than
-    /// the reading, another thread helps, provided that there are parts for two: waking a thread takes
+    /// Reads what stands at `offset` into `block` and goes over it, until the slice is used up; returns
+    /// how many bytes that was, some in any case. Where there is a digest, which takes longer than the
+    /// reading, another thread helps, provided that there are parts for two: waking a thread takes
     /// longer than a small load.
-    fn read_block(&mut self, block: &mut [u8], offset: u64) -> Result<(), Error> {
+    fn read_block(&mut self, block: &mut [u8], offset: u64, slice: &Slice) -> Result<usize, Error> {
         let file = &self.file;
-        let rest = match &mut self.proof {
-            Proof::Digest(digester, _) => {
-                let (whole, rest) = block.split_at_mut(block.len() / PART * PART);
-                let rest_at = offset + whole.len() as u64;
-                let for_two = whole.len() >= 2 * PART;
-                let parts = Parts::new(digester, whole);
-                let work =
-                    || parts.work(|at, part: &mut [u8]| fill(file, part, offset + at as u64));
-                if for_two {
-                    let (theirs, ours) = pool::join(work, work);
-                    theirs?;
-                    ours?;
-                } else {
-                    work()?;
-                }
-                parts.finish(digester);
-                (rest, rest_at)
+        let whole_len = block.len() / PART * PART;
+        let mut done = 0;
+        if let Proof::Digest(digester, _) = &mut self.proof
+            && whole_len > 0
+        {
+            let parts = Parts::new(digester, &mut block[..whole_len]);
+            let work = || {
+                let fetch = |at, part: &mut [u8]| fill(file, part, offset + at as u64);
+                parts.work(fetch, || slice.is_over())
+            };
+            if whole_len >= 2 * PART {
+                let (theirs, ours) = pool::join(work, work);
+                theirs?;
+                ours?;
+            } else {
+                work()?;
             }
-            Proof::Crc(_) => (&mut *block, offset),
-        };
-        let (rest, mut at) = rest;
-        for piece in rest.chunks_mut(READ_PIECE) {
-            fill(file, piece, at)?;
+            done = parts.finish(digester);
+        }
+        let may_go_on = matches!(self.proof, Proof::Crc(_)) || done == whole_len;
+        while may_go_on && done < block.len() && (done == 0 || !slice.is_over()) {
+            let end = block.len().min(done + READ_PIECE);
+            let piece = &mut block[done..end];
+            fill(file, piece, offset + done as u64)?;
             self.proof.update(piece);
-            at += piece.len() as u64;
+            done = end;
         }
         if let Some(crc) = &mut self.crc {
-            crc.update(block);
+            crc.update(&block[..done]);
         }
-        Ok(())
+        Ok(done)
     }
 
     /// Whether all that was read has come to what the prefix says.
@@ -303,8 +305,8 @@ impl Check {
             return Ok(None);
         }
         self.piece.resize(next, 0);
-        payload.read_block(&mut self.piece, start + payload.done)?;
-        payload.done += next as u64;
+        let all = Slice::unlimited();
+        payload.done += payload.read_block(&mut self.piece, start + payload.done, &all)? as u64;
         Ok(Some(&self.piece))
     }
 
@@ -428,8 +430,8 @@ impl Loader {
             // Below the buffer's length, so it fits a usize.
             let done = payload.done as usize;
             let end = buf.len().min(done + BLOCK);
-            payload.read_block(&mut buf[done..end], start + payload.done)?;
-            payload.done = end as u64;
+            let read = payload.read_block(&mut buf[done..end], start + payload.done, slice)?;
+            payload.done += read as u64;
             if payload.done < payload.len() && slice.is_over() {
                 return Ok(Progress::More);
             }

@@ -244,11 +244,21 @@ terminate(Reason, Semaphore) ->
 %% Error: `max_concurrent', none became free in time. Exits with `{noproc, _}' when no writer runs.
 -spec acquire(timeout()) -> ok | {error, max_concurrent}.
 acquire(Timeout) when ?IS_TIMEOUT(Timeout) ->
-    case take(1, 0, Timeout) of
-        {error, _} = Error -> Error;
-        closed -> exit_noproc(acquire, [Timeout]);
-        _Guard -> ok
+    %% The usual case first: a slot is free, and all that is wanted is to have it.
+    case try_acquire() of
+        ok -> ok;
+        _ -> acquired(take(1, 0, Timeout), [Timeout])
     end.
+
+try_acquire() ->
+    case get(?GUARD) of
+        undefined -> no_guard;
+        Guard -> erllama_cache_nif:try_acquire(Guard)
+    end.
+
+acquired({error, _} = Error, _Args) -> Error;
+acquired(closed, Args) -> exit_noproc(acquire, Args);
+acquired(_Guard, _Args) -> ok.
 
 %% @doc As {@link acquire/1}, for `weight' slots at once (default 1). Heavy and light requests are
 %% served in one order, so a heavy one is never starved. One above the limit could never be served

@@ -200,7 +200,7 @@ fn semaphore_limit(semaphore: &Semaphore) -> u32 {
     semaphore.core.limit()
 }
 
-#[rustler::nif]
+#[rustler::nif(schedule = "DirtyCpu")]
 fn semaphore_info<'a>(env: Env<'a>, semaphore: &Semaphore) -> NifResult<Term<'a>> {
     let info = semaphore.core.info();
     let micros = |wait: std::time::Duration| u64::try_from(wait.as_micros()).unwrap_or(u64::MAX);

@@ -39,6 +39,8 @@ pub(super) struct State {
     pub(super) ticket: Option<Ticket>,
     pub(super) pins: u32,
     pub(super) ended: Option<End>,
+    /// Acquires that were granted here.
+    pub(super) granted: u64,
 }
 
 /// One acquire that has not been released.
@@ -69,11 +71,13 @@ impl State {
             ticket: None,
             pins: 0,
             ended: None,
+            granted: 0,
         }
     }
 
     #[inline]
     pub(super) fn hold(&mut self, want: Want) {
+        self.granted += 1;
         self.holds.push(Hold {
             want,
             since: clock::coarse(),
@@ -145,7 +149,6 @@ impl<O: Clone, W> Guard<O, W> {
             }
         }
         state.hold(want);
-        self.semaphore.granted.count(self.shared.id);
         Some(Ok(()))
     }
 

@@ -46,7 +46,8 @@ measure(Root, Other, Slowest) ->
     %% What the starting store finds.
     {ok, Starting} = start(Other),
     Some = rand:bytes(4 * ?KIB),
-    in_parallel(16, ?FILES, fun() -> {ok, _} = save(Some) end),
+    Savers = [spawn_monitor(fun() -> {ok, _} = save(Some) end) || _ <- lists:seq(1, ?FILES)],
+    [receive {'DOWN', Monitor, process, Pid, Why} -> normal = Why end || {Pid, Monitor} <- Savers],
     ok = gen_server:stop(Starting),
     {ok, Store} = start(Root),
     Large = rand:bytes(64 * ?MIB),
@@ -127,18 +128,6 @@ save(Payload) ->
         fingerprint_mode => safe, ctx_params_hash => <<2:256>>, context_size => 4096,
         tokens => [erlang:unique_integer([positive]) || _ <- lists:seq(1, 64)]
     }, Payload, infinity).
-
-in_parallel(Processes, Times, Fun) ->
-    Shares = [N || N <- lists:duplicate(Processes, Times div Processes + 1)],
-    Workers = [spawn_monitor(fun() -> [Fun() || _ <- lists:seq(1, N)] end)
-               || N <- first(Shares, Times)],
-    [receive {'DOWN', Monitor, process, Pid, normal} -> ok end || {Pid, Monitor} <- Workers].
-
-%% So much of each share that all of them make so many.
-first([], 0) -> [];
-first([Share | Shares], Left) ->
-    Now = min(Share, Left),
-    [Now | first(Shares, Left - Now)].
 
 one_of(List) ->
     lists:nth(rand:uniform(length(List)), List).

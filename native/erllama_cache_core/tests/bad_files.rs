@@ -20,12 +20,11 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use erllama_cache_core::Error;
-use erllama_cache_core::digest::Secret;
 use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Root, Scan, Slice, TmpFile, Use,
 };
 use erllama_cache_core::kvc::{
-    Corrupt, Crc32c, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason,
+    Corrupt, Crc32c, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret,
 };
 use model::Look;
 use tempfile::TempDir;

@@ -19,11 +19,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use erllama_cache_core::Error;
-use erllama_cache_core::digest::Secret;
 use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile, Use,
 };
-use erllama_cache_core::kvc::{Corrupt, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason};
+use erllama_cache_core::kvc::{
+    Corrupt, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret,
+};
 use tempfile::TempDir;
 
 const FINGERPRINT: [u8; 32] = [1; 32];

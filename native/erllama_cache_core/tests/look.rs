@@ -7,10 +7,9 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use erllama_cache_core::Error;
-use erllama_cache_core::digest::{Digester, Secret};
 use erllama_cache_core::files::{Abandoned, Check, Name, Root, Stored};
 use erllama_cache_core::kvc::{
-    Corrupt, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason, crc32c,
+    Corrupt, Digest, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, crc32c,
 };
 use tempfile::TempDir;
 

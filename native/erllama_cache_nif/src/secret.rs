@@ -1,24 +1,24 @@
 //! A node's secret as a resource object: whatever prints a term, its bytes are not in it.
 
-use erllama_cache_core::digest;
+use erllama_cache_core::kvc;
 use rustler::{Binary, Error, NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
 use crate::live::{Kind, Live};
 
-pub(crate) struct Secret(digest::Secret, #[allow(dead_code)] Live);
+pub(crate) struct Secret(kvc::Secret, #[allow(dead_code)] Live);
 
 #[rustler::resource_impl]
 impl Resource for Secret {}
 
 impl Secret {
-    pub(crate) fn core(&self) -> &digest::Secret {
+    pub(crate) fn core(&self) -> &kvc::Secret {
         &self.0
     }
 }
 
 /// `none`, or a secret.
-pub(crate) fn optional<'a>(term: Term<'a>) -> NifResult<Option<&'a digest::Secret>> {
+pub(crate) fn optional<'a>(term: Term<'a>) -> NifResult<Option<&'a kvc::Secret>> {
     if atoms::none() == term {
         Ok(None)
     } else {
@@ -30,7 +30,7 @@ pub(crate) fn optional<'a>(term: Term<'a>) -> NifResult<Option<&'a digest::Secre
 fn secret_new(bytes: Binary<'_>) -> NifResult<ResourceArc<Secret>> {
     let bytes = bytes.as_slice().try_into().map_err(|_| Error::BadArg)?;
     Ok(ResourceArc::new(Secret(
-        digest::Secret::new(bytes),
+        kvc::Secret::new(bytes),
         Live::new(Kind::Secret),
     )))
 }

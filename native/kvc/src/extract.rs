@@ -6,9 +6,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use erllama_cache_core::Error;
-use erllama_cache_core::digest::Secret;
 use erllama_cache_core::files::{Check, Name, Stored};
-use erllama_cache_core::kvc::{DigestMode, Key};
+use erllama_cache_core::kvc::{DigestMode, Key, Secret};
 use tempfile::NamedTempFile;
 
 use crate::dir::locate;

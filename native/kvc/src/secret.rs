@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use erllama_cache_core::digest::Secret;
+use erllama_cache_core::kvc::Secret;
 
 use crate::text::Shown;
 

@@ -16,9 +16,8 @@ use std::time::Instant;
 use anstream::{AutoStream, ColorChoice};
 use anyhow::bail;
 use erllama_cache_core::Error;
-use erllama_cache_core::digest::Secret;
 use erllama_cache_core::files::{Check, Name};
-use erllama_cache_core::kvc::{DigestMode, Key};
+use erllama_cache_core::kvc::{DigestMode, Key, Secret};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 

@@ -32,7 +32,7 @@ use std::sync::TryLockError;
 use super::root::Root;
 use super::sys;
 use crate::error::{Context, Error};
-use crate::sync::unpoisoned;
+use crate::lock::unpoisoned;
 
 /// Which syncs make a new file and its name durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@
 
 use std::io;
 
-use crate::sync::{Arc, Condvar, Mutex, lock, unpoisoned};
+use crate::lock::{Arc, Condvar, Mutex, lock, unpoisoned};
 
 #[derive(Debug, Default)]
 pub(crate) struct Group {

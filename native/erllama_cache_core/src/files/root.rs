@@ -13,7 +13,7 @@ use super::group::Group;
 use super::sys::{self, FileSystem};
 use crate::error::{Context, Error};
 use crate::kvc::Key;
-use crate::sync::unpoisoned;
+use crate::lock::unpoisoned;
 
 /// An open root. Everything is done relative to it: whatever becomes of the path by which it was
 /// opened, this is the directory that is worked in.

@@ -10,10 +10,10 @@ use super::look::Stored;
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
 use super::sys;
-use crate::digest::{Digester, PART, Parts, Secret};
 use crate::error::{Context, Error};
 use crate::kvc::{
-    Corrupt, Crc32c, DigestMode, Key, ParsedPrefix, ReadAt, read_exact_at, read_prefix,
+    Corrupt, Crc32c, DigestMode, Digester, Key, PART, ParsedPrefix, Parts, ReadAt, Secret,
+    read_exact_at, read_prefix,
 };
 use crate::pool;
 

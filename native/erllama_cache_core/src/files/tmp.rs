@@ -29,9 +29,10 @@ use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
 use super::stored::{self, Check, READ_PIECE};
 use super::sys::{self, Lock};
-use crate::digest::{Digester, Secret};
 use crate::error::{Context, Error};
-use crate::kvc::{Corrupt, Crc32c, Digest, Key, MIN_PREFIX_LEN, ParsedPrefix, Prefix};
+use crate::kvc::{
+    Corrupt, Crc32c, Digest, Digester, Key, MIN_PREFIX_LEN, ParsedPrefix, Prefix, Secret,
+};
 use crate::pool::{self, Answer};
 
 /// Up to this size a file is checksummed at one go and written by one call; above it, it is worth

@@ -68,6 +68,7 @@
 //! [`ParsedPrefix::digest_view`]). The CRC is part of the prefix, so it has to be set first.
 
 mod crc;
+mod digest;
 mod encode;
 mod error;
 mod key;
@@ -80,6 +81,8 @@ mod read;
 mod tests;
 
 pub use crc::{Crc32c, crc32c};
+pub use digest::{Digester, Secret};
+pub(crate) use digest::{PART, Parts};
 pub use encode::{Digest, EncodeError, Field, Prefix};
 pub use error::{Corrupt, ReadError};
 pub use key::Key;

@@ -4,10 +4,10 @@ use std::fmt;
 use std::mem;
 use std::time::Duration;
 
+use super::clock;
+use super::primitives::{Arc, Mutex, lock};
 use super::queue::Ticket;
 use super::{Attempt, Refusal, Semaphore, Wakes, Want};
-use crate::clock;
-use crate::sync::{Arc, Mutex, lock};
 
 /// The slots of one owner: a stack, for acquires may be nested and each release gives back the
 /// latest.

@@ -30,7 +30,9 @@
 //! The semaphore's `inner`, then one guard's `state`. The path without a queue takes the guard's
 //! alone.
 
+mod clock;
 mod guard;
+mod primitives;
 mod queue;
 mod word;
 
@@ -46,10 +48,9 @@ use std::vec;
 pub use guard::{End, Ended, Guard};
 pub use word::MAX_LIMIT;
 
-use crate::clock;
 use crate::pool::Errands;
-use crate::sync::{Arc, Mutex, MutexGuard, lock};
 use guard::{Hold, Shared, State, seen_allows};
+use primitives::{Arc, Mutex, MutexGuard, lock};
 use queue::{Queue, Ticket, Waiter};
 use word::Word;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::Want;
 use super::guard::Shared;
-use crate::sync::Arc;
+use super::primitives::Arc;
 
 /// A waiter's place: tickets only grow, so the lowest one is the head.
 pub(super) type Ticket = u64;
@@ -16,7 +16,7 @@ pub(super) struct Waiter<O, W> {
     pub(super) guard: Arc<Shared<O>>,
     pub(super) want: Want,
     pub(super) waker: W,
-    /// When it queued, by [`crate::clock::precise`].
+    /// When it queued, by [`super::clock::precise`].
     pub(super) since: Duration,
 }
 

@@ -8,7 +8,7 @@
 //! +------+--------+----------+--------+
 //! ```
 
-use crate::sync::{AtomicU64, Ordering};
+use super::primitives::{AtomicU64, Ordering};
 
 /// The largest limit, and so the largest weight: 2^31 - 1.
 pub const MAX_LIMIT: u32 = (1 << FIELD_BITS) - 1;

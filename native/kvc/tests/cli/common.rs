@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use erllama_cache_core::digest::{Digester, Secret};
-use erllama_cache_core::kvc::{Digest, FingerprintMode, Key, Meta, Prefix, SaveReason, crc32c};
+use erllama_cache_core::kvc::{
+    Digest, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, crc32c,
+};
 
 pub(crate) const SECRET: [u8; 32] = [7; 32];
 pub(crate) const DAY: u64 = 24 * 60 * 60;

@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 /// Time since an arbitrary start, exact to the nanosecond: what waits are measured with.
-pub(crate) fn precise() -> Duration {
+pub(super) fn precise() -> Duration {
     read(Clock::Precise)
 }
 
 /// Time since the same start, exact to a few milliseconds. It costs a fifth of [`precise`] and is
 /// read on each acquire, where all it serves is "held since when".
 #[inline]
-pub(crate) fn coarse() -> Duration {
+pub(super) fn coarse() -> Duration {
     read(Clock::Coarse)
 }
 

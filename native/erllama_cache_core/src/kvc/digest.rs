@@ -13,7 +13,7 @@ use blake3::hazmat::{
     ChainingValue, HasherExt, Mode, merge_subtrees_non_root, merge_subtrees_root,
 };
 
-use crate::sync::unpoisoned;
+use crate::lock::unpoisoned;
 
 /// A node's secret: who knows it can make files that this node trusts. It is shown nowhere.
 #[derive(Clone)]
@@ -41,7 +41,7 @@ pub(crate) const PART: usize = 256 * 1024;
 const GATHERED: usize = 64 * 1024;
 
 /// A digest in the making. Feed it the payload, then the prefix's
-/// [`digest_view`](crate::kvc::Prefix::digest_view).
+/// [`digest_view`](super::Prefix::digest_view).
 ///
 /// BLAKE3 is a tree, so its parts can be hashed at the same time: `Parts` does that for two
 /// threads.

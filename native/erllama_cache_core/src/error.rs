@@ -39,7 +39,7 @@ pub enum Error {
 impl Error {
     /// Whether it proves that this library cannot use the file, as against telling that nothing could be
     /// found out. A save, which has the state of that very key in hand, replaces such a file.
-    pub fn condemns(&self) -> bool {
+    pub fn proves_corrupt(&self) -> bool {
         matches!(
             self,
             Error::Corrupt(_) | Error::NotRegular | Error::Unauthenticated

@@ -24,7 +24,7 @@ use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Root, Scan, Slice, TmpFile, Use,
 };
 use erllama_cache_core::kvc::{
-    Corrupt, Crc32c, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret,
+    Corrupt, Crc32c, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret,
 };
 use model::Look;
 use tempfile::TempDir;
@@ -38,30 +38,30 @@ const SECRET: [u8; 32] = *b"0123456789abcdef0123456789ABCDEF";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Way {
     name: &'static str,
-    digest: Digest,
+    digest: DigestKind,
     /// Whether the reader has the secret.
     secret: bool,
 }
 
 const CRC: Way = Way {
     name: "crc",
-    digest: Digest::None,
+    digest: DigestKind::None,
     secret: false,
 };
 const PLAIN: Way = Way {
     name: "plain",
-    digest: Digest::Blake3,
+    digest: DigestKind::Blake3,
     secret: false,
 };
 const KEYED: Way = Way {
     name: "keyed",
-    digest: Digest::Blake3Keyed,
+    digest: DigestKind::Blake3Keyed,
     secret: true,
 };
 /// Without the secret a keyed digest tells nothing: what is left is the CRC.
 const KEYED_READ_WITHOUT: Way = Way {
     name: "keyed, read without",
-    digest: Digest::Blake3Keyed,
+    digest: DigestKind::Blake3Keyed,
     secret: false,
 };
 
@@ -178,7 +178,7 @@ impl Place {
         let len = sample.payload.len() as u64;
         let prefix = Prefix::encode(&sample.meta, len, way.digest).unwrap();
         let options = Options {
-            secret: (way.digest == Digest::Blake3Keyed).then(|| Secret::new(SECRET)),
+            secret: (way.digest == DigestKind::Blake3Keyed).then(|| Secret::new(SECRET)),
             ..Options::default()
         };
         let mut tmp = TmpFile::create(self.open(), sample.key, prefix, options).unwrap();
@@ -749,7 +749,7 @@ fn a_payload_that_brings_its_checksum_is_found_by_a_digest() {
         ));
     }
     let sample = sample(KEYED, SMALL);
-    for digest in [Digest::None, Digest::Blake3] {
+    for digest in [DigestKind::None, DigestKind::Blake3] {
         let way = Way { digest, ..CRC };
         let forged = sample_of(way, TOKENS, noise(SMALL, 42));
         assert!(!judge(

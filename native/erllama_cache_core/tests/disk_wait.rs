@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{Options, Root, Slice, TmpFile};
-use erllama_cache_core::kvc::{Digest, FingerprintMode, Key, Meta, Prefix, SaveReason};
+use erllama_cache_core::kvc::{DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason};
 use failing::{Call, call, with};
 
 /// The kernel tells an error of the disk once: to whoever waits first.
@@ -56,7 +56,7 @@ fn create(dir: &tempfile::TempDir, len: usize) -> TmpFile {
         erllama_version: b"",
         save_reason_detail: b"",
     };
-    let prefix = Prefix::encode(&meta, len as u64, Digest::Blake3).unwrap();
+    let prefix = Prefix::encode(&meta, len as u64, DigestKind::Blake3).unwrap();
     let path = CString::new(dir.path().as_os_str().as_bytes()).unwrap();
     let key = Key::of(&[1; 32], 1, &[2; 32], &[0; 4]);
     TmpFile::create(Root::open(&path).unwrap(), key, prefix, Options::default()).unwrap()

@@ -23,7 +23,7 @@ use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile, Use,
 };
 use erllama_cache_core::kvc::{
-    Corrupt, Digest, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret,
+    Corrupt, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret,
 };
 use tempfile::TempDir;
 
@@ -44,7 +44,12 @@ fn key(n: u32) -> Key {
 }
 
 fn prefix(n: u32, payload: &[u8]) -> Prefix {
-    Prefix::encode(&meta(&n.to_le_bytes()), payload.len() as u64, Digest::None).unwrap()
+    Prefix::encode(
+        &meta(&n.to_le_bytes()),
+        payload.len() as u64,
+        DigestKind::None,
+    )
+    .unwrap()
 }
 
 fn meta(tokens: &[u8]) -> Meta<'_> {
@@ -433,15 +438,15 @@ fn a_long_prefix_is_written_as_any_other() {
     let secret = Secret::new([7; 32]);
     let text = payload(3 * BLOCK);
     for (len, digest) in [
-        (SMALL, Digest::None),
-        (BLOCK - 300, Digest::Blake3),
-        (BLOCK - 100, Digest::Blake3Keyed),
-        (BLOCK, Digest::Blake3),
-        (2 * BLOCK - 200, Digest::Blake3Keyed),
-        (3 * BLOCK, Digest::Blake3),
+        (SMALL, DigestKind::None),
+        (BLOCK - 300, DigestKind::Blake3),
+        (BLOCK - 100, DigestKind::Blake3Keyed),
+        (BLOCK, DigestKind::Blake3),
+        (2 * BLOCK - 200, DigestKind::Blake3Keyed),
+        (3 * BLOCK, DigestKind::Blake3),
     ]
     .into_iter()
-    .chain((0..90).map(|n| (BLOCK - 180 + n, Digest::Blake3)))
+    .chain((0..90).map(|n| (BLOCK - 180 + n, DigestKind::Blake3)))
     {
         let dir = root();
         let (key, tokens) = (key(1), 1u32.to_le_bytes());
@@ -451,7 +456,7 @@ fn a_long_prefix_is_written_as_any_other() {
             ..meta(&tokens)
         };
         let prefix = Prefix::encode(&meta, payload.len() as u64, digest).unwrap();
-        let secret = (digest == Digest::Blake3Keyed).then(|| secret.clone());
+        let secret = (digest == DigestKind::Blake3Keyed).then(|| secret.clone());
         let options = Options {
             secret: secret.clone(),
             ..Options::default()

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use erllama_cache_core::kvc::{
-    Corrupt, Digest, FingerprintMode, Key, Meta, ParsedPrefix, Prefix, ReadError, SaveReason,
+    Corrupt, DigestKind, FingerprintMode, Key, Meta, ParsedPrefix, Prefix, ReadError, SaveReason,
     crc32c, quant_byte, quant_name, read_prefix,
 };
 use serde_json::Value;
@@ -101,7 +101,7 @@ impl Vector {
     }
 
     /// The whole file, written by this crate.
-    fn encode(&self, digest: Digest) -> Vec<u8> {
+    fn encode(&self, digest: DigestKind) -> Vec<u8> {
         let mut prefix = Prefix::encode(&self.meta(), self.payload.len() as u64, digest).unwrap();
         prefix.set_crc(crc32c(&self.payload));
         prefix.set_digest(&[0xD5; 32]);
@@ -146,7 +146,7 @@ fn check(file: &[u8], key: Option<&Key>) -> Result<ParsedPrefix, Corrupt> {
 #[test]
 fn kvc_vectors_are_written_byte_for_byte() {
     for vector in Vector::all() {
-        let file = vector.encode(Digest::None);
+        let file = vector.encode(DigestKind::None);
         assert!(file == vector.file, "vector {}", vector.name);
     }
 }
@@ -368,7 +368,7 @@ fn kvc_vectors_with_a_flipped_bit_are_refused_or_differ_where_nothing_checks() {
 
 #[test]
 fn kvc_vectors_with_a_digest_and_a_flipped_bit() {
-    for digest in [Digest::Blake3, Digest::Blake3Keyed] {
+    for digest in [DigestKind::Blake3, DigestKind::Blake3Keyed] {
         flip_every_bit(&Vector::named("03").encode(digest));
     }
 }
@@ -376,7 +376,7 @@ fn kvc_vectors_with_a_digest_and_a_flipped_bit() {
 #[test]
 fn kvc_vectors_with_a_digest_hold_the_same_and_one_record_more() {
     for vector in Vector::all() {
-        for digest in [Digest::Blake3, Digest::Blake3Keyed] {
+        for digest in [DigestKind::Blake3, DigestKind::Blake3Keyed] {
             let file = vector.encode(digest);
             let prefix = check(&file, Some(&vector.key())).unwrap();
             assert_eq!(

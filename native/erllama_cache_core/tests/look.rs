@@ -7,9 +7,9 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use erllama_cache_core::Error;
-use erllama_cache_core::files::{Abandoned, Check, Name, Root, Stored};
+use erllama_cache_core::files::{Check, Name, Root, StaleTemp, Stored};
 use erllama_cache_core::kvc::{
-    Corrupt, Digest, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, crc32c,
+    Corrupt, DigestKind, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, crc32c,
 };
 use tempfile::TempDir;
 
@@ -41,7 +41,7 @@ fn key() -> Key {
 }
 
 /// A file, whose sums are right but for what `wrong` is added to the checksum.
-fn file(payload: &[u8], digest: Digest, secret: Option<&Secret>, wrong: u32) -> Vec<u8> {
+fn file(payload: &[u8], digest: DigestKind, secret: Option<&Secret>, wrong: u32) -> Vec<u8> {
     let mut prefix = Prefix::encode(&META, payload.len() as u64, digest).unwrap();
     prefix.set_crc(crc32c(payload).wrapping_add(wrong));
     let mut digester = Digester::new(secret);
@@ -127,10 +127,10 @@ fn a_payload_is_read_in_pieces_and_checked_by_all_that_there_is() {
     for len in [0, 1, 4 * MIB - 1, 4 * MIB, 4 * MIB + 1, 9 * MIB + 7] {
         let payload = payload(len);
         for (digest, made_with, read_with) in [
-            (Digest::None, None, None),
-            (Digest::Blake3, None, None),
-            (Digest::Blake3Keyed, Some(&secret), Some(&secret)),
-            (Digest::Blake3Keyed, Some(&secret), None),
+            (DigestKind::None, None, None),
+            (DigestKind::Blake3, None, None),
+            (DigestKind::Blake3Keyed, Some(&secret), Some(&secret)),
+            (DigestKind::Blake3Keyed, Some(&secret), None),
         ] {
             let good = file(&payload, digest, made_with, 0);
             fs::write(path(&dir), &good).unwrap();
@@ -152,10 +152,10 @@ fn a_payload_is_read_in_pieces_and_checked_by_all_that_there_is() {
             changed[76] ^= 1;
             fs::write(path(&dir), &changed).unwrap();
             match (digest, read_with, read(&dir, read_with)) {
-                (Digest::Blake3, _, Err(Error::Corrupt(Corrupt::DigestMismatch)))
-                | (Digest::Blake3Keyed, Some(_), Err(Error::Unauthenticated))
-                | (Digest::None, _, Ok(_))
-                | (Digest::Blake3Keyed, None, Ok(_)) => {}
+                (DigestKind::Blake3, _, Err(Error::Corrupt(Corrupt::DigestMismatch)))
+                | (DigestKind::Blake3Keyed, Some(_), Err(Error::Unauthenticated))
+                | (DigestKind::None, _, Ok(_))
+                | (DigestKind::Blake3Keyed, None, Ok(_)) => {}
                 other => panic!("{len} {other:?}"),
             }
         }
@@ -167,21 +167,21 @@ fn with_a_secret_only_files_made_with_it_will_do() {
     let dir = tempfile::tempdir().unwrap();
     let (secret, other) = (Secret::new([7; 32]), Secret::new([8; 32]));
     for (digest, made_with) in [
-        (Digest::None, None),
-        (Digest::Blake3, None),
-        (Digest::Blake3Keyed, Some(&other)),
+        (DigestKind::None, None),
+        (DigestKind::Blake3, None),
+        (DigestKind::Blake3Keyed, Some(&other)),
     ] {
         fs::write(path(&dir), file(b"payload", digest, made_with, 0)).unwrap();
         let error = read(&dir, Some(&secret)).unwrap_err();
         assert!(matches!(error, Error::Unauthenticated), "{error:?}");
-        assert!(error.condemns());
+        assert!(error.proves_corrupt());
     }
 }
 
 #[test]
 fn a_key_is_compared_where_one_is_expected() {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(path(&dir), file(b"payload", Digest::None, None, 0)).unwrap();
+    fs::write(path(&dir), file(b"payload", DigestKind::None, None, 0)).unwrap();
     let other = Key::from_bytes([9; 32]);
     let check = |key| Check::of(&stored(&dir), key, None);
     assert!(matches!(
@@ -215,14 +215,14 @@ fn a_temporary_file_is_abandoned_when_nobody_holds_its_lock() {
     let root = open(&dir);
     let path = dir.path().join("some.tmp");
     let name = CString::new("some.tmp").unwrap();
-    assert!(Abandoned::open(&root, &name).unwrap().is_none());
+    assert!(StaleTemp::open(&root, &name).unwrap().is_none());
     fs::write(&path, b"part").unwrap();
     let writer = File::open(&path).unwrap();
     writer.lock().unwrap();
-    assert!(Abandoned::open(&root, &name).unwrap().is_none());
+    assert!(StaleTemp::open(&root, &name).unwrap().is_none());
     writer.unlock().unwrap();
 
-    let abandoned = Abandoned::open(&root, &name).unwrap().unwrap();
+    let abandoned = StaleTemp::open(&root, &name).unwrap().unwrap();
     assert_eq!(abandoned.len(), 4);
     assert!(writer.try_lock().is_err(), "nobody begins to work on it");
     abandoned.remove(&root).unwrap();

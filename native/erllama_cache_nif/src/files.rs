@@ -13,7 +13,7 @@ use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile, Use,
     fits_memory,
 };
-use erllama_cache_core::kvc::{Digest, EncodeError, Field, Key, Prefix};
+use erllama_cache_core::kvc::{DigestKind, EncodeError, Field, Key, Prefix};
 use erllama_cache_core::unpoisoned;
 use rustler::sys::{ErlNifBinary, enif_alloc_binary};
 use rustler::{Atom, Binary, Encoder, Env, NifResult, OwnedBinary, Resource, ResourceArc, Term};
@@ -248,7 +248,7 @@ fn tmp_term<'a>(env: Env<'a>, tmp: TmpFile) -> Term<'a> {
 }
 
 /// `{Mode, none | blake3 | Secret, keep | drop}`.
-fn save_options(term: Term<'_>) -> NifResult<(Options, Digest)> {
+fn save_options(term: Term<'_>) -> NifResult<(Options, DigestKind)> {
     let (mode, digest, page_cache): (u32, Term<'_>, Atom) = term.decode()?;
     let secret = if atoms::none() == digest || atoms::blake3() == digest {
         None
@@ -256,9 +256,9 @@ fn save_options(term: Term<'_>) -> NifResult<(Options, Digest)> {
         Some(digest.decode::<&secret::Secret>()?.core().clone())
     };
     let digest = match &secret {
-        Some(_) => Digest::Blake3Keyed,
-        None if atoms::none() == digest => Digest::None,
-        None => Digest::Blake3,
+        Some(_) => DigestKind::Blake3Keyed,
+        None if atoms::none() == digest => DigestKind::None,
+        None => DigestKind::Blake3,
     };
     let drop_cache = if page_cache == atoms::drop() {
         true

@@ -1,7 +1,7 @@
 //! What is told of a save, as terms and as the core's types.
 
 use erllama_cache_core::kvc::{
-    self, Digest, EncodeError, FingerprintMode, Key, Meta, ParsedPrefix, Prefix, SaveReason,
+    self, DigestKind, EncodeError, FingerprintMode, Key, Meta, ParsedPrefix, Prefix, SaveReason,
 };
 use rustler::sys::{enif_get_int64, enif_get_list_cell};
 use rustler::{Atom, Binary, Encoder, Env, Error, NewBinary, NifResult, Term};
@@ -48,7 +48,7 @@ pub(crate) fn prefix<'a>(
     quant_byte: u8,
     tokens: Binary<'a>,
     payload_len: u64,
-    digest: Digest,
+    digest: DigestKind,
 ) -> NifResult<Result<Prefix, EncodeError>> {
     let fingerprint: Binary<'a> = get(meta, atoms::fingerprint())?;
     let ctx_params_hash: Binary<'a> = get(meta, atoms::ctx_params_hash())?;

@@ -8,7 +8,7 @@
 #[allow(dead_code)]
 mod model;
 
-use erllama_cache_core::kvc::{Digest, DigestMode, Header, Meta, ParsedPrefix, Prefix};
+use erllama_cache_core::kvc::{DigestKind, DigestMode, Header, Meta, ParsedPrefix, Prefix};
 use libfuzzer_sys::fuzz_target;
 
 /// Longer payloads are of no interest here: a prefix does not depend on their bytes.
@@ -78,9 +78,9 @@ fn again(parsed: &ParsedPrefix) {
         save_reason_detail: parsed.save_reason_detail().unwrap_or_default(),
     };
     let digest = match parsed.digest() {
-        None => Digest::None,
-        Some((DigestMode::Plain, _)) => Digest::Blake3,
-        Some((DigestMode::Keyed, _)) => Digest::Blake3Keyed,
+        None => DigestKind::None,
+        Some((DigestMode::Plain, _)) => DigestKind::Blake3,
+        Some((DigestMode::Keyed, _)) => DigestKind::Blake3Keyed,
     };
     let mut prefix = Prefix::encode(&meta, header.payload_len, digest).unwrap();
     prefix.set_crc(header.crc32c);

@@ -12,7 +12,7 @@ use std::fs;
 use std::time::Duration;
 
 use erllama_cache_core::files::{Found, Options, Outcome, Scan, Slice, TmpFile};
-use erllama_cache_core::kvc::{Digest, FingerprintMode, Key, Meta, Prefix, SaveReason};
+use erllama_cache_core::kvc::{DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason};
 use libfuzzer_sys::fuzz_target;
 use model::{Look, Model};
 use place::{Input, complete, load, put, root};
@@ -108,9 +108,9 @@ fn prefix(read: Option<&Model<'_>>, keyed: bool) -> Option<Prefix> {
         save_reason_detail: b"",
     };
     let digest = if keyed {
-        Digest::Blake3Keyed
+        DigestKind::Blake3Keyed
     } else {
-        Digest::Blake3
+        DigestKind::Blake3
     };
     Prefix::encode(&meta, OURS.len() as u64, digest).ok()
 }

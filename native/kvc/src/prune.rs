@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use erllama_cache_core::Error;
-use erllama_cache_core::files::{Abandoned, Stored};
+use erllama_cache_core::files::{StaleTemp, Stored};
 use erllama_cache_core::kvc::Key;
 
 use crate::dir::{Dir, file_name};
@@ -170,7 +170,7 @@ fn sweep(
 ) -> anyhow::Result<()> {
     for name in names {
         let path = dir.join(name);
-        let swept = Abandoned::open(&dir.root, name).and_then(|abandoned| match abandoned {
+        let swept = StaleTemp::open(&dir.root, name).and_then(|abandoned| match abandoned {
             None => Ok(None),
             Some(file) => {
                 let size = file.len();

@@ -21,7 +21,7 @@ impl Judgement {
         match error {
             // Written by a later version, perhaps.
             error if error.may_be_newer() => Judgement::Unknown,
-            error if error.condemns() => Judgement::Bad,
+            error if error.proves_corrupt() => Judgement::Bad,
             _ => Judgement::Unknown,
         }
     }

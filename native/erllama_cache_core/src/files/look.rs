@@ -204,20 +204,20 @@ pub(super) fn is_older_than(modified: u64, age: Duration) -> bool {
 /// A temporary file that nobody works on any more. As long as this value lives its lock is held, so
 /// nobody begins to.
 #[derive(Debug)]
-pub struct Abandoned {
+pub struct StaleTemp {
     name: CString,
     len: u64,
     /// Holds the lock.
     _file: File,
 }
 
-impl Abandoned {
+impl StaleTemp {
     /// Opens the temporary file `name`. `None` when it is gone, or when somebody holds its lock: then
     /// it is being written. Where there are no locks, it is left alone for a day.
     ///
     /// # Errors
     /// [`Error::NotRegular`], [`Error::Io`].
-    pub fn open(root: &Root, name: &CStr) -> Result<Option<Abandoned>, Error> {
+    pub fn open(root: &Root, name: &CStr) -> Result<Option<StaleTemp>, Error> {
         // To write, for some network file systems lock nothing else.
         let Some((file, stat)) = open_regular(root, name, libc::O_RDWR)? else {
             return Ok(None);
@@ -229,7 +229,7 @@ impl Abandoned {
             Lock::Unknown if is_older_than(stat.modified, ABANDONED) => {}
             Lock::Unknown => return Ok(None),
         }
-        Ok(Some(Abandoned {
+        Ok(Some(StaleTemp {
             name: name.to_owned(),
             len: stat.len,
             _file: file,

@@ -13,7 +13,7 @@ mod sys;
 mod tmp;
 
 pub use durable::SyncPlan;
-pub use look::{Abandoned, Name, Names, Stored};
+pub use look::{Name, Names, StaleTemp, Stored};
 pub use note::Use;
 pub use root::Root;
 pub use scan::{Found, Scan, Taken};

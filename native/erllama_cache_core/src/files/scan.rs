@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::time::Duration;
 
-use super::look::{Abandoned, Name, Names, Stored, is_older_than};
+use super::look::{Name, Names, StaleTemp, Stored, is_older_than};
 use super::root::{Root, final_name};
 use super::slice::{Progress, Slice};
 use super::sys;
@@ -174,7 +174,7 @@ impl Scan {
                 taken: None,
             })
         };
-        match Abandoned::open(&self.root, name) {
+        match StaleTemp::open(&self.root, name) {
             Ok(Some(file)) => match file.remove(&self.root) {
                 Ok(true) => Some(Found::Swept),
                 Ok(false) => None,

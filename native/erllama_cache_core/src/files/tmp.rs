@@ -31,7 +31,7 @@ use super::stored::{self, Check, READ_PIECE};
 use super::sys::{self, Lock};
 use crate::error::{Context, Error};
 use crate::kvc::{
-    Corrupt, Crc32c, Digest, Digester, Key, MIN_PREFIX_LEN, ParsedPrefix, Prefix, Secret,
+    Corrupt, Crc32c, DigestKind, Digester, Key, MIN_PREFIX_LEN, ParsedPrefix, Prefix, Secret,
 };
 use crate::pool::{self, Answer};
 
@@ -276,9 +276,9 @@ impl TmpFile {
             sums: Sums {
                 crc: Crc32c::new(),
                 digester: match prefix.digest() {
-                    Digest::None => None,
-                    Digest::Blake3 => Some(Digester::new(None)),
-                    Digest::Blake3Keyed => Some(Digester::new(options.secret.as_ref())),
+                    DigestKind::None => None,
+                    DigestKind::Blake3 => Some(Digester::new(None)),
+                    DigestKind::Blake3Keyed => Some(Digester::new(options.secret.as_ref())),
                 },
             },
             back: ReadBack::new(prefix.file_len()),
@@ -619,7 +619,7 @@ impl TmpFile {
                         Ok(Some(check)) => Phase::Taken(Box::new(check)),
                         // It was taken a moment ago and is free now.
                         Ok(None) => Phase::Ready,
-                        Err(error) if error.condemns() => match self.replace()? {
+                        Err(error) if error.proves_corrupt() => match self.replace()? {
                             Some(published) => return Ok(Progress::Done(published)),
                             None => Phase::Ready,
                         },
@@ -634,7 +634,7 @@ impl TmpFile {
                             None => Phase::Ready,
                         }
                     }
-                    Err(error) if !error.condemns() => return Err(error),
+                    Err(error) if !error.proves_corrupt() => return Err(error),
                     // Corrupt, or of another key.
                     Ok(Progress::Done(())) | Err(_) => match self.replace()? {
                         Some(published) => return Ok(Progress::Done(published)),

@@ -13,7 +13,7 @@ use super::meta::{DigestMode, Meta};
 
 /// Which digest of tag 0xB3 to leave room for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Digest {
+pub enum DigestKind {
     /// None: the tag is not written.
     #[default]
     None,
@@ -23,14 +23,14 @@ pub enum Digest {
     Blake3Keyed,
 }
 
-impl Digest {
+impl DigestKind {
     /// The mode that is stored in the tag; `None` when the tag is not written.
     #[must_use]
     pub fn mode(self) -> Option<DigestMode> {
         match self {
-            Digest::None => None,
-            Digest::Blake3 => Some(DigestMode::Plain),
-            Digest::Blake3Keyed => Some(DigestMode::Keyed),
+            DigestKind::None => None,
+            DigestKind::Blake3 => Some(DigestMode::Plain),
+            DigestKind::Blake3Keyed => Some(DigestMode::Keyed),
         }
     }
 }
@@ -127,7 +127,7 @@ pub struct Prefix {
     payload_len: u64,
     file_len: u64,
     crc: u32,
-    digest: Digest,
+    digest: DigestKind,
     digest_at: Option<usize>,
 }
 
@@ -141,7 +141,7 @@ impl Prefix {
     pub fn encode(
         meta: &Meta<'_>,
         payload_len: u64,
-        digest: Digest,
+        digest: DigestKind,
     ) -> Result<Prefix, EncodeError> {
         let sizes = Sizes::of(|field| field.of(meta).len(), payload_len, digest)?;
         let mut bytes = Vec::with_capacity(sizes.prefix);
@@ -236,7 +236,7 @@ impl Prefix {
 
     /// Which digest there is room for.
     #[must_use]
-    pub fn digest(&self) -> Digest {
+    pub fn digest(&self) -> DigestKind {
         self.digest
     }
 
@@ -311,7 +311,7 @@ impl Sizes {
     fn of(
         len: impl Fn(Field) -> usize,
         payload_len: u64,
-        digest: Digest,
+        digest: DigestKind,
     ) -> Result<Sizes, EncodeError> {
         let tokens = len(Field::Tokens);
         if !tokens.is_multiple_of(TOKEN_LEN) {
@@ -375,7 +375,7 @@ mod tests {
     use super::*;
 
     fn sizes(field: Field, len: usize) -> Result<Sizes, EncodeError> {
-        Sizes::of(|f| if f == field { len } else { 0 }, 0, Digest::None)
+        Sizes::of(|f| if f == field { len } else { 0 }, 0, DigestKind::None)
     }
 
     #[test]

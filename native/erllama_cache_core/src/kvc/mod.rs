@@ -83,7 +83,7 @@ mod tests;
 pub use crc::{Crc32c, crc32c};
 pub use digest::{Digester, Secret};
 pub(crate) use digest::{PART, Parts};
-pub use encode::{Digest, EncodeError, Field, Prefix};
+pub use encode::{DigestKind, EncodeError, Field, Prefix};
 pub use error::{Corrupt, ReadError};
 pub use key::Key;
 pub use layout::{FIXED_LEN, MAX_PREFIX_LEN, MIN_PREFIX_LEN};

@@ -25,7 +25,7 @@ struct Owned {
     hit_count: u32,
     texts: [Vec<u8>; 4],
     payload: Vec<u8>,
-    digest: Digest,
+    digest: DigestKind,
 }
 
 impl Owned {
@@ -49,7 +49,7 @@ impl Owned {
                 b"detail".to_vec(),
             ],
             payload: b"payload".to_vec(),
-            digest: Digest::None,
+            digest: DigestKind::None,
         }
     }
 
@@ -98,9 +98,9 @@ fn arbitrary() -> impl Strategy<Value = Owned> {
             (0u8..=5).prop_map(|byte| SaveReason::from_byte(byte).unwrap()),
             (0u8..=2).prop_map(|byte| FingerprintMode::from_byte(byte).unwrap()),
             prop_oneof![
-                Just(Digest::None),
-                Just(Digest::Blake3),
-                Just(Digest::Blake3Keyed)
+                Just(DigestKind::None),
+                Just(DigestKind::Blake3),
+                Just(DigestKind::Blake3Keyed)
             ],
         ),
         (any::<u8>(), any::<u8>(), any::<u32>(), any::<u32>()),
@@ -655,7 +655,7 @@ fn tokens_come_in_fours() {
     let owned = Owned::small();
     for len in [1, 2, 3, 5, 4095] {
         let tokens = vec![0; len];
-        let result = Prefix::encode(&owned.meta(&tokens), 0, Digest::None);
+        let result = Prefix::encode(&owned.meta(&tokens), 0, DigestKind::None);
         assert_eq!(result, Err(EncodeError::PartialToken { len }));
     }
 }
@@ -664,7 +664,7 @@ fn tokens_come_in_fours() {
 fn payloads_fit_into_a_file() {
     let owned = Owned::small();
     let tokens = owned.tokens_le();
-    let encode = |len| Prefix::encode(&owned.meta(&tokens), len, Digest::None);
+    let encode = |len| Prefix::encode(&owned.meta(&tokens), len, DigestKind::None);
     let prefix_len = encode(0).unwrap().len() as u64;
     let most = u64::MAX - prefix_len;
     assert_eq!(encode(most).unwrap().file_len(), u64::MAX);
@@ -676,7 +676,7 @@ fn payloads_fit_into_a_file() {
 
 #[test]
 fn digests_leave_out_what_changes_later() {
-    for digest in [Digest::Blake3, Digest::Blake3Keyed] {
+    for digest in [DigestKind::Blake3, DigestKind::Blake3Keyed] {
         let mut owned = Owned::small();
         owned.digest = digest;
         let mut prefix = owned.prefix();

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use erllama_cache_core::kvc::{
-    Digest, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, crc32c,
+    DigestKind, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, crc32c,
 };
 
 pub(crate) const SECRET: [u8; 32] = [7; 32];
@@ -24,7 +24,7 @@ pub(crate) struct Saved {
     pub(crate) n: u32,
     pub(crate) len: usize,
     pub(crate) tokens: u32,
-    pub(crate) digest: Digest,
+    pub(crate) digest: DigestKind,
     pub(crate) secret: [u8; 32],
     pub(crate) reason: SaveReason,
     pub(crate) model: u8,
@@ -42,7 +42,7 @@ impl Default for Saved {
             n: 0,
             len: 1000,
             tokens: 3,
-            digest: Digest::Blake3,
+            digest: DigestKind::Blake3,
             secret: SECRET,
             reason: SaveReason::Cold,
             model: 1,
@@ -98,7 +98,7 @@ impl Saved {
         let mut prefix = Prefix::encode(&meta, payload.len() as u64, self.digest).unwrap();
         prefix.set_crc(crc32c(&payload));
         let secret = Secret::new(self.secret);
-        let is_keyed = self.digest == Digest::Blake3Keyed;
+        let is_keyed = self.digest == DigestKind::Blake3Keyed;
         let mut digester = Digester::new(is_keyed.then_some(&secret));
         digester.update(&payload);
         let digest = digester.finish(&prefix.digest_view());

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use erllama_cache_core::kvc::{Digest, SaveReason};
+use erllama_cache_core::kvc::{DigestKind, SaveReason};
 use tempfile::TempDir;
 
 use crate::common::{DAY, SECRET, Saved, damage};
@@ -57,7 +57,7 @@ fn world() -> TempDir {
             made: 2 * DAY,
             used: DAY,
             reason: SaveReason::Evict,
-            digest: Digest::Blake3Keyed,
+            digest: DigestKind::Blake3Keyed,
             ..Saved::default()
         },
     ];

@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use erllama_cache_core::kvc::Digest;
+use erllama_cache_core::kvc::DigestKind;
 
 use crate::common::{SECRET, Saved, command, damage, names, run};
 
@@ -16,7 +16,7 @@ fn a_payload_comes_out_as_it_went_in() {
     let dir = tempfile::tempdir().unwrap();
     let output = dir.path().join("out");
     for len in [0, 1, 70_000, 4 * MIB, 9 * MIB + 7] {
-        for digest in [Digest::None, Digest::Blake3] {
+        for digest in [DigestKind::None, DigestKind::Blake3] {
             let saved = Saved {
                 len,
                 digest,
@@ -117,7 +117,7 @@ fn only_a_regular_file_is_replaced() {
 fn a_keyed_digest_is_checked_with_its_key() {
     let dir = tempfile::tempdir().unwrap();
     let saved = Saved {
-        digest: Digest::Blake3Keyed,
+        digest: DigestKind::Blake3Keyed,
         ..Saved::default()
     };
     let path = saved.save(dir.path());

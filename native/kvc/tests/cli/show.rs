@@ -129,11 +129,11 @@ fn much_is_abbreviated_unless_asked_for() {
 #[test]
 fn the_digest_is_shown_and_whether_it_is_keyed() {
     let dir = tempfile::tempdir().unwrap();
-    use erllama_cache_core::kvc::Digest;
+    use erllama_cache_core::kvc::DigestKind;
     for (digest, text, mode) in [
-        (Digest::None, "none\n", None),
-        (Digest::Blake3, ", blake3\n", Some("plain")),
-        (Digest::Blake3Keyed, ", blake3 keyed\n", Some("keyed")),
+        (DigestKind::None, "none\n", None),
+        (DigestKind::Blake3, ", blake3\n", Some("plain")),
+        (DigestKind::Blake3Keyed, ", blake3 keyed\n", Some("keyed")),
     ] {
         let path = Saved {
             digest,

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use erllama_cache_core::kvc::Digest;
+use erllama_cache_core::kvc::DigestKind;
 
 use crate::common::{AT_LAST_USED, Ran, Saved, answer, command, damage, names, run, saved};
 
@@ -54,24 +54,24 @@ fn damaged(dir: &Path) -> Vec<(PathBuf, &'static str)> {
         edit(&mut bytes);
         fs::write(path, bytes).unwrap();
     };
-    let payload = save(1, Digest::None);
+    let payload = save(1, DigestKind::None);
     damage(&payload, -1);
-    let payload_with_digest = save(2, Digest::Blake3);
+    let payload_with_digest = save(2, DigestKind::Blake3);
     damage(&payload_with_digest, -1);
-    let prompt = save(3, Digest::Blake3);
+    let prompt = save(3, DigestKind::Blake3);
     damage(&prompt, 76);
-    let truncated = save(4, Digest::Blake3);
+    let truncated = save(4, DigestKind::Blake3);
     edit(&truncated, &|bytes| bytes.truncate(bytes.len() - 1));
-    let longer = save(5, Digest::Blake3);
+    let longer = save(5, DigestKind::Blake3);
     edit(&longer, &|bytes| bytes.push(0));
-    let renamed = save(6, Digest::Blake3);
+    let renamed = save(6, DigestKind::Blake3);
     let other = Saved {
         n: 7,
         ..Saved::default()
     }
     .path(dir);
     fs::rename(renamed, &other).unwrap();
-    let empty = save(8, Digest::Blake3);
+    let empty = save(8, DigestKind::Blake3);
     edit(&empty, &|bytes| bytes.clear());
     vec![
         (payload, "the payload's CRC differs"),
@@ -184,7 +184,7 @@ fn keyed_digests_need_the_key() {
     let wrong = write("wrong", &[8; 32]);
     let short = write("short", &[7; 31]);
 
-    let digest = Digest::Blake3Keyed;
+    let digest = DigestKind::Blake3Keyed;
     let keyed = Saved {
         digest,
         ..Saved::default()
@@ -237,7 +237,7 @@ fn keyed_digests_need_the_key() {
     verify(&["--key-file", &right], dir.path()).exits(1);
 
     // As for the store: who shows no proof has made nothing.
-    for digest in [Digest::None, Digest::Blake3] {
+    for digest in [DigestKind::None, DigestKind::Blake3] {
         Saved {
             digest,
             ..Saved::default()

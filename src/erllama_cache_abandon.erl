@@ -1,5 +1,5 @@
-%% Whoever waits for a slot goes on waiting while a server that crashed is replaced. Where nobody
-%% replaces it, because its supervisor has given up, somebody has to tell them: this process, which
+%% Refuses the waiters of a server that crashed and was not replaced. They go on waiting while a
+%% supervisor restarts the server; if the supervisor has given up, this process ends their wait. It
 %% lives as long as the server, and a minute longer after a crash.
 %%
 %% @private
@@ -9,7 +9,7 @@
 -export([after_crash_of/2]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 
-%% Milliseconds that a supervisor has for a new server: longer than any waits between two starts.
+%% Milliseconds that a supervisor has to start a new server: longer than any pauses between starts.
 -define(REPLACED_WITHIN, 60000).
 
 -spec after_crash_of(Server :: pid(), erllama_cache_nif:semaphore()) -> ok.
@@ -28,12 +28,11 @@ handle_cast(_Request, Semaphore) ->
     {noreply, Semaphore}.
 
 handle_info({'DOWN', _, process, _, Reason}, Semaphore) ->
-    case Reason of
-        %% The server has told them itself.
-        normal -> {stop, normal, Semaphore};
-        shutdown -> {stop, normal, Semaphore};
-        {shutdown, _} -> {stop, normal, Semaphore};
-        _ ->
+    case erllama_cache_successor:is_stop(Reason) of
+        true ->
+            %% The server has refused its waiters itself.
+            {stop, normal, Semaphore};
+        false ->
             _ = erlang:start_timer(?REPLACED_WITHIN, self(), no_server),
             {noreply, Semaphore}
     end;

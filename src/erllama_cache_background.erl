@@ -1,23 +1,23 @@
-%% A save in another process, whose caller is told its result.
+%% A save in another process, which sends its result to the caller.
 %%
 %% @private
 -module(erllama_cache_background).
 
 -export([run/2, cancel/1]).
 
-%% Runs `Save' in a process of its own; the calling process gets one message,
-%% `{erllama_cache_writer, Ref, Result}'. Unless it is detached, the caller's death stops it.
+%% Runs `Save' in a process of its own. The caller receives one message,
+%% `{erllama_cache_writer, Ref, Result}'. Unless the save is detached, the caller's death stops it.
 -spec run(fun((erllama_cache_save:stop()) -> Result), Detach :: boolean()) -> reference() when
     Result :: {ok, erllama_cache_writer:key()} | {error, term()}.
 run(Save, Detach) ->
     Caller = self(),
-    %% Nothing of it is waited for: the caller's next token is more urgent than this save.
+    %% The caller waits for nothing: its next token is more urgent than this save.
     Messenger = spawn(fun() -> begin_for(Caller, Detach, Save) end),
     Ref = erllama_cache_nif:handle_new(Messenger),
     Messenger ! {Caller, Ref},
     Ref.
 
-%% Stops the save of this reference between two slices; nothing for any other.
+%% Stops the save of this reference, between two slices. Does nothing for any other reference.
 -spec cancel(reference()) -> ok.
 cancel(Ref) ->
     case erllama_cache_nif:handle_pid(Ref) of
@@ -42,8 +42,8 @@ begin_for(Caller, Detach, Save) ->
             ok
     end.
 
-%% The saver may be killed, so somebody else tells the caller: this process, which does nothing that
-%% anybody would kill it for.
+%% The saver may be killed, so the result is sent by this process, which does nothing else and gives
+%% no reason to be killed.
 result_of({Pid, Monitor} = Saver, Ref) ->
     receive
         {erllama_cache_writer, cancel, Ref} = Cancel ->

@@ -1,17 +1,32 @@
-%% The writer's configuration: defaults, the environment, what its values may be.
+%% The configuration of the writer and the options of a store: defaults, the application's
+%% environment, what each value may be.
+%%
+%% A wrong value raises `{invalid_config, Key, Value}', or `{invalid_option, Key, Value}' for a
+%% store. An unknown key raises `{unknown_config, Key, Nearest}' or `{unknown_option, Key,
+%% Nearest}', with the known key that is spelt most alike.
 %%
 %% @private
 -module(erllama_cache_config).
 
--export([complete/1, environment/0, erllama_limit/0]).
+-export([complete/1, environment/0, erllama_limit/0, save_options/2]).
+-export([complete_options/1]).
 
 -include("erllama_cache_limits.hrl").
 
-%% A configuration with defaults for what it leaves out. Raises `{invalid_config, Key, Value}'.
+%% The application's environment: what configures the writer, and the rest.
+-define(WRITER, [max_concurrent, max_inflight_bytes, host, file_mode, digest, mac_key, page_cache,
+                 slow_save_ms]).
+-define(APPLICATION, [stores, start_writer]).
+-define(OPTIONS, [root, tier, max_bytes, mac_key]).
+
+%%% The writer
+
+%% A configuration with defaults for what it leaves out.
 -spec complete(erllama_cache_writer:config()) -> erllama_cache_writer:config().
 complete(Config) ->
+    ok = check_keys(Config, ?WRITER, unknown_config),
     Complete = maps:merge(defaults(), Config),
-    ok = maps:foreach(fun check/2, Complete),
+    ok = check_values(Complete, invalid_config),
     Complete.
 
 defaults() ->
@@ -24,17 +39,16 @@ defaults() ->
         slow_save_ms => 10000
     }.
 
-%% What the environment of `erllama_cache_nif' says.
+%% The writer's part of this application's environment.
 -spec environment() -> erllama_cache_writer:config().
 environment() ->
-    Keys = [max_concurrent, max_inflight_bytes, host, file_mode, digest, mac_key, page_cache,
-            slow_save_ms],
-    maps:from_list([
-        {Key, Value}
-     || Key <- Keys, {ok, Value} <- [application:get_env(erllama_cache_nif, Key)]
-    ]).
+    %% OTP itself adds this key.
+    Set = lists:keydelete(included_applications, 1, application:get_all_env(erllama_cache_nif)),
+    Environment = maps:from_list(Set),
+    ok = check_keys(Environment, ?WRITER ++ ?APPLICATION, unknown_config),
+    maps:with(?WRITER, Environment).
 
-%% What the environment of `erllama' says, for which this writer may stand in.
+%% The limit that erllama is configured to: inside erllama, this writer takes the place of its own.
 -spec erllama_limit() -> erllama_cache_writer:config().
 erllama_limit() ->
     case application:get_env(erllama, writer_max_concurrent) of
@@ -42,14 +56,104 @@ erllama_limit() ->
         _ -> #{}
     end.
 
-check(max_concurrent, Limit) when ?IS_LIMIT(Limit) -> ok;
-check(max_inflight_bytes, Bytes) when ?IS_BYTES(Bytes) -> ok;
-check(host, Host) when is_atom(Host) -> ok;
-check(file_mode, Mode) when is_integer(Mode), Mode >= 0, Mode =< 8#777 -> ok;
-check(digest, Digest) when Digest =:= blake3; Digest =:= none -> ok;
-check(mac_key, {file, _Path}) -> ok;
-check(mac_key, Fun) when is_function(Fun, 0) -> ok;
-check(page_cache, PageCache) when PageCache =:= keep; PageCache =:= drop -> ok;
-check(slow_save_ms, Ms) when is_integer(Ms), Ms > 0 -> ok;
-check(mac_key, _Secret) -> error({invalid_config, mac_key, hidden});
-check(Key, Value) -> error({invalid_config, Key, Value}).
+%% How the library writes files, by tier.
+-spec save_options(erllama_cache_writer:config(), none | erllama_cache_nif:secret()) ->
+    #{erllama_cache_host:tier() => erllama_cache_nif:save_options()}.
+save_options(#{file_mode := Mode, page_cache := PageCache} = Config, Secret) ->
+    Digest = fun(Default) ->
+        case Secret of
+            none -> maps:get(digest, Config, Default);
+            %% No load would accept a file without a keyed digest.
+            _ -> Secret
+        end
+    end,
+    #{disk => {Mode, Digest(blake3), PageCache}, ram_file => {Mode, Digest(none), PageCache}}.
+
+%%% A store
+
+%% Options with defaults for what they leave out.
+-spec complete_options(erllama_cache_store:options()) -> erllama_cache_store:options().
+complete_options(Options) when not is_map_key(root, Options) ->
+    error({missing_option, root});
+complete_options(Options) ->
+    ok = check_keys(Options, ?OPTIONS, unknown_option),
+    Complete = maps:merge(default_options(), Options),
+    ok = check_values(Complete, invalid_option),
+    Complete.
+
+default_options() ->
+    Defaults = #{tier => disk, max_bytes => infinity},
+    case application:get_env(erllama_cache_nif, mac_key) of
+        {ok, Source} -> Defaults#{mac_key => Source};
+        undefined -> Defaults
+    end.
+
+%%% Both
+
+check_values(Values, Invalid) ->
+    maps:foreach(
+        fun(Key, Value) ->
+            Shown = case Key of
+                mac_key -> hidden;
+                _ -> Value
+            end,
+            is_valid(Key, Value) orelse error({Invalid, Key, Shown})
+        end,
+        Values
+    ).
+
+is_valid(max_concurrent, Limit) -> ?IS_LIMIT(Limit);
+is_valid(max_inflight_bytes, Bytes) -> ?IS_BYTES(Bytes);
+is_valid(host, Host) -> is_atom(Host);
+is_valid(file_mode, Mode) -> is_integer(Mode) andalso Mode >= 0 andalso Mode =< 8#777;
+is_valid(digest, Digest) -> Digest =:= blake3 orelse Digest =:= none;
+is_valid(mac_key, {file, _Path}) -> true;
+is_valid(mac_key, Fun) -> is_function(Fun, 0);
+is_valid(page_cache, PageCache) -> PageCache =:= keep orelse PageCache =:= drop;
+is_valid(slow_save_ms, Ms) -> is_integer(Ms) andalso Ms > 0;
+%% Whether it is a path, its encoding and the system say.
+is_valid(root, _Root) -> true;
+is_valid(tier, Tier) -> Tier =:= disk orelse Tier =:= ram_file;
+is_valid(max_bytes, Bytes) -> Bytes =:= infinity orelse (is_integer(Bytes) andalso Bytes > 0).
+
+check_keys(Given, Known, Unknown) ->
+    case maps:keys(maps:without(Known, Given)) of
+        [] -> ok;
+        [Key | _] -> error({Unknown, Key, nearest(Key, Known)})
+    end.
+
+nearest(Key, Known) ->
+    Spelt = spelt(Key),
+    {_, Nearest} = lists:min([{distance(Spelt, atom_to_list(Each)), Each} || Each <- Known]),
+    Nearest.
+
+spelt(Key) when is_atom(Key) ->
+    atom_to_list(Key);
+spelt(Key) ->
+    try unicode:characters_to_list(Key) of
+        Spelt when is_list(Spelt) -> Spelt;
+        _Malformed -> ""
+    catch
+        error:badarg -> ""
+    end.
+
+%% How many characters have to be inserted, removed or replaced to make the one of the other
+%% (Levenshtein's distance), a row of Wagner and Fischer's matrix at a time.
+distance(From, To) ->
+    lists:last(lists:foldl(fun(Char, Row) -> next_row(Char, To, Row) end,
+                           lists:seq(0, length(To)), From)).
+
+next_row(Char, To, [Corner | Above]) ->
+    {Row, _} = lists:mapfoldl(
+        fun({Other, Up}, {Left, Diagonal}) ->
+            Replaced = case Char of
+                Other -> Diagonal;
+                _ -> Diagonal + 1
+            end,
+            Least = lists:min([Left + 1, Up + 1, Replaced]),
+            {Least, {Least, Up}}
+        end,
+        {Corner + 1, Corner},
+        lists:zip(To, Above)
+    ),
+    [Corner + 1 | Row].

@@ -1,12 +1,12 @@
-%% What the reasons of errors mean, in words for a person.
+%% Describes the reasons of errors in English.
 %%
 %% @private
 -module(erllama_cache_error).
 
 -export([format/1]).
 
-%% Takes the reasons of erllama_cache_writer and of erllama_cache_store, with or without the
-%% `{error, _}' around them.
+%% Accepts the reasons of erllama_cache_writer and erllama_cache_store, with or without `{error, _}'
+%% around them.
 -spec format(Reason :: term()) -> string().
 format({error, Reason}) -> format(Reason);
 format(max_concurrent) -> "no slot became free in time";

@@ -5,7 +5,7 @@
 
 -export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 
-%% What these call exists inside erllama only. From OTP 26 on, dialyzer has to be told.
+%% These call modules that exist inside erllama only, which dialyzer reports from OTP 26 on.
 -if(?OTP_RELEASE >= 26).
 -dialyzer({no_unknown, [identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6,
                         cancel/3, count/2]}).

@@ -1,9 +1,9 @@
-%% The index of a store: a table of the store's name with one row for each key, read and written by
-%% whoever loads and saves. No other module touches it.
+%% The index of a store: a table of the store's name with one row for each key. Processes that load
+%% and save read and write it directly, through this module alone.
 %%
-%% A row is a file or a reservation. Which one is in its state; the token tells a row from a later
-%% one of the same key, and a reservation that becomes a file keeps its token. So every change names
-%% the token that it is about, and fails where somebody else was faster.
+%% A row is a file or a reservation, as its state says. The token distinguishes a row from a later
+%% one of the same key; a reservation that becomes a file keeps its token. Every change names the
+%% token that it is about, and fails if another process was faster.
 %%
 %% Every function exits with `{noproc, _}' when there is no such table: the store has ended.
 %%
@@ -27,7 +27,7 @@
 -type state() :: present | refused | reserved.
 -type row() :: #row{}.
 
-%% Makes the table, with what never changes of its store. `error' when there is one of that name.
+%% Makes the table, with the constant part of its store's state. `error' if the name is taken.
 -spec new(erllama_cache_store:name(), term()) -> ok | error.
 new(Name, Config) ->
     try
@@ -50,7 +50,7 @@ delete(Name) ->
 config(Name) ->
     table(Name, fun() -> ets:lookup_element(Name, config, 3) end).
 
-%% The same for a name that may be anybody's.
+%% The same for a name that need not be a store's.
 -spec find_config(atom()) -> {ok, term()} | error.
 find_config(Name) ->
     try ets:lookup(Name, config) of
@@ -60,7 +60,7 @@ find_config(Name) ->
         error:badarg -> error
     end.
 
-%% The table may end at any moment, and its name may be the next one's then.
+%% The table may be deleted at any moment, and its name taken by another store's.
 table(Name, Fun) ->
     try
         Fun()
@@ -107,8 +107,8 @@ sizes(Name) ->
         (#row{token = Token, size = Size}, Sizes) -> Sizes#{Token => Size}
     end, #{}).
 
-%% The files that were not used for longest, with the time of their last use: a tenth of all, so
-%% that whoever evicts all has looked at each only some times over, and at least `Least'.
+%% The least recently used files, with the time of their last use: a tenth of all, and at least
+%% `Least'. So evicting all files reads each row only a few times.
 -spec oldest(erllama_cache_store:name(), pos_integer()) ->
     [{LastUsed :: integer(), erllama_cache_nif:key()}].
 oldest(Name, Least) ->
@@ -126,7 +126,7 @@ oldest(Name, Least) ->
 file(Key, Size, LastUsed, Token) ->
     #row{key = Key, size = Size, last_used = not_ahead(LastUsed), state = present, token = Token}.
 
-%% The row of a file that no load would take.
+%% The row of a file that no load would accept.
 -spec refused_file(erllama_cache_nif:key(), non_neg_integer(), integer(), reference()) -> row().
 refused_file(Key, Size, LastUsed, Token) ->
     (file(Key, Size, LastUsed, Token))#row{state = refused}.
@@ -136,7 +136,7 @@ refused_file(Key, Size, LastUsed, Token) ->
 reservation(Key, Size, Token, Pid) ->
     #row{key = Key, size = Size, state = reserved, token = Token, pid = Pid, expires = lease_end()}.
 
-%% Nothing covers the time of last use in a file: one in the future would never be evicted.
+%% No checksum covers the time of last use in a file, and one in the future would keep it for ever.
 not_ahead(LastUsed) ->
     min(LastUsed, erlang:system_time(millisecond)).
 
@@ -150,8 +150,8 @@ lease_end() ->
 add(Name, Row) ->
     table(Name, fun() -> ets:insert_new(Name, Row) end).
 
-%% What a reservation may take the place of: nothing; the row of a file that is not there any more,
-%% or that no load takes; a reservation whose process is dead or whose lease has ended.
+%% What a new reservation may replace: nothing; the row of a file that is gone, or that no load
+%% accepts; a reservation whose process is dead or whose lease has ended.
 -spec claimable(erllama_cache_store:name(), erllama_cache_nif:key()) ->
     {ok, none | row()} | {error, conflict | already_present | term()}.
 claimable(Name, Key) ->
@@ -167,18 +167,18 @@ claimable(Name, Key) ->
             end
     end.
 
-%% Another node, or a person, may have deleted the file: then the row tells of nothing. Where the
-%% root cannot be looked into, nothing is known, and least of all that the key is stored.
+%% Another node, or a person, may have deleted the file. If the root cannot be read, the answer is
+%% that error: nobody may take the key for stored.
 present_still(Name, #row{key = Key} = Row) ->
     #config{path = Path} = config(Name),
-    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:exists(Turn, Path, Key) end) of
+    case erllama_cache_io_limit:run(fun(Turn) -> erllama_cache_nif:exists(Turn, Path, Key) end) of
         true -> {error, already_present};
         false -> {ok, Row};
         {error, _} = Error -> Error
     end.
 
-%% Puts a reservation in the place of what was found there; `false' when that has changed since. A
-%% lease that has ended may have been renewed.
+%% Puts a reservation in the place of `Old'; `false' when that row has changed since. A lease that
+%% had ended may have been renewed.
 -spec claim(erllama_cache_store:name(), Old :: row() | none, New :: row()) -> boolean().
 claim(Name, none, New) ->
     add(Name, New);
@@ -186,7 +186,7 @@ claim(Name, #row{key = Key, token = Token, state = State, expires = Expires}, Ne
     Old = #row{key = Key, token = Token, state = State, expires = Expires, _ = '_'},
     replace(Name, Old, New).
 
-%% Renews a reservation's lease, if there is less left of it than a save that goes on needs.
+%% Renews a reservation's lease, if less is left of it than a running save needs.
 -spec renew(erllama_cache_store:name(), erllama_cache_nif:key(), reference()) ->
     ok | {error, expired}.
 renew(Name, Key, Token) ->
@@ -204,7 +204,7 @@ renew(Name, #row{key = Key, token = Token} = Row) ->
         false -> {error, expired}
     end.
 
-%% Makes a reservation the file that it was for, whatever has become of its owner and its lease.
+%% Turns a reservation into its file, even if its owner is dead or its lease has ended.
 -spec settle(erllama_cache_store:name(), reference(), File :: row()) -> ok | {error, expired}.
 settle(Name, Token, #row{key = Key} = File) ->
     Reserved = #row{key = Key, token = Token, state = reserved, _ = '_'},
@@ -216,9 +216,9 @@ settle(Name, Token, #row{key = Key} = File) ->
 replace(Name, Old, New) ->
     table(Name, fun() -> ets:select_replace(Name, [{Old, [], [{const, New}]}]) end) =:= 1.
 
-%% Notes that the file of a key was used at this time, in milliseconds, and says how often it was
-%% since the last note in the file and when that was; `false' when there is no row of the key. A
-%% reservation's row does not mind.
+%% Notes that the file of a key was used at this time, in milliseconds. Returns the uses since the
+%% last note in the file, and that note's time; `false' when the key has no row. In a reservation's
+%% row the note does no harm.
 -spec use(erllama_cache_store:name(), erllama_cache_nif:key(), integer()) ->
     {Uses :: pos_integer(), Noted :: integer()} | false.
 use(Name, Key, Now) ->
@@ -233,7 +233,7 @@ use(Name, Key, Now) ->
             end
     end).
 
-%% So many uses are noted in the file as of now, in seconds.
+%% So many uses have been noted in the file, at this time in seconds.
 -spec noted(erllama_cache_store:name(), erllama_cache_nif:key(), pos_integer(), integer()) -> ok.
 noted(Name, Key, Uses, Now) ->
     try ets:update_counter(Name, Key, {#row.uses, -Uses}) of
@@ -244,8 +244,8 @@ noted(Name, Key, Uses, Now) ->
         error:badarg -> ok
     end.
 
-%% The file of this row is worth nothing: it stays, and takes its room, until it is replaced or
-%% evicted, but it is not there for a save of its key.
+%% Marks the file of this row as refused by a load. It takes its room until it is replaced or
+%% evicted, and a save of its key may replace it.
 -spec refuse(erllama_cache_store:name(), row() | none) -> ok.
 refuse(Name, #row{state = present, key = Key, token = Token} = Row) ->
     Present = #row{key = Key, token = Token, state = present, _ = '_'},
@@ -272,7 +272,7 @@ clear(Name) ->
     _ = table(Name, fun() -> ets:select_delete(Name, Match) end),
     ok.
 
-%% For tests: nobody waits for a minute. Ends the lease of a reservation.
+%% Ends the lease of a reservation, for tests that cannot wait for a minute.
 -spec end_lease(erllama_cache_store:name(), erllama_cache_nif:key()) -> ok.
 end_lease(Name, Key) ->
     true = ets:update_element(Name, Key, {#row.expires, erlang:monotonic_time(millisecond) - 1}),

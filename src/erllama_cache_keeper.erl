@@ -1,9 +1,9 @@
-%% Keeps one server of this application running: starts it, and starts it anew when it ends, at once
-%% and then more and more seldom for as long as it does not start or does not last.
+%% Keeps one server of this application running. It restarts the server at once when that ends, and
+%% with growing pauses for as long as the server does not start or does not last.
 %%
-%% A supervisor would give up after some tries and take all its children with it. But a store whose
-%% root is away (a disk unplugged, a server that does not answer) is no reason to end the other
-%% stores; and when the root is back, so is the store.
+%% A supervisor would give up after some tries and end all its children. A store whose root is away
+%% (a disk unplugged, a file server that does not answer) must not end the other stores, and must
+%% come back with its root.
 %%
 %% @private
 -module(erllama_cache_keeper).
@@ -32,12 +32,12 @@
 -define(LONGEST_PAUSE, 500).
 -define(LONGEST_PAUSE_FAILED, 30000).
 -define(LASTS, 10000).
-%% A server that is told to shut down has as long as its supervisor would give it.
+%% Milliseconds that a server has to shut down, as a supervisor would give it.
 -define(SHUTDOWN, 5000).
 
 -spec child_spec(atom(), start()) -> supervisor:child_spec().
 child_spec(Id, Start) ->
-    %% A moment longer than what it waits for.
+    %% A moment longer than it waits for its server.
     #{id => Id, start => {?MODULE, start_link, [Id, Start]}, shutdown => ?SHUTDOWN + 1000}.
 
 -spec start_link(atom(), start()) -> {ok, pid()}.
@@ -51,7 +51,7 @@ failure(Keeper) ->
 
 init({Id, Start}) ->
     process_flag(trap_exit, true),
-    %% What the caller got wrong raises here, and so fails the start of the application.
+    %% A wrong configuration raises here, and so fails the start of the application.
     {ok, try_start(#state{id = Id, start = Start})}.
 
 handle_call(failure, _From, #state{server = undefined, failure = Failure} = State) ->
@@ -71,7 +71,7 @@ handle_info({'EXIT', Pid, Reason}, #state{server = Pid, since = Since} = State) 
     end,
     {noreply, pause(Reason, Pause, longer(Pause), State#state{server = undefined})};
 handle_info(try_start, #state{server = undefined} = State) ->
-    %% By now its configuration may be another, and wrong.
+    %% The configuration may have changed since, and be wrong.
     try
         {noreply, try_start(State)}
     catch

@@ -1,7 +1,6 @@
-%% Log events of this application: reports, with this as metadata.
+%% Log events of this application are reports with this metadata.
 %%
-%% There is no `domain' in it: OTP's default handler shows no event of a domain but its own, and
-%% these are the only trace of what they tell.
+%% It has no `domain', since OTP's default handler shows no event of any domain but its own.
 -include_lib("kernel/include/logger.hrl").
 
 -define(LOG_META, #{application => erllama_cache_nif}).

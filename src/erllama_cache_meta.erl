@@ -1,4 +1,4 @@
-%% @doc What is saved beside a payload: the `build_meta' map, its check and its defaults.
+%% @doc The `build_meta' map, which describes a payload: its types, checks and defaults.
 -module(erllama_cache_meta).
 
 -export([complete/2, check_identity/1, are_tokens/1]).
@@ -26,9 +26,9 @@
     save_reason_detail => binary() | undefined,
     atom() => term()
 }.
-%% Tokens are stored modulo 2^32 each. Times are unix seconds, now by default. Hostname and version
-%% default to this machine's and to that of the application `erllama'. `undefined' is as good as
-%% leaving the key out. Other keys are ignored.
+%% Each token is stored modulo 2^32. Times are Unix seconds and default to the present. `hostname'
+%% defaults to this machine's name, `erllama_version' to the version of the application `erllama'.
+%% `undefined' means the same as no key. Other keys are ignored.
 
 -type identity() :: #{
     fingerprint := <<_:256>>,
@@ -37,10 +37,10 @@
     tokens := [integer()],
     atom() => term()
 }.
-%% What a key is made of, with or without the rest of a `build_meta'.
+%% The fields that make a key, with or without the rest of a `build_meta'.
 
 -type complete() :: build_meta().
-%% A map with every key there and of its type.
+%% A map that has every key, each of its type.
 
 -type defaults() :: #{hostname := binary()}.
 -type invalid() :: {missing_key | invalid_meta, Key :: atom()}.
@@ -59,8 +59,8 @@
 -define(IS_MODE(Value),
         (Value =:= safe orelse Value =:= gguf_chunked orelse Value =:= fast_unsafe)).
 
-%% @doc Checks a map and fills in its defaults. That the tokens are integers, in a proper list, is
-%% left to whoever encodes them, who walks the list anyway.
+%% @doc Checks a map and fills in its defaults. Whether the tokens are a proper list of integers is
+%% checked when they are encoded, which walks the list anyway.
 -spec complete(map(), defaults()) -> {ok, complete()} | {error, invalid()}.
 complete(Meta, Defaults) ->
     Complete = maps:merge(defaults(Meta, Defaults), Meta),
@@ -74,7 +74,7 @@ complete(Meta, Defaults) ->
             end
     end.
 
-%% erllama's own writer takes it for a key that is not there.
+%% As erllama's own writer does.
 without_undefined(Meta) ->
     maps:filter(
         fun(Key, Value) -> Value =/= undefined orelse not lists:member(Key, ?UNDEFINABLE) end, Meta
@@ -86,7 +86,7 @@ why_not(Meta, Complete) ->
         [] -> check(Complete)
     end.
 
-%% All that check/1 asks of a map, in one match: it stands in the way of each save.
+%% All that check/1 asks of a map, in one match, for speed: every save passes here.
 is_complete(#{
     save_reason := Reason, fingerprint_mode := Mode, quant_bits := QuantBits,
     quant_type := QuantType,
@@ -104,8 +104,8 @@ is_complete(#{
 is_complete(_Meta) ->
     false.
 
-%% @doc Checks those fields of a map that its key is made of, and no others. That the tokens are
-%% integers is left to whoever encodes them, as in {@link complete/2}.
+%% @doc Checks those fields of a map that make its key, and no others. Whether the tokens are
+%% integers is checked when they are encoded, as in {@link complete/2}.
 -spec check_identity(map()) -> ok | {error, invalid()}.
 check_identity(Meta) ->
     case [Key || Key <- ?IDENTITY, not is_map_key(Key, Meta)] of
@@ -118,7 +118,7 @@ check_identity(Meta) ->
             end
     end.
 
-%% @doc Whether these can be encoded.
+%% @doc Whether these tokens can be encoded: a proper list of integers.
 -spec are_tokens(list()) -> boolean().
 are_tokens([Token | Rest]) when is_integer(Token) -> are_tokens(Rest);
 are_tokens([]) -> true;
@@ -170,7 +170,7 @@ defaults(Meta, #{hostname := Hostname}) ->
         save_reason_detail => <<>>
     }.
 
-%% Looked up for each save that needs it: the host may be loaded later than the writer.
+%% Looked up for each save that needs it, since the host may be loaded after the writer.
 version(#{erllama_version := Version}) ->
     Version;
 version(_Meta) ->

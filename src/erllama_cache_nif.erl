@@ -21,14 +21,15 @@
     load/4, load_more/2, note_use/4, check/4, check_more/2,
     takes_unnamed/2, root_generation/1, exists/3, delete/3, scan/4, scan_more/2
 ]).
--export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_options/0, failure/0]).
+-export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_options/0, failure/0,
+              found/0]).
 
 -on_load(load_library/0).
 
 -type semaphore() :: reference().
 -type guard() :: reference().
 -type turn() :: guard().
-%% The guard of a turn, which every call that does I/O takes: see erllama_cache_turn.
+%% The guard of a turn, which every call that does I/O takes: see erllama_cache_io_limit.
 -type tmp() :: reference().
 -type root() :: binary().
 -type key() :: <<_:256>>.

@@ -1,7 +1,7 @@
-%% Starts what the application's environment names: stores and, with them, the writer. With no
+%% Starts the stores that the application's environment names and, with them, the writer. Without
 %% stores it starts nothing: inside erllama the writer is a child of erllama's own supervisor.
 %%
-%% Each has a keeper of its own, so that none of them ends another.
+%% Each server has its own keeper, so that none ends another.
 %%
 %% @private
 -module(erllama_cache_nif_sup).
@@ -10,8 +10,8 @@
 -export([start_link/0]).
 -export([init/1]).
 
-%% @doc Starts all, or none: what cannot start now is a mistake of the configuration, as likely as
-%% not. What ends later is started anew.
+%% @doc Starts all servers or none: a server that cannot start now is probably configured wrongly. A
+%% server that ends later is restarted.
 -spec start_link() -> {ok, pid()} | {error, term()}.
 start_link() ->
     case supervisor:start_link({local, ?MODULE}, ?MODULE, []) of
@@ -39,7 +39,7 @@ all_or_none(Supervisor) ->
 
 init([]) ->
     Children = children(application:get_env(erllama_cache_nif, stores, [])),
-    %% Keepers do not end of themselves.
+    %% Keepers end only when they are killed.
     {ok, {#{strategy => one_for_one, intensity => 100, period => 1}, Children}}.
 
 children([]) ->
@@ -56,8 +56,8 @@ store(Other) ->
     error({invalid_config, stores, Other}).
 
 writer() ->
-    %% Where nothing else is said, the stores are the host. In a node that runs erllama the writer
-    %% is erllama's, and serves the stores as well.
+    %% By default the stores are the host. In a node that runs erllama, the writer is erllama's
+    %% child and serves the stores as well.
     case application:get_env(erllama_cache_nif, start_writer, not is_loaded(erllama)) of
         true ->
             Host = application:get_env(erllama_cache_nif, host, erllama_cache_store),

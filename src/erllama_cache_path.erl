@@ -1,4 +1,4 @@
-%% Paths: of a root as the system wants it, and of a key's file in it.
+%% Paths: a root in the system's encoding, and a key's file in it.
 %%
 %% @private
 -module(erllama_cache_path).
@@ -7,10 +7,10 @@
 -export_type([unusable/0]).
 
 -type unusable() :: badarg | {unencodable, latin1 | utf8}.
-%% No root's name, or one that has a NUL; one that has characters that this emulator's encoding of
-%% file names has not.
+%% Not a path, or one with a NUL; or one with characters that this emulator's encoding of file names
+%% lacks.
 
-%% A root as the system wants it: a binary is a raw path already, a string is encoded as the
+%% A root in the system's encoding. A binary is a raw path already; a string is encoded as the
 %% emulator encodes file names.
 -spec native(file:name_all()) -> {ok, erllama_cache_nif:root()} | {error, unusable()}.
 native(Root) when is_binary(Root) ->
@@ -32,8 +32,8 @@ without_nul(Path) ->
         _ -> {error, badarg}
     end.
 
-%% A root that is the same directory whatever becomes of the node's current one, and that as the
-%% system wants it. An empty name stays empty: it is no name of the current directory.
+%% A root made absolute, so that it does not depend on the node's current directory, and the same in
+%% the system's encoding. An empty name stays empty: it does not mean the current directory.
 -spec absolute(file:name_all()) ->
     {ok, file:name_all(), erllama_cache_nif:root()} | {error, unusable() | file:posix()}.
 absolute(Root) ->
@@ -56,12 +56,12 @@ below_current(Root) ->
             Error
     end.
 
-%% Where a key's file stands, as a string or a binary like the root.
+%% The path of a key's file, a string or a binary like the root.
 -spec final(file:name_all(), erllama_cache_nif:key()) -> file:filename_all().
 final(Root, Key) when is_binary(Root), binary_part(Root, byte_size(Root), -1) =/= <<"/">> ->
     <<Root/binary, $/, <<<<(hex(Nibble))>> || <<Nibble:4>> <= Key>>/binary, ".kvc">>;
 final(Root, Key) ->
-    %% A string, for joined with a binary a string becomes one.
+    %% A string, since joining with a binary would make it one.
     filename:join(Root, [hex(Nibble) || <<Nibble:4>> <= Key] ++ ".kvc").
 
 hex(Nibble) when Nibble < 10 -> $0 + Nibble;

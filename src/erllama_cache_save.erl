@@ -163,7 +163,8 @@ write_and_publish(Path, #save{guard = Guard, key = Key, meta = Meta, quant_byte 
 %% A call of the library in its turn. On a disk that is slow the turn may be long in coming: the
 %% lease is renewed meanwhile. If it is lost then, the call is not made.
 in_turn(Save, Call) ->
-    case erllama_cache_turn:run(Call, erllama_cache_host:renew_every(), fun() -> check(Save) end) of
+    Check = fun() -> check(Save) end,
+    case erllama_cache_io_limit:run(Call, erllama_cache_host:renew_every(), Check) of
         {gave_up, Error} -> {lost, Error};
         Result -> Result
     end.
@@ -252,7 +253,7 @@ published(more, Root, Tmp, Save) ->
         ok
     end,
     Call = publish_call(Tmp, Renewed),
-    Progress = erllama_cache_turn:run(Call, erllama_cache_host:renew_every(), Meanwhile),
+    Progress = erllama_cache_io_limit:run(Call, erllama_cache_host:renew_every(), Meanwhile),
     published(Progress, Root, Tmp, Renewed);
 published({ok, Outcome, Size, Header}, Root, _Tmp, Save) ->
     ok = count_outcome(Outcome),

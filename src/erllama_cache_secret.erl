@@ -1,7 +1,7 @@
-%% The node's secret, for digests that prove who made a file.
+%% The node's secret. Digests keyed with it prove that a file was made by a node that has it.
 %%
-%% Wherever it comes from, it is read once, by whoever starts, and kept in a resource object of the
-%% NIF: no term that is logged, copied into a crash report or shown by an info call has its bytes.
+%% A server reads it once, when it starts, and keeps it in a resource object of the NIF library. So
+%% no term that is logged, copied into a crash report or shown by an info call has its bytes.
 %%
 %% @private
 -module(erllama_cache_secret).
@@ -13,7 +13,7 @@
 %% A file of 32 bytes, or of 64 hexadecimal digits and perhaps a line's end; or a function that
 %% returns the 32 bytes.
 
-%% `none' when there is no source. What goes wrong is told without a byte of what was read.
+%% `none' when there is no source. No error contains a byte of what was read.
 -spec read(source()) -> {ok, none | erllama_cache_nif:secret()} | {error, {mac_key, Reason}} when
     Reason :: file:posix() | badarg | bad_key | raised.
 read(undefined) ->

@@ -1,12 +1,12 @@
-%% @doc A store of KV files in one directory: the host that is built in.
+%% @doc The built-in store: KV files in one directory.
 %%
-%% It gives the writer what a save needs (key, reservation, root) and everybody else loading,
-%% deleting, looking and eviction of what was not used for longest. Loads and saves run in the
-%% process that calls; the server watches over reservations and, in a bounded store, over room.
+%% It is a host for the writer (key, reservation, root), and it loads, deletes, and evicts the least
+%% recently used files. Loads and saves run in the calling process. The store's server watches
+%% reservations and, in a bounded store, the room.
 %%
-%% The index is an ETS table of the store's name, one row for each key: read without the server,
-%% made from the files' headers when the store starts. The files are the truth and the index only
-%% remembers them: several nodes may share a root, and a load finds what another node has saved.
+%% The index is an ETS table of the store's name with one row for each key. It is built from the
+%% files' headers when the store starts, and read without the server. The files are the truth:
+%% several nodes may share a root, and a load finds what another node has saved.
 -module(erllama_cache_store).
 -behaviour(erllama_cache_host).
 
@@ -25,10 +25,13 @@
     max_bytes => pos_integer() | infinity,
     mac_key => {file, file:name_all()} | fun(() -> <<_:256>>)
 }.
-%% The directory, which must exist; what kind of store it is (default `disk'); how many bytes its
-%% files may take together (default `infinity'); the secret that the writer's digests are keyed with
-%% (default: `mac_key' of the application's environment, or none): with one, a file without such a
-%% digest is as good as none.
+%% <ul>
+%% <li>`root': the directory, which must exist;</li>
+%% <li>`tier': the kind of store (default: `disk');</li>
+%% <li>`max_bytes': how many bytes its files may take together (default: `infinity');</li>
+%% <li>`mac_key': the secret that keys the writer's digests (default: `mac_key' of the application's
+%%   environment, or none). With a secret, loads accept only files whose digest it keyed.</li>
+%% </ul>
 
 -type file_info() :: #{
     save_reason := erllama_cache_meta:save_reason(),
@@ -49,11 +52,10 @@
     save_reason_detail := binary(),
     file_size := pos_integer()
 }.
-%% What was saved beside a payload, under the keys of the `build_meta' map; last use and hits as
-%% they were before this load. `quant_type' is `undefined' for a byte that stands for no known type.
-%% The tokens are as in the file, four bytes each, `[T || <<T:32/little>> <= Tokens]': who loads a
-%% prompt of many knows them, and a list of them would be garbage on the heap of a process that is
-%% to decode the next one.
+%% What describes a payload, under the keys of the `build_meta' map. Last use and hits are as they
+%% were before this load. `quant_type' is `undefined' for an unknown byte. The tokens are four bytes
+%% each, as in the file: `[T || <<T:32/little>> <= Tokens]'. A list of them would be garbage on the
+%% heap of a process that is about to decode the next token.
 
 -type info() :: #{
     name := name(),
@@ -71,40 +73,38 @@
     evictions := non_neg_integer()
 }.
 
-%% For so many milliseconds a reservation in an unbounded store is watched by a timer alone, which
-%% tells the server of it: most saves have ended by then, and those wake no server.
+%% Milliseconds after which the server of an unbounded store starts to watch a reservation. Most
+%% saves have ended by then, and wake no server.
 -define(UNWATCHED, 50).
 %% Seconds between two notes of use in one file.
 -define(NOTE_EVERY, 3600).
-%% The quant byte of all types that the table does not name.
+%% The quant byte of every type that the table does not name.
 -define(NO_KNOWN_TYPE, 255).
 
-%% Bytes that are hashed within half a millisecond on any processor.
+%% Bytes that any processor hashes within half a millisecond.
 -define(FEW_TOKENS, 131072).
 
 -define(IS_KEY(Key), (is_binary(Key) andalso byte_size(Key) =:= 32)).
 
 %%% Starting
 
-%% @doc Starts a store. Its name is what {@link erllama_cache_writer:save/4} takes first. The root
-%% is looked through before this returns: headers only, files that are proven not to be what their
-%% names say are removed, and so are temporary files that nobody works on any more.
+%% @doc Starts a store. Its name is the first argument of {@link erllama_cache_writer:save/4}. The
+%% root is scanned before this returns. The scan reads headers only. It removes files that are
+%% proven not to be what their names say, and temporary files of saves that have ended.
 %%
 %% ```
 %% {ok, _} = erllama_cache_store:start_link(my_store, #{root => "/var/cache/kv",
 %%                                                      max_bytes => 100 bsl 30}).
 %% '''
 %%
-%% A relative root is taken from the current directory of the moment, and stays what it is when that
-%% changes.
+%% A relative root is resolved against the current directory at this moment, and stays the same when
+%% that changes.
 %%
-%% Errors: a POSIX reason, `badarg' or `{unencodable, Encoding}', of the root.
+%% Errors: a POSIX reason, `badarg' or `{unencodable, Encoding}', of the root. Raises
+%% `{missing_option, root}', `{invalid_option, Key, Value}' and `{unknown_option, Key, Nearest}'.
 -spec start_link(name(), options()) -> {ok, pid()} | {error, term()}.
-start_link(Name, Options) when is_atom(Name), not is_map_key(root, Options) ->
-    error({missing_option, root});
-start_link(Name, #{root := Root} = Options) when is_atom(Name) ->
-    Complete = maps:merge(default_options(), Options),
-    ok = maps:foreach(fun check_option/2, Complete),
+start_link(Name, Options) when is_atom(Name), is_map(Options) ->
+    #{root := Root} = Complete = erllama_cache_config:complete_options(Options),
     case erllama_cache_path:absolute(Root) of
         {ok, Absolute, Path} ->
             erllama_cache_store_server:start_link(Name, Path, Complete#{root := Absolute});
@@ -112,23 +112,7 @@ start_link(Name, #{root := Root} = Options) when is_atom(Name) ->
             Error
     end.
 
-default_options() ->
-    Defaults = #{tier => disk, max_bytes => infinity},
-    case application:get_env(erllama_cache_nif, mac_key) of
-        {ok, Source} -> Defaults#{mac_key => Source};
-        undefined -> Defaults
-    end.
-
-check_option(root, _Root) -> ok;
-check_option(tier, Tier) when Tier =:= disk; Tier =:= ram_file -> ok;
-check_option(max_bytes, infinity) -> ok;
-check_option(max_bytes, Bytes) when is_integer(Bytes), Bytes > 0 -> ok;
-check_option(mac_key, {file, _Path}) -> ok;
-check_option(mac_key, Fun) when is_function(Fun, 0) -> ok;
-check_option(mac_key, _Secret) -> error({invalid_option, mac_key, hidden});
-check_option(Key, Value) -> error({invalid_option, Key, Value}).
-
-%% @doc For a supervisor of one's own.
+%% @doc Returns a child specification for your own supervisor.
 %%
 %% ```
 %% #{start := {erllama_cache_store, start_link, _}} =
@@ -138,19 +122,19 @@ check_option(Key, Value) -> error({invalid_option, Key, Value}).
 child_spec(Name, Options) when is_map(Options), not is_map_key(root, Options) ->
     #{id => {?MODULE, Name}, start => {?MODULE, start_link, [Name, Options]}};
 child_spec(Name, #{root := Root} = Options) ->
-    %% For a restart, too, which may come after a change of the current directory.
+    %% A restart may come after a change of the current directory.
     Fixed = case erllama_cache_path:absolute(Root) of
         {ok, Absolute, _Path} -> Options#{root := Absolute};
-        %% The start says it.
+        %% start_link/2 returns it.
         {error, _} -> Options
     end,
     #{id => {?MODULE, Name}, start => {?MODULE, start_link, [Name, Fixed]}}.
 
-%%% For everybody
+%%% Loading, deleting, looking
 
-%% @doc Loads what is stored under a key, in the calling process. Every byte has been checked when
-%% this returns; what does not hold its checks is `{error, {corrupt, Reason}}' and never returned.
-%% Such a file stays until it is replaced by a save of the same key, or deleted.
+%% @doc Loads the payload that is stored under a key, in the calling process. Every byte has been
+%% checked when this returns. A file that fails a check is `{error, {corrupt, Reason}}'; it stays
+%% until a save of the same key replaces it, or it is deleted.
 %%
 %% ```
 %% {ok, #{context_size := 4096, hit_count := 0, tokens := Tokens}, Payload} =
@@ -158,14 +142,14 @@ child_spec(Name, #{root := Root} = Options) ->
 %% [1, 15043, 3186] = [Token || <<Token:32/little>> <= Tokens].
 %% '''
 %%
-%% Errors: `{corrupt, Reason}'; `unauthenticated', there is a secret and the file was made without
-%% it; `enomem'; a POSIX reason. {@link erllama_cache_writer:format_error/1} says what they mean.
+%% Errors: `{corrupt, Reason}'; `unauthenticated', the store has a secret and the file was made
+%% without it; `enomem'; a POSIX reason. {@link erllama_cache_writer:format_error/1} describes them.
 %% Exits with `{noproc, _}' when the store does not run.
 -spec load(name(), erllama_cache_writer:key()) ->
     {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
 load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     Config = config(Name),
-    %% Only this row may be removed: a save can end while the load finds out that there is no file.
+    %% Only this row may be removed: a save may end while the load finds no file.
     Known = erllama_cache_index:row(Name, Key),
     Result = load_slices(Config, Key),
     ok = notice_other_root(Config),
@@ -187,7 +171,7 @@ load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
 
 load_slices(#config{path = Path, secret = Secret}, Key) ->
     Begin = fun(Turn) -> erllama_cache_nif:load(Turn, Path, Key, Secret) end,
-    erllama_cache_turn:run_slices(Begin, fun erllama_cache_nif:load_more/2).
+    erllama_cache_io_limit:run_slices(Begin, fun erllama_cache_nif:load_more/2).
 
 used(#config{name = Name} = Config, Key, #{file_size := Size, last_used_time := InFile}, Known) ->
     Now = now_ms(),
@@ -199,9 +183,9 @@ used(#config{name = Name} = Config, Key, #{file_size := Size, last_used_time := 
         false -> ok
     end.
 
-%% For the order of eviction after a restart: an hour is exact enough, and a file that changes with
-%% each load would be resent by each backup. A note as far in the future is by a clock that was
-%% wrong, and would have the file taken for just used at each start until then.
+%% The order of eviction after a restart needs no more than an hour's precision, and each backup
+%% would resend a file that changes with each load. A note an hour in the future was written by a
+%% wrong clock, and would make the file look just used at each start until then.
 note_in_file(#config{name = Name, path = Path}, Key, Uses, Notes, Now) ->
     IsDue = lists:all(fun(Note) -> abs(Now - Note) >= ?NOTE_EVERY end, Notes),
     case IsDue andalso Uses > 0 of
@@ -212,14 +196,14 @@ note_in_file(#config{name = Name, path = Path}, Key, Uses, Notes, Now) ->
             ok
     end.
 
-%% A file is there that the index does not know.
+%% A file that the index does not know.
 found(#config{max_bytes = infinity, name = Name}, Key, Size, LastUsed) ->
     _ = erllama_cache_index:add(Name, erllama_cache_index:file(Key, Size, LastUsed, make_ref())),
     ok;
 found(#config{name = Name}, Key, Size, LastUsed) ->
     gen_server:cast(Name, {found, Key, Size, LastUsed}).
 
-%% The file of this row is not there.
+%% The file of this row is gone.
 gone(_Config, none) ->
     ok;
 gone(_Config, #row{state = reserved}) ->
@@ -230,8 +214,7 @@ gone(#config{max_bytes = infinity, name = Name}, Row) ->
 gone(#config{name = Name}, Row) ->
     gen_server:cast(Name, {gone, Row}).
 
-%% Somebody has made the root anew, or mounted something there: the index is that of another
-%% directory.
+%% If the root was made anew, or something was mounted there, the index is another directory's.
 notice_other_root(#config{name = Name, path = Path, generation = Generation}) ->
     case erllama_cache_nif:root_generation(Path) =:= atomics:get(Generation, 1) of
         true -> ok;
@@ -247,15 +230,14 @@ notice_other_root(#config{name = Name, path = Path, generation = Generation}) ->
 delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     #config{path = Path} = Config = config(Name),
     Known = erllama_cache_index:row(Name, Key),
-    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:delete(Turn, Path, Key) end) of
+    case erllama_cache_io_limit:run(fun(Turn) -> erllama_cache_nif:delete(Turn, Path, Key) end) of
         %% Whether there was one.
         Existed when is_boolean(Existed) -> gone(Config, Known);
         {error, _} = Error -> Error
     end.
 
-%% @doc The key that a save with this map gets: 32 bytes. Of the map's keys it wants those that the
-%% key is made of, `fingerprint', `quant_type', `ctx_params_hash' and `tokens', and looks at no
-%% other.
+%% @doc Returns the key of a save with this map: 32 bytes, made from `fingerprint', `quant_type',
+%% `ctx_params_hash' and `tokens'. Other fields are ignored.
 %%
 %% ```
 %% {ok, Key} = erllama_cache_store:key(#{fingerprint => Fingerprint, quant_type => f16,
@@ -276,9 +258,9 @@ key(Meta) when is_map(Meta) ->
             Error
     end.
 
-%% @doc What the store holds and what it has done since it started. Files are all under keys' names,
-%% those among them that no load takes; bytes are those of whole files. `refused' counts loads that
-%% found such a file. Exits with `{noproc, _}' when the store does not run.
+%% @doc Returns what the store holds, and its counts since it started. `files' includes those that
+%% no load accepts; `bytes' are those of whole files. `refused' counts loads that found such a file.
+%% Exits with `{noproc, _}' when the store does not run.
 %%
 %% ```
 %% #{files := Files, bytes := Bytes, hits := Hits} = erllama_cache_store:info(my_store).
@@ -324,8 +306,8 @@ identify(#{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash 
            tokens := Tokens}) ->
     case {erllama_cache_nif:quant_byte(QuantType), encode_tokens(Tokens)} of
         {?NO_KNOWN_TYPE, _} ->
-            %% All of them share one byte, and so would their keys: a load of the one would give the
-            %% other's state.
+            %% All unknown types share one byte, and so would their keys: a load of the one would
+            %% return the other's state.
             {error, {invalid_meta, quant_type}};
         {_, error} ->
             {error, {invalid_meta, tokens}};
@@ -338,8 +320,8 @@ key(Fingerprint, QuantByte, CtxParamsHash, Encoded) when byte_size(Encoded) =< ?
 key(Fingerprint, QuantByte, CtxParamsHash, Encoded) ->
     erllama_cache_nif:key_of_many(Fingerprint, QuantByte, CtxParamsHash, Encoded).
 
-%% More tokens than a NIF should hold a scheduler for, and numbers beyond 64 bits, are rare enough
-%% to be Erlang's.
+%% More tokens than a NIF may encode on a normal scheduler, and integers beyond 64 bits, are rare
+%% enough for Erlang.
 encode_tokens(Tokens) ->
     case erllama_cache_nif:encode_tokens(Tokens) of
         error -> encode_tokens_slowly(Tokens);
@@ -365,8 +347,8 @@ reserve(Name, Tier, Key, Size) ->
 reserve_unbounded(Name, Server, Key, Size) ->
     case erllama_cache_index:claimable(Name, Key) of
         {ok, Old} ->
-            %% Set first: should this process be killed in between, the server still hears of it.
-            %% Not by its name, which may be that of the next one by then.
+            %% Started first: if this process is killed before the claim, the server still checks.
+            %% Sent to the pid, since the name may be another server's by then.
             Token = erlang:start_timer(?UNWATCHED, Server, {watch, Key, Size, self()}),
             Row = erllama_cache_index:reservation(Key, Size, Token, self()),
             case erllama_cache_index:claim(Name, Old, Row) of
@@ -381,12 +363,12 @@ reserve_unbounded(Name, Server, Key, Size) ->
             Error
     end.
 
-%% The server may still watch over the reservation whose place was taken.
+%% The server may still watch the reservation that was replaced.
 overdue(Name, #row{state = reserved, token = Token}) -> gen_server:cast(Name, {done, Token});
 overdue(_Name, _FileOrNone) -> ok.
 
 reserve_bounded(Name, Key, Size) ->
-    %% Who makes room has to be one. What the disk knows, the server need not wait for.
+    %% Only the server makes room. The look at the disk need not wait for it.
     case erllama_cache_index:claimable(Name, Key) of
         {ok, _Old} ->
             Row = erllama_cache_index:reservation(Key, Size, make_ref(), self()),
@@ -400,12 +382,12 @@ root(Name) ->
     (config(Name))#config.root.
 
 %% @private
-%% A reservation whose lease has ended stands until somebody else takes it: nobody wanted the key.
+%% A reservation whose lease has ended stands until another process takes the key.
 check(Name, Key, Token) ->
     erllama_cache_index:renew(Name, Key, Token).
 
 %% @private
-%% There is nothing to remember: should the process die now, the server looks for a file anyway.
+%% Nothing to remember: if the process dies now, the server looks for a file in any case.
 mark_published(Name, Key, Token, _Root) ->
     check(Name, Key, Token).
 
@@ -429,8 +411,8 @@ cancel(Name, Key, Token) ->
 count(Name, {saved, _Reason}) -> count_one(config(Name), ?SAVES);
 count(Name, duplicate_dropped) -> count_one(config(Name), ?DUPLICATES).
 
-%% The reservation is over. In an unbounded store the server need not know, unless it has been told
-%% of the reservation.
+%% The reservation is over. In an unbounded store the server need not know, unless it has begun to
+%% watch the reservation.
 done(Name, Token) ->
     Unheard = (config(Name))#config.max_bytes =:= infinity andalso
         is_integer(erlang:cancel_timer(Token)),

@@ -1,6 +1,7 @@
-%% What a store's API and its server share. The rows are in erllama_cache_index.hrl.
+%% Shared by a store's API and its server. The rows are in erllama_cache_index.hrl.
 
-%% What never changes of a store. It is in the index too, for those who do not ask the server.
+%% The constant part of a store's state. The index has a copy, so that callers need not ask the
+%% server.
 -record(config, {
     name :: erllama_cache_store:name(),
     server :: pid(),
@@ -10,8 +11,8 @@
     max_bytes :: pos_integer() | infinity,
     secret :: none | erllama_cache_nif:secret(),
     counters :: counters:counters_ref(),
-    %% Which directory the root was when it was looked through last: see root_generation/1 of the
-    %% library. One number, changed by the server.
+    %% Which directory the root was at the last scan: see root_generation/1 of the library. One
+    %% number, written by the server.
     generation :: atomics:atomics_ref()
 }).
 

@@ -1,20 +1,18 @@
-%% A store's server: it looks through the root at the start, watches over reservations whose owners
-%% may die, and in a bounded store makes room. What loads and saves do themselves is in
-%% erllama_cache_store.
+%% A store's server: it scans the root at the start, watches reservations, whose owners may die, and
+%% makes room in a bounded store. What loads and saves do themselves is in erllama_cache_store.
 %%
 %% @private
 -module(erllama_cache_store_server).
 -behaviour(gen_server).
 
 -include("erllama_cache_index.hrl").
--include("erllama_cache_log.hrl").
 -include("erllama_cache_store.hrl").
 
 -export([start_link/3]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 
-%% A reservation that the server watches over: until its owner says that it is over, or dies. Its
-%% room is taken until then, whatever has become of its row.
+%% A reservation that the server watches until its owner ends it, or dies. It takes its room until
+%% then, whatever its row has become.
 -record(watch, {key :: erllama_cache_nif:key(), monitor :: reference(), size :: non_neg_integer()}).
 
 -record(state, {
@@ -22,13 +20,12 @@
     watches = #{} :: #{reference() => #watch{}},
     %% Which reservation a monitor belongs to.
     monitors = #{} :: #{reference() => reference()},
-    %% In a bounded store: bytes of all that is watched, and of all files whose tokens are not
-    %% watched. In such a store the server alone makes rows and removes them, but for a
-    %% reservation's owner, who makes it a file or gives it up and then tells of it, or dies.
+    %% In a bounded store: bytes of all watches, and of all files whose tokens are not watched. In
+    %% such a store the server alone adds and removes rows. The exception is a reservation's owner,
+    %% which settles or cancels its row and then says so, or dies.
     used = 0 :: non_neg_integer(),
-    %% The least recently used keys with the time of their last use, as of the last look: a key that
-    %% was used since then is skipped.
-    oldest = [] :: [{LastUsed :: integer(), erllama_cache_nif:key()}]
+    %% What to evict next.
+    eviction = erllama_cache_evict:new() :: erllama_cache_evict:order()
 }).
 
 -spec start_link(erllama_cache_store:name(), erllama_cache_nif:root(), Options :: map()) ->
@@ -44,7 +41,7 @@ init({Name, Path, Options}) ->
     end.
 
 open(Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}, Secret) ->
-    ok = erllama_cache_turn:setup(),
+    ok = erllama_cache_io_limit:setup(),
     ok = erllama_cache_metrics:setup(),
     Config = #config{
         name = Name, server = self(), path = Path, root = Root, tier = Tier, max_bytes = MaxBytes,
@@ -63,31 +60,31 @@ look_through(#state{config = #config{name = Name} = Config} = State) ->
             Took = erlang:monotonic_time(millisecond) - Begun,
             start_scanned(try_root(Config), Took, Scanned);
         {error, Reason} ->
-            %% The starter hears of it before this process is gone, and may try again at once.
+            %% The caller learns of it before this process is gone, and may try again at once.
             ok = erllama_cache_index:delete(Name),
             {stop, Reason}
     end.
 
-%% Whether anything can be saved here at all. An error that may pass is told by the first save that
-%% meets it.
+%% Whether anything can be saved here at all. A transient error is left to the first save that meets
+%% it.
 try_root(#config{path = Path}) ->
-    erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:takes_unnamed(Turn, Path) end).
+    erllama_cache_io_limit:run(fun(Turn) -> erllama_cache_nif:takes_unnamed(Turn, Path) end).
 
 start_scanned({error, no_links}, _Took, #state{config = #config{name = Name}}) ->
     ok = erllama_cache_index:delete(Name),
     {stop, no_links};
 start_scanned(TakesUnnamed, Took, #state{config = Config} = State) ->
-    report_start(Config, TakesUnnamed, Took),
+    ok = erllama_cache_store_log:started(Config, TakesUnnamed, Took),
     {_, Roomy} = make_room(0, State),
     {ok, Roomy}.
 
-%% Adds what the root has to the index. Others save and load meanwhile: what they know is newer.
+%% Adds the root's files to the index. A row that a save or a load has added meanwhile is newer.
 scan(Removes, #state{config = Config} = State) ->
     #config{path = Path, secret = Secret, generation = Generation} = Config,
     Begin = fun(Turn) ->
         erllama_cache_nif:scan(Turn, Path, Secret =/= none, Removes =:= removes)
     end,
-    case erllama_cache_turn:run(Begin) of
+    case erllama_cache_io_limit:run(Begin) of
         {ok, Scan} ->
             ok = atomics:put(Generation, 1, erllama_cache_nif:root_generation(Path)),
             scan_slices(Scan, State);
@@ -96,9 +93,9 @@ scan(Removes, #state{config = Config} = State) ->
     end.
 
 scan_slices(Scan, #state{config = Config} = State) ->
-    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:scan_more(Turn, Scan) end) of
+    case erllama_cache_io_limit:run(fun(Turn) -> erllama_cache_nif:scan_more(Turn, Scan) end) of
         {Progress, Found} when is_list(Found) ->
-            ok = lists:foreach(fun(Other) -> report(Other, Config) end, Found),
+            ok = lists:foreach(fun(Each) -> erllama_cache_store_log:found(Config, Each) end, Found),
             Added = lists:foldl(fun add_found/2, State, Found),
             case Progress of
                 more -> scan_slices(Scan, Added);
@@ -110,7 +107,7 @@ scan_slices(Scan, #state{config = Config} = State) ->
 
 add_found({file, Key, Size, LastUsed}, State) ->
     add(erllama_cache_index:file(Key, Size, LastUsed * 1000, make_ref()), State);
-%% What no load takes has its room, too, and goes when room is wanted.
+%% A file that no load accepts takes room, too, and is evicted like others.
 add_found({skipped, <<_:256>> = Key, Size, Modified, _Reason}, State) when Size > 0 ->
     add(erllama_cache_index:refused_file(Key, Size, Modified * 1000, make_ref()), State);
 add_found(_Other, State) ->
@@ -121,32 +118,6 @@ add(#row{size = Size} = Row, #state{config = #config{name = Name}, used = Used} 
         true -> State#state{used = Used + Size};
         false -> State
     end.
-
-report_start(#config{name = Name, root = Root}, TakesUnnamed, Took) ->
-    {Files, Bytes, _Reservations} = erllama_cache_index:count(Name),
-    ?LOG_INFO(#{event => store_scanned, store => Name, root => Root, files => Files, bytes => Bytes,
-                ms => Took}, ?LOG_META),
-    case TakesUnnamed of
-        false -> ?LOG_NOTICE(#{event => root_needs_names, store => Name, root => Root}, ?LOG_META);
-        _ -> ok
-    end.
-
-report({file, _Key, _Size, _LastUsed}, _Config) ->
-    ok;
-report(swept, _Config) ->
-    ok;
-report({removed, Key, Reason}, #config{name = Name, root = Root}) ->
-    ?LOG_WARNING(#{
-        event => corrupt_file_removed, store => Name, reason => Reason,
-        file => erllama_cache_path:final(Root, Key)
-    }, ?LOG_META);
-report({skipped, Key, _Size, _Modified, Reason}, #config{name = Name, root = Root}) ->
-    File = case Key of
-        undefined -> temporary_file;
-        _ -> erllama_cache_path:final(Root, Key)
-    end,
-    ?LOG_WARNING(#{event => file_skipped, store => Name, reason => Reason, file => File},
-                 ?LOG_META).
 
 %% @private
 handle_call({admit, Row}, _From, State) ->
@@ -208,7 +179,7 @@ admit(#row{key = Key, size = Size} = Row, State) ->
             end
     end.
 
-%% What is reserved cannot be evicted: where that leaves too little room, no file goes in vain.
+%% Reservations cannot be evicted. If they leave too little room, no file is evicted in vain.
 fits_beside_reservations(Size, Old, #state{config = Config, watches = Watches}) ->
     #config{name = Name, max_bytes = MaxBytes} = Config,
     Others = case Old of
@@ -227,19 +198,19 @@ is_reserved(_Token, _Row) -> false.
 
 admit(#row{key = Key, size = Size, token = Token, pid = Pid} = Row, Old, State) ->
     #state{config = #config{name = Name}} = State,
-    %% A file that is not there any more, or that is to be replaced, has its room no longer.
+    %% A file that is gone, or that is to be replaced, takes no room.
     case make_room(Size - room_of(Old, State), State) of
         {ok, Roomy} ->
             case erllama_cache_index:claim(Name, Old, Row) of
                 true -> {{ok, Token}, watch(Token, Key, Size, Pid, left(Old, Roomy))};
-                %% It was evicted to make room, or a load has refused it since.
+                %% The old row was evicted to make room, or a load has refused its file since.
                 false -> admit(Row, Roomy)
             end;
         {{error, _} = Error, Tried} ->
             {Error, Tried}
     end.
 
-%% What a row's going would free.
+%% How many bytes a row's removal would free.
 room_of(none, _State) -> 0;
 room_of(#row{token = Token, size = Size, state = RowState}, #state{watches = Watches}) ->
     case Watches of
@@ -248,7 +219,7 @@ room_of(#row{token = Token, size = Size, state = RowState}, #state{watches = Wat
         #{} -> Size
     end.
 
-%% A row has left the index, or has made way for another: its room is free.
+%% A row has left the index, or was replaced: its room is free.
 left(none, State) ->
     State;
 left(#row{token = Token} = Row, #state{watches = Watches, used = Used} = State) ->
@@ -266,7 +237,7 @@ watch(Token, Key, Size, Pid, State) ->
         used = Used + Size
     }.
 
-%% The reservation is over: what it has become, if anything, has its own room now.
+%% The reservation is over. The file that it has become, if any, takes its own room now.
 unwatch(Token, #state{watches = Watches, config = #config{name = Name}} = State) ->
     case Watches of
         #{Token := #watch{key = Key}} ->
@@ -288,53 +259,53 @@ forget(Token, #state{watches = Watches, monitors = Monitors, used = Used} = Stat
         watches = Rest, monitors = maps:remove(Monitor, Monitors), used = Used - Size
     }.
 
-%% Its owner died in the middle of a save. If it had published the file by then, the file is looked
-%% at and taken if it is good.
+%% The owner died during a save. If it had published the file, the file is checked, and becomes the
+%% key's if it is good.
 owner_died(Token, #state{config = #config{name = Name} = Config, watches = Watches} = State) ->
     #{Token := #watch{key = Key}} = Watches,
     case erllama_cache_index:row(Name, Key) of
         #row{token = Token, state = reserved} ->
             Server = self(),
-            %% Not linked: should the look fail, the reservation's lease ends, and that is all.
+            %% Not linked: if the check crashes, the reservation's lease ends, and that is all.
             _ = spawn(fun() ->
                 gen_server:cast(Server, {checked, Token, Key, check_file(Config, Key)})
             end),
             State;
-        %% It had announced the file, or somebody else has the key by now.
+        %% It had announced the file, or another process has the key by now.
         _ ->
             unwatch(Token, State)
     end.
 
 check_file(#config{path = Path, secret = Secret}, Key) ->
     Begin = fun(Turn) -> erllama_cache_nif:check(Turn, Path, Key, Secret) end,
-    erllama_cache_turn:run_slices(Begin, fun erllama_cache_nif:check_more/2).
+    erllama_cache_io_limit:run_slices(Begin, fun erllama_cache_nif:check_more/2).
 
-%% The root's path leads to another directory than the index is of. What is being saved is being
-%% saved there, or has been saved here.
-look_again(#state{config = #config{name = Name, path = Path, root = Root} = Config} = State) ->
+%% The root's path leads to another directory than the index describes. Running saves publish in the
+%% new one.
+look_again(#state{config = #config{name = Name, path = Path} = Config} = State) ->
     #config{generation = Generation} = Config,
     case erllama_cache_nif:root_generation(Path) =:= atomics:get(Generation, 1) of
         true ->
-            %% Several have noticed it.
+            %% Another load or save has noticed it first.
             State;
         false ->
-            ?LOG_WARNING(#{event => root_changed, store => Name, root => Root}, ?LOG_META),
+            ok = erllama_cache_store_log:root_changed(Config),
             ok = erllama_cache_index:clear(Name),
             Watched = lists:sum([Size || #watch{size = Size} <- maps:values(State#state.watches)]),
-            %% Nobody has said that what is here now may be removed.
-            case scan(removes_nothing, State#state{used = Watched, oldest = []}) of
+            Empty = State#state{used = Watched, eviction = erllama_cache_evict:new()},
+            %% No operator has named this directory as a root, so nothing in it may be removed.
+            case scan(removes_nothing, Empty) of
                 {ok, Scanned} ->
                     {_, Roomy} = make_room(0, Scanned),
                     Roomy;
                 {error, Reason} ->
-                    ?LOG_WARNING(#{event => root_unreadable, store => Name, root => Root,
-                                   reason => Reason}, ?LOG_META),
-                    State#state{used = Watched, oldest = []}
+                    ok = erllama_cache_store_log:root_unreadable(Config, Reason),
+                    Empty
             end
     end.
 
-%% For tests: what the store counts as used, and what it should; equal at any time in a bounded
-%% store.
+%% For tests: the bytes that the store counts as used, and the bytes that it should count. They are
+%% always equal in a bounded store.
 books(#state{config = #config{name = Name}, watches = Watches, used = Used}) ->
     Files = maps:without(maps:keys(Watches), erllama_cache_index:sizes(Name)),
     Watched = [Size || #watch{size = Size} <- maps:values(Watches)],
@@ -344,61 +315,14 @@ books(#state{config = #config{name = Name}, watches = Watches, used = Used}) ->
         watches => map_size(Watches)
     }.
 
-%%% Eviction
-
-%% At least so many of the least recently used are remembered from one look at all of them.
--define(LOOK, 1000).
-
 make_room(_Needed, #state{config = #config{max_bytes = infinity}} = State) ->
     {ok, State};
-make_room(Needed, State) ->
-    make_room(Needed, State, 1).
-
-%% `Evicted' counts since the last look: a look at which nothing could be evicted was the last.
-make_room(Needed, #state{used = Used, config = #config{max_bytes = Max}} = State, _Evicted) when
+make_room(Needed, #state{used = Used, config = #config{max_bytes = Max}} = State) when
     Used + Needed =< Max
 ->
     {ok, State};
-make_room(_Needed, #state{oldest = []} = State, 0) ->
-    {{error, no_room}, State};
-make_room(Needed, #state{oldest = [], config = #config{name = Name}} = State, _Evicted) ->
-    make_room(Needed, State#state{oldest = erllama_cache_index:oldest(Name, ?LOOK)}, 0);
-make_room(Needed, #state{oldest = [{LastUsed, Key} | Rest], config = Config} = State, Evicted) ->
-    Next = State#state{oldest = Rest},
-    case erllama_cache_index:row(Config#config.name, Key) of
-        #row{state = RowState, last_used = LastUsed} = Row when RowState =/= reserved ->
-            case evict(Row, Config) of
-                evicted -> make_room(Needed, left(Row, Next), Evicted + 1);
-                kept -> make_room(Needed, Next, Evicted);
-                %% No other file could be evicted either.
-                {error, _} = Error -> {Error, Next}
-            end;
-        _UsedSince ->
-            make_room(Needed, Next, Evicted)
+make_room(Needed, #state{config = Config, eviction = Order} = State) ->
+    case erllama_cache_evict:next(Config, Order) of
+        {#row{} = Evicted, Rest} -> make_room(Needed, left(Evicted, State#state{eviction = Rest}));
+        {{error, _} = Error, Rest} -> {Error, State#state{eviction = Rest}}
     end.
-
-evict(#row{key = Key, size = Size} = Row, Config) ->
-    #config{name = Name, path = Path, counters = Counters} = Config,
-    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:delete(Turn, Path, Key) end) of
-        Existed when is_boolean(Existed) ->
-            case erllama_cache_index:remove(Name, Row) of
-                true ->
-                    ok = counters:add(Counters, ?EVICTIONS, 1),
-                    evicted;
-                false ->
-                    kept
-            end;
-        {error, Reason} ->
-            report({skipped, Key, Size, 0, Reason}, Config),
-            case is_of_one_file(Reason) of
-                true -> kept;
-                false -> {error, Reason}
-            end
-    end.
-
-%% What forbids to remove this file, as against what is wrong with the whole root.
-is_of_one_file(eperm) -> true;
-is_of_one_file(eisdir) -> true;
-is_of_one_file(ebusy) -> true;
-is_of_one_file(etxtbsy) -> true;
-is_of_one_file(_) -> false.

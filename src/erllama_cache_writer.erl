@@ -1,10 +1,10 @@
-%% @doc Saves KV state, a limited number of saves at a time.
+%% @doc Saves KV state to disk, with a limit on how many saves run at once.
 %%
 %% A save takes a slot, reserves its key with the host, writes the payload to a temporary file,
-%% checks and syncs it, publishes it under its final name, and tells the host. Everything runs in
-%% the calling process; the payload is never copied. The slots belong to a semaphore in the NIF
-%% library: it is fair, nobody polls, and a slot comes back however its owner ends. The server of
-%% this name owns the configuration, not the slots.
+%% checks and syncs it, publishes it under its final name, and announces it to the host. All of this
+%% runs in the calling process, and the payload is never copied. The slots belong to a semaphore in
+%% the NIF library: it is fair, waiters do not poll, and a slot is released however its owner ends.
+%% The server of this name holds the configuration, not the slots.
 -module(erllama_cache_writer).
 -behaviour(gen_server).
 
@@ -20,7 +20,7 @@
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
 -export_type([config/0, key/0, slot_opts/0, async_opts/0, info/0, slot_row/0]).
 
-%% A pair of acquire and release costs little more than its two NIF calls, and is to stay so.
+%% So that a pair of acquire and release costs little more than its two NIF calls.
 -compile({inline, [take/3, take/4, try_take/3, guard/0]}).
 
 -type key() :: <<_:256>>.
@@ -34,57 +34,40 @@
     page_cache => keep | drop,
     slow_save_ms => pos_integer()
 }.
-%% How many saves run at once (default: twice the schedulers plus one); how many bytes of payload
-%% they may hold together (default: `infinity'); the {@link erllama_cache_host} (default:
-%% `erllama_cache_host_erllama'); the files' permissions (default: `8#600'); whether files get a
-%% digest (default: `blake3' in tier `disk', `none' in tier `ram_file'); what all digests are keyed
-%% with, if anything, and then every file has one; whether files stay in the page cache (default:
-%% `keep', for what is saved is often loaded soon); how many milliseconds a save may take before it
-%% is logged (default: 10,000).
+%% <ul>
+%% <li>`max_concurrent': how many saves run at once (default: twice the schedulers plus one);</li>
+%% <li>`max_inflight_bytes': bytes of payload in running saves (default: `infinity');</li>
+%% <li>`host': the {@link erllama_cache_host} (default: `erllama_cache_host_erllama');</li>
+%% <li>`file_mode': the files' permissions (default: `8#600');</li>
+%% <li>`digest': `blake3' (default in tier `disk') or `none' (default in tier `ram_file');</li>
+%% <li>`mac_key': a secret that keys all digests; with one, every file has a digest;</li>
+%% <li>`page_cache': whether a saved file stays in the page cache (default: `keep');</li>
+%% <li>`slow_save_ms': a save that takes longer is logged (default: 10,000).</li>
+%% </ul>
 
 -type async_opts() :: #{timeout => timeout(), detach => boolean()}.
-%% How long to wait for a slot (default: 30 seconds); whether to go on when the caller dies
+%% Milliseconds to wait for a slot (default: 30,000); whether the save goes on when the caller dies
 %% (default: `false').
 
 -type slot_opts() :: #{weight => pos_integer()}.
--type info() :: #{
-    limit := pos_integer(),
-    current := non_neg_integer(),
-    max_inflight_bytes := non_neg_integer() | infinity,
-    inflight_bytes := non_neg_integer(),
-    waiting := non_neg_integer(),
-    granted := non_neg_integer(),
-    timed_out := non_neg_integer(),
-    owner_died := non_neg_integer(),
-    waited := non_neg_integer(),
-    longest_wait_us := non_neg_integer(),
-    mean_wait_us := non_neg_integer(),
-    saves := non_neg_integer(),
-    saved_bytes := non_neg_integer(),
-    save_errors := non_neg_integer(),
-    refused := non_neg_integer(),
-    adoptions := non_neg_integer(),
-    replacements := non_neg_integer(),
-    sync_failures := non_neg_integer(),
-    save_time := erllama_cache_metrics:histogram(),
-    wait_time := erllama_cache_metrics:histogram()
-}.
+-type info() :: erllama_cache_metrics:info().
 -type slot_row() :: #{
     pid := pid(), weight := pos_integer(), bytes := non_neg_integer(), ms := non_neg_integer()
 }.
 
-%% The one entry that this module makes in a process's dictionary.
+%% This module's one entry in a process's dictionary.
 -define(GUARD, '$erllama_cache_guard').
-%% Where the semaphore and the configuration are, for processes that must not ask a server.
+%% The persistent term with semaphore and configuration: no caller has to ask the server.
 -define(STATE, ?MODULE).
 
 -define(DEFAULT_TIMEOUT, 30000).
-%% Milliseconds within which a server ends whose supervisor has ended.
--define(ENDS_WITHIN, 1000).
+-define(IS_SAVE(TierSrv, Tier, Meta, Payload),
+        is_atom(TierSrv), (Tier =:= disk orelse Tier =:= ram_file), is_map(Meta),
+        is_binary(Payload)).
 
-%% @doc What an error's reason means, in words for a person, in the manner of
-%% {@link file:format_error/1}. It takes the reasons of this module and of
-%% {@link erllama_cache_store}, with or without the `{error, _}' around them.
+%% @doc Describes an error's reason in English, as {@link file:format_error/1} does. It accepts the
+%% reasons of this module and of {@link erllama_cache_store}, with or without `{error, _}' around
+%% them.
 %%
 %% ```
 %% "no slot became free in time" = erllama_cache_writer:format_error(max_concurrent).
@@ -95,23 +78,22 @@ format_error(Reason) ->
 
 %%% The server
 
-%% @doc Starts the writer with its configuration from the environment: the limit from
-%% `writer_max_concurrent' of application `erllama', then `max_concurrent' of this one; everything
-%% else from this one. A supervisor's child is
+%% @doc Starts the writer with the configuration in the environment of `erllama_cache_nif'. If
+%% `writer_max_concurrent' of `erllama' is set, it is the limit. The child specification is
 %%
 %% ```
 %% #{id => erllama_cache_writer, start => {erllama_cache_writer, start_link, []}}
 %% '''
 %%
-%% Raises `{invalid_config, Key, Value}' for a value that cannot be. Errors:
-%% `{already_started, Pid}'; `{mac_key, Reason}', the secret cannot be read.
+%% Errors: `{already_started, Pid}'; `{mac_key, Reason}', the secret cannot be read. Raises
+%% `{invalid_config, Key, Value}' for a wrong value and `{unknown_config, Key, Nearest}' for an
+%% unknown key, with the known key that is spelt most alike.
 -spec start_link() -> {ok, pid()} | {error, term()}.
 start_link() ->
     start(maps:merge(erllama_cache_config:environment(), erllama_cache_config:erllama_limit())).
 
-%% @doc Starts the writer with a limit, or with a configuration; what that leaves out comes from the
-%% environment of `erllama_cache_nif', then from the defaults. Raises and fails as
-%% {@link start_link/0}.
+%% @doc Starts the writer with a limit or a configuration. Keys that it leaves out come from the
+%% environment of `erllama_cache_nif', then from the defaults. Errors as of {@link start_link/0}.
 %%
 %% ```
 %% {ok, Pid} = erllama_cache_writer:start_link(#{host => erllama_cache_store, max_concurrent => 4}).
@@ -123,43 +105,8 @@ start_link(Config) when is_map(Config) ->
     start(maps:merge(erllama_cache_config:environment(), Config)).
 
 start(Config) ->
-    start_server(erllama_cache_config:complete(Config)).
-
-%% A supervisor that was killed may be there again before the server of the one before has ended,
-%% which traps exits. Told `already_started', it would give up.
-start_server(Config) ->
-    case gen_server:start_link({local, ?MODULE}, ?MODULE, Config, []) of
-        {error, {already_started, Pid}} = Error ->
-            case is_orphan(Pid) andalso ends_within(Pid, ?ENDS_WITHIN) of
-                true -> start_server(Config);
-                false -> Error
-            end;
-        Started ->
-            Started
-    end.
-
-%% Whether the process that started this one is gone. If it had a name, that may be another's by
-%% now: the two are linked while it lives.
-is_orphan(Pid) ->
-    case process_info(Pid, [dictionary, links]) of
-        undefined ->
-            true;
-        [{dictionary, Dictionary}, {links, Links}] ->
-            case proplists:get_value('$ancestors', Dictionary, []) of
-                [Parent | _] when is_atom(Parent) -> not lists:member(whereis(Parent), Links);
-                [Parent | _] -> not is_process_alive(Parent);
-                [] -> false
-            end
-    end.
-
-ends_within(Pid, Timeout) ->
-    Monitor = monitor(process, Pid),
-    receive
-        {'DOWN', Monitor, process, Pid, _} -> true
-    after Timeout ->
-        true = demonitor(Monitor, [flush]),
-        false
-    end.
+    Complete = erllama_cache_config:complete(Config),
+    erllama_cache_successor:start_link(?MODULE, ?MODULE, Complete).
 
 %% @private
 init(Config) ->
@@ -169,43 +116,28 @@ init(Config) ->
     end.
 
 open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret) ->
-    %% So that terminate/2 runs when the supervisor says shutdown.
+    %% So that terminate/2 runs when the supervisor shuts it down.
     process_flag(trap_exit, true),
     Semaphore = semaphore(),
-    ok = erllama_cache_turn:setup(),
+    ok = erllama_cache_io_limit:setup(),
     ok = erllama_cache_metrics:setup(),
     {ok, Hostname} = inet:gethostname(),
     persistent_term:put(?STATE, Config#{
         semaphore => Semaphore,
-        options => #{
-            disk => save_options(blake3, Secret, Config),
-            ram_file => save_options(none, Secret, Config)
-        },
+        options => erllama_cache_config:save_options(Config, Secret),
         defaults => #{hostname => unicode:characters_to_binary(Hostname)}
     }),
     ok = erllama_cache_nif:semaphore_open(Semaphore, Limit, MaxBytes),
     ok = erllama_cache_abandon:after_crash_of(self(), Semaphore),
     {ok, Semaphore}.
 
-save_options(Digest, none, #{file_mode := Mode, page_cache := PageCache} = Config) ->
-    {Mode, maps:get(digest, Config, Digest), PageCache};
-save_options(_Digest, Secret, #{file_mode := Mode, page_cache := PageCache}) ->
-    %% A file without a keyed digest would not be loaded.
-    {Mode, Secret, PageCache}.
-
-%% The semaphore of the server before this one, if there was one: with it come the slots that are
-%% held and those who wait. One of a library that was purged since is nobody's any more.
+%% The predecessor's, where there was one.
 semaphore() ->
-    case persistent_term:get(?STATE, undefined) of
-        #{semaphore := Semaphore} ->
-            try erllama_cache_nif:semaphore_limit(Semaphore) of
-                _ -> Semaphore
-            catch
-                error:badarg -> erllama_cache_nif:semaphore_new()
-            end;
-        undefined ->
-            erllama_cache_nif:semaphore_new()
-    end.
+    Before = case persistent_term:get(?STATE, undefined) of
+        #{semaphore := Semaphore} -> Semaphore;
+        undefined -> undefined
+    end,
+    erllama_cache_successor:inherit(Before, fun erllama_cache_nif:semaphore_new/0).
 
 %% @private
 handle_call(_Request, _From, Semaphore) ->
@@ -220,31 +152,30 @@ handle_info(_Message, Semaphore) ->
     {noreply, Semaphore}.
 
 %% @private
-%% Stopped on purpose, the server sends its callers away. When it crashes they go on waiting: the
-%% next server finds them in the queue.
+%% A server that is stopped on purpose refuses its waiters. After a crash they go on waiting, and
+%% the next server finds them in the queue.
 terminate(Reason, Semaphore) ->
-    case Reason of
-        normal -> erllama_cache_nif:semaphore_close(Semaphore);
-        shutdown -> erllama_cache_nif:semaphore_close(Semaphore);
-        {shutdown, _} -> erllama_cache_nif:semaphore_close(Semaphore);
-        _ -> ok
+    case erllama_cache_successor:is_stop(Reason) of
+        true -> erllama_cache_nif:semaphore_close(Semaphore);
+        false -> ok
     end.
 
 %%% Slots
 
-%% @doc Takes a slot for the calling process, waiting at most `Timeout' milliseconds for it: 0 is
-%% one try. Acquires may be nested; each {@link release/0} gives back the latest. A slot whose owner
-%% dies comes back by itself.
+%% @doc Acquires a slot for the calling process and waits at most `Timeout' milliseconds for it; 0
+%% means one try. Acquires nest: each {@link release/0} releases the latest. When the owner dies,
+%% its slots are released.
 %%
 %% ```
 %% ok = erllama_cache_writer:acquire(5000),
 %% ok = erllama_cache_writer:release().
 %% '''
 %%
-%% Error: `max_concurrent', none became free in time. Exits with `{noproc, _}' when no writer runs.
+%% Error: `max_concurrent', no slot became free in time. Exits with `{noproc, _}' when no writer
+%% runs.
 -spec acquire(timeout()) -> ok | {error, max_concurrent}.
 acquire(Timeout) when ?IS_TIMEOUT(Timeout) ->
-    %% The usual case first: a slot is free, and all that is wanted is to have it.
+    %% The usual case first: a slot is free.
     case try_acquire() of
         ok -> ok;
         _ -> acquired(take(1, 0, Timeout), [Timeout])
@@ -260,22 +191,19 @@ acquired({error, _} = Error, _Args) -> Error;
 acquired(closed, Args) -> exit_noproc(acquire, Args);
 acquired(_Guard, _Args) -> ok.
 
-%% @doc As {@link acquire/1}, for `weight' slots at once (default 1). Heavy and light requests are
-%% served in one order, so a heavy one is never starved. One above the limit could never be served
-%% and is refused: `weight_exceeds_limit'.
+%% @doc Acquires `weight' slots at once (default 1), otherwise as {@link acquire/1}. Heavy and light
+%% requests are served in one order, so light ones cannot starve a heavy one.
 %%
 %% ```
 %% ok = erllama_cache_writer:acquire(infinity, #{weight => 2}),
 %% ok = erllama_cache_writer:release().
 %% '''
+%%
+%% Error: also `weight_exceeds_limit', for a weight that could never be granted.
 -spec acquire(timeout(), slot_opts()) ->
     ok | {error, max_concurrent | weight_exceeds_limit}.
 acquire(Timeout, Opts) when ?IS_TIMEOUT(Timeout), is_map(Opts) ->
-    case take(weight(Opts), 0, Timeout) of
-        {error, _} = Error -> Error;
-        closed -> exit_noproc(acquire, [Timeout, Opts]);
-        _Guard -> ok
-    end.
+    acquired(take(weight(Opts), 0, Timeout), [Timeout, Opts]).
 
 weight(Opts) ->
     case maps:get(weight, Opts, 1) of
@@ -283,8 +211,8 @@ weight(Opts) ->
         _ -> error(badarg)
     end.
 
-%% @doc Gives back what the calling process acquired last, all of its weight; does nothing when it
-%% holds nothing.
+%% @doc Releases what the calling process acquired last, with its whole weight. Does nothing if the
+%% process holds nothing.
 %%
 %% ```
 %% ok = erllama_cache_writer:release().
@@ -299,8 +227,8 @@ release() ->
             ok
     end.
 
-%% @doc Runs `Fun' with a slot and returns what it returns, or why there was no slot. The slot is
-%% given back when `Fun' ends, however it ends.
+%% @doc Runs `Fun' with a slot and returns its result, or the reason why there was no slot. The slot
+%% is released when `Fun' ends, however it ends.
 %%
 %% ```
 %% 42 = erllama_cache_writer:with_slot(5000, fun() -> 6 * 7 end).
@@ -324,8 +252,8 @@ with_slot(Timeout, Fun) when ?IS_TIMEOUT(Timeout), is_function(Fun, 0) ->
 take(Weight, Bytes, Timeout) ->
     take(Weight, Bytes, Timeout, never).
 
-%% Returns the guard that the slot belongs to. A free slot is taken without a lock that anybody else
-%% holds; only a caller that finds none pays for a reference and a place in the queue.
+%% Returns the guard that holds the slot. A free slot is taken without a shared lock; only a caller
+%% that finds none pays for a reference and a place in the queue.
 take(Weight, Bytes, Timeout, Stop) ->
     case guard() of
         closed ->
@@ -348,54 +276,15 @@ try_take(Guard, 1, 0) -> erllama_cache_nif:try_acquire(Guard);
 try_take(Guard, Weight, Bytes) -> erllama_cache_nif:try_acquire(Guard, Weight, Bytes).
 
 wait(Guard, Weight, Bytes, Timeout, Stop) ->
-    Ref = make_ref(),
-    case erllama_cache_nif:acquire_or_queue(Guard, Weight, Bytes, Ref) of
-        ok -> Guard;
-        queued -> await(Guard, Ref, Timeout, Stop);
+    case erllama_cache_waiter:wait(Guard, Weight, Bytes, Timeout, Stop) of
+        granted -> Guard;
+        timed_out -> {error, max_concurrent};
+        stopped -> {error, cancelled};
         weight_exceeds_limit -> {error, weight_exceeds_limit};
         closed -> closed
     end.
 
-await(Guard, Ref, Timeout, never) ->
-    receive
-        {Ref, Verdict} -> verdict(Verdict, Guard)
-    after Timeout -> leave(Guard, Ref, {error, max_concurrent})
-    end;
-await(Guard, Ref, Timeout, {Cancel, Monitors}) ->
-    receive
-        {Ref, Verdict} -> verdict(Verdict, Guard);
-        {?MODULE, cancel, Cancel} -> stop_waiting(Guard, Ref);
-        {'DOWN', Monitor, process, _, _} when [Monitor] =:= Monitors -> stop_waiting(Guard, Ref)
-    after Timeout -> leave(Guard, Ref, {error, max_concurrent})
-    end.
-
-stop_waiting(Guard, Ref) ->
-    case leave(Guard, Ref, {error, cancelled}) of
-        Guard ->
-            _ = erllama_cache_nif:release(Guard),
-            {error, cancelled};
-        Other ->
-            Other
-    end.
-
-%% Leaves the queue with `Otherwise', unless it has been decided already what comes.
-leave(Guard, Ref, Otherwise) ->
-    case erllama_cache_nif:give_up(Guard) of
-        withdrawn ->
-            Otherwise;
-        decided ->
-            %% The message is in the mailbox or on its way. Left there it would be a stray one, and
-            %% the slot that it tells of would be lost.
-            receive
-                {Ref, Verdict} -> verdict(Verdict, Guard)
-            end
-    end.
-
-verdict(granted, Guard) -> Guard;
-verdict(weight_exceeds_limit, _Guard) -> {error, weight_exceeds_limit};
-verdict(closed, _Guard) -> closed.
-
-%% One guard for each process, made when it first asks for a slot and kept until it dies.
+%% Each process has one guard, made at its first acquire and kept until it dies.
 guard() ->
     case get(?GUARD) of
         undefined ->
@@ -415,9 +304,9 @@ guard() ->
 exit_noproc(Function, Args) ->
     exit({noproc, {?MODULE, Function, Args}}).
 
-%%% What is and what may be
+%%% State and limits
 
-%% @doc How many slots are held now.
+%% @doc Returns how many slots are held.
 %%
 %% ```
 %% 0 = erllama_cache_writer:current().
@@ -426,7 +315,7 @@ exit_noproc(Function, Args) ->
 current() ->
     erllama_cache_nif:semaphore_current(semaphore_of(current, [])).
 
-%% @doc How many slots there are.
+%% @doc Returns the limit: how many slots there are.
 %%
 %% ```
 %% 4 = erllama_cache_writer:max_concurrent().
@@ -435,8 +324,8 @@ current() ->
 max_concurrent() ->
     erllama_cache_nif:semaphore_limit(semaphore_of(max_concurrent, [])).
 
-%% @doc Changes how many slots there are, at once: more are handed to those who wait before this
-%% returns; of fewer, nobody loses one, but nobody gets one until enough have come back.
+%% @doc Sets the limit, at once. A higher limit serves waiters before this returns. A lower one
+%% takes no slot away, but grants none until enough have been released.
 %%
 %% ```
 %% ok = erllama_cache_writer:set_max_concurrent(4).
@@ -445,8 +334,8 @@ max_concurrent() ->
 set_max_concurrent(Limit) when ?IS_LIMIT(Limit) ->
     erllama_cache_nif:semaphore_set_limit(semaphore_of(set_max_concurrent, [Limit]), Limit).
 
-%% @doc Changes how many bytes of payload running saves may hold together. A payload above the bound
-%% is saved alone rather than never.
+%% @doc Sets how many bytes of payload running saves may hold together. A payload above the bound is
+%% saved alone.
 %%
 %% ```
 %% ok = erllama_cache_writer:set_max_inflight_bytes(16 bsl 30).
@@ -456,10 +345,10 @@ set_max_inflight_bytes(Bytes) when ?IS_BYTES(Bytes) ->
     Semaphore = semaphore_of(set_max_inflight_bytes, [Bytes]),
     erllama_cache_nif:semaphore_set_max_bytes(Semaphore, Bytes).
 
-%% @doc The semaphore now, and what it and the saves have done since this node first started a
-%% writer. Waits are in microseconds; `waited', `longest_wait_us' and `mean_wait_us' are of those
-%% who had to queue, the histogram `wait_time' is of all saves. {@link
-%% erllama_cache_metrics:format/1} prints the same for Prometheus.
+%% @doc Returns the state of the semaphore, and the counts of slots and saves since this node first
+%% started a writer. `waited', `longest_wait_us' and `mean_wait_us' describe acquires that queued;
+%% the histogram `wait_time' covers all saves. {@link erllama_cache_metrics:format/1} prints the
+%% same for Prometheus.
 %%
 %% ```
 %% #{limit := 4, waiting := 0, saves := Saves} = erllama_cache_writer:info().
@@ -469,8 +358,8 @@ info() ->
     Semaphore = erllama_cache_nif:semaphore_info(semaphore_of(info, [])),
     maps:merge(Semaphore, erllama_cache_metrics:read()).
 
-%% @doc Who holds slots: each acquire by itself, and for how many milliseconds. A process that has
-%% been killed is among them for as long as its last write still runs.
+%% @doc Lists the slots that are held, one row for each acquire, with the milliseconds since. A
+%% killed process is listed for as long as its last write runs.
 %%
 %% ```
 %% [#{pid := Pid, weight := 1, bytes := 0, ms := Ms}] =
@@ -480,7 +369,7 @@ info() ->
 holders() ->
     rows(erllama_cache_nif:semaphore_holders(semaphore_of(holders, []))).
 
-%% @doc Who waits for slots, the next to be served first, and for how many milliseconds.
+%% @doc Lists the waiters, the next to be served first, with the milliseconds that each has waited.
 %%
 %% ```
 %% [] = erllama_cache_writer:waiters().
@@ -493,8 +382,7 @@ rows(Rows) ->
     [#{pid => Pid, weight => Weight, bytes => Bytes, ms => Ms} || {Pid, Weight, Bytes, Ms} <- Rows].
 
 semaphore_of(Function, Args) ->
-    #{semaphore := Semaphore} = state(Function, Args),
-    Semaphore.
+    map_get(semaphore, state(Function, Args)).
 
 state(Function, Args) ->
     case persistent_term:get(?STATE, undefined) of
@@ -504,8 +392,7 @@ state(Function, Args) ->
 
 %%% Saving
 
-%% @doc Saves `Payload' under the key that `Meta' makes, and returns when it is on the disk:
-%% {@link save/5}, with 30 seconds to wait for a slot.
+%% @doc Saves as {@link save/5}, with 30 seconds to wait for a slot.
 %%
 %% ```
 %% {ok, Key} = erllama_cache_writer:save(my_store, disk, Meta, Payload).
@@ -516,8 +403,9 @@ state(Function, Args) ->
 save(TierSrv, Tier, Meta, Payload) ->
     save(TierSrv, Tier, Meta, Payload, ?DEFAULT_TIMEOUT).
 
-%% @doc Saves `Payload' under the key that `Meta' makes, and returns when it is on the disk. It
-%% waits at most `Timeout' milliseconds for a slot, 0 being one try; the save itself takes its time.
+%% @doc Saves `Payload' under the key made from `Meta', and returns when it is on the disk. It waits
+%% at most `Timeout' milliseconds for a slot, 0 being one try; the timeout does not end a save that
+%% runs.
 %%
 %% ```
 %% Meta = #{save_reason => cold, quant_bits => 16, fingerprint => Fingerprint,
@@ -526,24 +414,19 @@ save(TierSrv, Tier, Meta, Payload) ->
 %% {ok, Key} = erllama_cache_writer:save(my_store, disk, Meta, Payload).
 %% '''
 %%
-%% Errors: `max_concurrent', no slot in time, and nothing was done; `already_present', this key is
-%% stored; `conflict', somebody else is saving it; `{missing_key, Key}', `{invalid_meta, Key}' and
-%% `prefix_too_long', of the map; `expired', the reservation was lost; `tier_busy', the tier server
-%% did not answer; `badarg' and `{unencodable, Encoding}', of the root's name;
-%% `{read_back, What}', the file is not what was written; a POSIX reason as the module `file' has
-%% them; and what the host itself answers. After any of them nothing is left behind, but for
-%% `expired' when the file was published by then: it stays, and the host adopts it.
+%% Errors: `max_concurrent', no slot in time, and nothing was done; `already_present', the key is
+%% stored; `conflict', another process is saving it; `{missing_key, Key}', `{invalid_meta, Key}' and
+%% `prefix_too_long', about `Meta'; `expired', the reservation was lost; `tier_busy', the tier
+%% server did not answer; `badarg' and `{unencodable, Encoding}', about the root's name;
+%% `{read_back, What}', the file differs from what was written; a POSIX reason as in the module
+%% `file'; and the host's own errors. After an error nothing is left behind, except after
+%% `expired' once the file was published: it stays, and the host adopts it.
 -spec save(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
            erllama_cache_meta:build_meta(), binary(), timeout()) ->
     {ok, key()} | {error, term()}.
 save(TierSrv, Tier, Meta, Payload, Timeout) when
-    is_atom(TierSrv),
-    (Tier =:= disk orelse Tier =:= ram_file),
-    is_map(Meta),
-    is_binary(Payload),
-    ?IS_TIMEOUT(Timeout)
+    ?IS_SAVE(TierSrv, Tier, Meta, Payload), ?IS_TIMEOUT(Timeout)
 ->
-    %% A save weighs its payload: see set_max_inflight_bytes/1.
     save(TierSrv, Tier, Meta, Payload, Timeout, never).
 
 save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
@@ -572,72 +455,58 @@ save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
 ended(Result, TierSrv, Payload, Begun, Granted) ->
     Waited = microseconds(Granted - Begun),
     Took = microseconds(erlang:monotonic_time() - Granted),
-    ok = erllama_cache_metrics:observe(wait_time, Waited),
+    ok = erllama_cache_metrics:save_ended(Result, byte_size(Payload), Waited, Took),
+    #{slow_save_ms := Slow} = state(save, []),
     case Result of
-        {ok, Key} ->
-            ok = erllama_cache_metrics:count(saves),
-            ok = erllama_cache_metrics:count(saved_bytes, byte_size(Payload)),
-            ok = erllama_cache_metrics:observe(save_time, Took),
-            #{slow_save_ms := Slow} = state(save, []),
-            Took > Slow * 1000 andalso report_slow(TierSrv, Key, Payload, Took, Waited),
-            ok;
-        {error, already_present} ->
-            ok;
-        {error, _} ->
-            erllama_cache_metrics:count(save_errors)
+        {ok, Key} when Took > Slow * 1000 ->
+            ?LOG_WARNING(#{
+                event => slow_save, tier_srv => TierSrv, key => Key,
+                payload_bytes => byte_size(Payload), save_ms => Took div 1000,
+                waited_ms => Waited div 1000
+            }, ?LOG_META);
+        _ ->
+            ok
     end.
 
 microseconds(Native) ->
     erlang:convert_time_unit(Native, native, microsecond).
 
-report_slow(TierSrv, Key, Payload, Took, Waited) ->
-    ?LOG_WARNING(#{
-        event => slow_save, tier_srv => TierSrv, key => Key, payload_bytes => byte_size(Payload),
-        save_ms => Took div 1000, waited_ms => Waited div 1000
-    }, ?LOG_META).
-
-%% @doc As {@link save_async/5} with 30 seconds, cancelled when the caller dies.
+%% @doc Saves as {@link save_async/5}, with its defaults.
 -spec save_async(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
                  erllama_cache_meta:build_meta(), binary()) -> {ok, reference()}.
 save_async(TierSrv, Tier, Meta, Payload) ->
     save_async(TierSrv, Tier, Meta, Payload, #{}).
 
-%% @doc Saves in another process and returns at once. When the save has ended, the caller gets one
-%% message, `{erllama_cache_writer, Ref, Result}', with what {@link save/5} returns, or
-%% `{error, cancelled}', or `{error, {raised, Class, Reason, Stack}}' where that would raise, or
-%% `{error, {saver_died, Reason}}' when somebody has killed the process that saved. The payload is
-%% not copied, and must be a binary of its own: part of a larger one keeps all of that in memory.
+%% @doc Saves in another process and returns at once. When the save has ended, the caller receives
+%% `{erllama_cache_writer, Ref, Result}'. `Result' is that of {@link save/5}, or
+%% `{error, cancelled}', or `{error, {raised, Class, Reason, Stack}}' if the save raised, or
+%% `{error, {saver_died, Reason}}' if its process was killed. The payload is not copied, and should
+%% not be part of a larger binary, which would stay in memory as long.
 %%
 %% When the caller dies, the save is cancelled and leaves nothing, unless `detach' is `true'.
 %%
 %% ```
 %% {ok, Ref} = erllama_cache_writer:save_async(my_store, disk, Meta, Payload),
-%% %% Meanwhile the next tokens are decoded.
+%% %% Meanwhile the caller decodes the next tokens.
 %% receive {erllama_cache_writer, Ref, {ok, Key}} -> Key end.
 %% '''
 -spec save_async(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
                  erllama_cache_meta:build_meta(), binary(), async_opts()) -> {ok, reference()}.
 save_async(TierSrv, Tier, Meta, Payload, Opts) when
-    is_atom(TierSrv),
-    (Tier =:= disk orelse Tier =:= ram_file),
-    is_map(Meta),
-    is_binary(Payload),
-    is_map(Opts)
+    ?IS_SAVE(TierSrv, Tier, Meta, Payload), is_map(Opts)
 ->
     Detach = maps:get(detach, Opts, false),
     is_boolean(Detach) orelse error(badarg),
-    Timeout = async_timeout(maps:get(timeout, Opts, ?DEFAULT_TIMEOUT)),
+    Timeout = maps:get(timeout, Opts, ?DEFAULT_TIMEOUT),
+    ?IS_TIMEOUT(Timeout) orelse error(badarg),
     _ = state(save_async, [TierSrv, Tier, '_', '_', Opts]),
     Save = fun(Stop) -> save(TierSrv, Tier, Meta, Payload, Timeout, Stop) end,
     {ok, erllama_cache_background:run(Save, Detach)}.
 
-async_timeout(Timeout) when ?IS_TIMEOUT(Timeout) -> Timeout;
-async_timeout(_) -> error(badarg).
-
-%% @doc Cancels a save that {@link save_async/5} began: between two slices, so that it leaves
-%% nothing. The save's caller is told `{error, cancelled}', or what it has come to, if the file was
-%% about to get its name or the save had ended. It does nothing for any other reference; the
-%% reference of a save is one on its own node only.
+%% @doc Cancels a save that {@link save_async/5} began, between two slices, so that it leaves
+%% nothing. Its caller receives `{error, cancelled}', or the save's result if the file was being
+%% published or the save had ended. Does nothing for any other reference. The reference is valid
+%% on its own node.
 %%
 %% ```
 %% {ok, Ref} = erllama_cache_writer:save_async(my_store, disk, Meta, Payload),

@@ -201,7 +201,7 @@ hold_turns(Test, 0) ->
     receive {Test, give_back} -> ok end,
     Test ! {self(), given_back};
 hold_turns(Test, More) ->
-    erllama_cache_turn:run(fun(_Turn) -> hold_turns(Test, More - 1) end).
+    erllama_cache_io_limit:run(fun(_Turn) -> hold_turns(Test, More - 1) end).
 
 give_turns_back(Holder) ->
     Holder ! {self(), give_back},

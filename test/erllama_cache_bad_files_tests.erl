@@ -222,4 +222,4 @@ path(Root, Key) ->
     erllama_cache_path:final(Root, Key).
 
 in_turn(Call) ->
-    erllama_cache_turn:run(Call).
+    erllama_cache_io_limit:run(Call).

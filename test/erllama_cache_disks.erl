@@ -470,7 +470,7 @@ begin_save(N) ->
     eventually(fun() ->
         {current_function, {Module, Function, _}} = process_info(Saver, current_function),
         lists:member({Module, Function}, [
-            {erllama_cache_nif, write_tmp}, {erllama_cache_turn, await}
+            {erllama_cache_nif, write_tmp}, {erllama_cache_io_limit, await}
         ])
     end),
     {N, Saver, Saving}.
@@ -528,7 +528,7 @@ stale_name(Root) ->
     filename:rootname(file_of(Root, Key)) ++ ".0123456789abcdef.tmp".
 
 takes_unnamed(Root) ->
-    ok = erllama_cache_turn:setup(),
-    erllama_cache_turn:run(fun(Turn) ->
+    ok = erllama_cache_io_limit:setup(),
+    erllama_cache_io_limit:run(fun(Turn) ->
         erllama_cache_nif:takes_unnamed(Turn, list_to_binary(Root))
     end).

@@ -410,13 +410,13 @@ perform(#world{case_ = #case_{op = Op}, key = Key, ours = Ours} = World) ->
 %% As the store's server does when a saving process has died.
 check(#world{root = Root, key = Key, case_ = #case_{variant = disk}}) ->
     Begin = fun(Turn) -> erllama_cache_nif:check(Turn, list_to_binary(Root), Key, none) end,
-    case erllama_cache_turn:run(Begin) of
+    case erllama_cache_io_limit:run(Begin) of
         {more, Check} -> check_more(Check);
         Result -> Result
     end.
 
 check_more(Check) ->
-    case erllama_cache_turn:run(fun(Turn) -> erllama_cache_nif:check_more(Turn, Check) end) of
+    case erllama_cache_io_limit:run(fun(Turn) -> erllama_cache_nif:check_more(Turn, Check) end) of
         more -> check_more(Check);
         Result -> Result
     end.

@@ -61,7 +61,7 @@ go_on({Guard, _}) ->
 %% Asks for all turns, behind those who have asked already: see taken/1.
 -spec all_turns() -> turns().
 all_turns() ->
-    Guard = erllama_cache_nif:guard_new(persistent_term:get(erllama_cache_turn)),
+    Guard = erllama_cache_nif:guard_new(persistent_term:get(erllama_cache_io_limit)),
     Turns = max(1, erlang:system_info(dirty_io_schedulers) - 2),
     Ref = make_ref(),
     {Guard, {Ref, erllama_cache_nif:acquire_or_queue(Guard, Turns, 0, Ref)}}.
@@ -74,7 +74,7 @@ taken({_Guard, {Ref, queued}}) -> receive {Ref, granted} -> ok end.
 %% Returns when this process waits for its turn.
 -spec waits_for_a_turn(pid()) -> ok.
 waits_for_a_turn(Pid) ->
-    Waits = [{current_function, {erllama_cache_turn, await, 4}}, {status, waiting}],
+    Waits = [{current_function, {erllama_cache_io_limit, await, 4}}, {status, waiting}],
     erllama_cache_test_util:eventually(fun() ->
         process_info(Pid, [current_function, status]) =:= Waits
     end).

@@ -461,7 +461,7 @@ node_main() ->
     {ok, _} = ?WRITER:start_link(#{host => erllama_cache_hooked_host,
                                    max_concurrent => ?SAVERS + 1}),
     {ok, Path} = erllama_cache_path:native(Root),
-    Unnamed = erllama_cache_turn:run(fun(Turn) ->
+    Unnamed = erllama_cache_io_limit:run(fun(Turn) ->
         erllama_cache_nif:takes_unnamed(Turn, Path)
     end),
     tell(Port, {up, #{unnamed => Unnamed}}),

@@ -214,11 +214,13 @@ refuses_what_is_no_root(Root) ->
 
 refuses_unknown_and_wrong_options(Root) ->
     Start = fun(Options) -> erllama_cache_store:start_link(?STORE, Options) end,
-    Wrong = [{tier, ram}, {max_bytes, 0}, {max_bytes, 1.5}, {max_bytes, all}, {max_byte, 1}],
+    Wrong = [{tier, ram}, {max_bytes, 0}, {max_bytes, 1.5}, {max_bytes, all}],
     _ = [
         ?assertError({invalid_option, Key, Value}, Start(#{root => Root, Key => Value}))
      || {Key, Value} <- Wrong
     ],
+    ?assertError({unknown_option, max_byte, max_bytes}, Start(#{root => Root, max_byte => 1})),
+    ?assertError({unknown_option, "teir", tier}, Start(#{root => Root, "teir" => disk})),
     ?assertError({missing_option, root}, Start(#{})),
     ?assertError(function_clause, erllama_cache_store:start_link("name", #{root => Root})).
 

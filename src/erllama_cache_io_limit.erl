@@ -1,49 +1,40 @@
-%% Turns on the dirty I/O schedulers. Saves and loads take a turn for each slice of theirs: there
-%% are fewer turns than such schedulers, so that whatever else in this node needs one, be it a look
-%% at a file, finds one free, however many saves and loads wait for a disk.
+%% Limits how many dirty I/O schedulers the library uses at once. Each slice of a save or a load
+%% takes a turn. There are fewer turns than such schedulers, so that other users of files in this
+%% node find one free, however many saves and loads wait for a disk.
 %%
-%% Turns are slots of a semaphore of their own: fair, and given back when their owner dies. A
-%% process has one guard for them, made at its first turn.
+%% Turns are slots of a semaphore of their own: fair, and released when their owner dies. A process
+%% has one guard for them, made at its first turn.
 %%
 %% @private
--module(erllama_cache_turn).
+-module(erllama_cache_io_limit).
 
 -export([setup/0, run/1, run/3, run_slices/2]).
 
-%% So many schedulers are left to others.
+%% Schedulers that are left to others.
 -define(LEFT, 2).
-%% The entry in a process's dictionary.
+%% This module's entry in a process's dictionary.
 -define(GUARD, '$erllama_cache_turns').
 
-%% Makes the turns, once for the library's life.
+%% Makes the turns, once in the library's life.
 -spec setup() -> ok.
 setup() ->
-    case persistent_term:get(?MODULE, undefined) of
-        undefined ->
-            make_turns();
-        Semaphore ->
-            try erllama_cache_nif:semaphore_limit(Semaphore) of
-                _ -> ok
-            catch
-                %% Of a library that has been purged since.
-                error:badarg -> make_turns()
-            end
-    end.
+    Before = persistent_term:get(?MODULE, undefined),
+    persistent_term:put(?MODULE, erllama_cache_successor:inherit(Before, fun new/0)).
 
-make_turns() ->
+new() ->
     Schedulers = erlang:system_info(dirty_io_schedulers),
-    persistent_term:put(?MODULE, erllama_cache_nif:semaphore_new(max(1, Schedulers - ?LEFT))).
+    erllama_cache_nif:semaphore_new(max(1, Schedulers - ?LEFT)).
 
-%% Makes one call of the library when it is its turn. The call takes the guard of the turn, so that
-%% this is not over before the call is, whatever becomes of the process. It does not nest.
+%% Makes one call of the library, in its turn. The call gets the turn's guard, so that the turn does
+%% not end before the call, even if the process is killed. Turns do not nest.
 -spec run(fun((erllama_cache_nif:guard()) -> Result)) -> Result.
 run(Call) ->
     Guard = guard(),
     ok = take(Guard, infinity, fun() -> ok end),
     call(Guard, Call).
 
-%% The same. Until the turn comes, `Meanwhile' runs each so many milliseconds; with its error the
-%% wait is over, and the call is not made.
+%% The same. Until the turn comes, `Meanwhile' runs every so many milliseconds. An error of it ends
+%% the wait, and the call is not made.
 -spec run(fun((erllama_cache_nif:guard()) -> Result), timeout(), fun(() -> ok | Error)) ->
     Result | {gave_up, Error}.
 run(Call, Every, Meanwhile) ->
@@ -53,7 +44,7 @@ run(Call, Every, Meanwhile) ->
         Error -> {gave_up, Error}
     end.
 
-%% What a call begins that may be too long for one turn, and others end, each in a turn of its own.
+%% Begins what may be too long for one turn, and continues it, each slice in a turn of its own.
 -spec run_slices(
     fun((erllama_cache_nif:guard()) -> {more, Begun} | Result),
     fun((erllama_cache_nif:guard(), Begun) -> more | Result)
@@ -92,10 +83,9 @@ take(Guard, Every, Meanwhile) ->
         ok ->
             ok;
         busy ->
-            Ref = make_ref(),
-            case erllama_cache_nif:acquire_or_queue(Guard, 1, 0, Ref) of
-                ok -> ok;
-                queued -> await(Guard, Ref, Every, Meanwhile)
+            case erllama_cache_waiter:queue(Guard, 1, 0) of
+                granted -> ok;
+                {queued, Ref} -> await(Guard, Ref, Every, Meanwhile)
             end
     end.
 
@@ -117,13 +107,10 @@ await(Guard, Ref, Every, Meanwhile) ->
     end.
 
 leave(Guard, Ref) ->
-    case erllama_cache_nif:give_up(Guard) of
+    case erllama_cache_waiter:leave(Guard, Ref) of
         withdrawn ->
             ok;
-        decided ->
-            receive
-                {Ref, granted} -> ok
-            end,
+        granted ->
             _ = erllama_cache_nif:release(Guard),
             ok
     end.

@@ -77,7 +77,7 @@ elixir: ## The tests of the example in Elixir
 	  ELIXIR_ERL_OPTIONS="+fnu" mix test --warnings-as-errors
 
 matrix: setup ## All of those on OTP 27 and on Debian's newest OTP, in roots of their own
-	tools/matrix.sh
+	proofs/matrix/run.sh
 
 check: setup ## Formatting, lints, warnings as errors, xref, dialyzer, documentation
 	cd $(NATIVE) && cargo fmt --all --check
@@ -113,28 +113,28 @@ soak-store: setup ## The store's state machine for 10,000 sequences (minutes)
 	PROPER_SEQUENCES=$${PROPER_SEQUENCES:-10000} rebar3 eunit --module=prop_store_tests
 
 faults: setup all ## Each I/O call fails once, the VM ends at each one; FAULTS=quick does less
-	tools/faults.sh
+	proofs/faults/run.sh
 
 crash: setup all ## Cut the power of machines that save, check all that is left: CUTS= SAVES= (minutes)
-	tools/crash.sh
+	proofs/crash/run.sh
 
 kill: setup all ## kill -9 of nodes in the middle of saves, KILLS=300 times on each of two roots
-	tools/kill.sh
+	proofs/kill/run.sh
 
 disks: setup all ## Full, frozen, read-only disks; xfs, btrfs, overlays, FUSE, NFS: on real mounts, as root
-	tools/disks.sh
+	proofs/disks/run.sh
 
 fuzz: setup ## What reads files, on bytes that a fuzzer makes up: make fuzz [FUZZ_RUNS=n]
-	tools/fuzz.sh
+	proofs/fuzz/run.sh
 
 soak: setup all ## A store in every use at once, for an hour: make soak [SOAK=seconds]
-	tools/soak.sh
+	proofs/soak/run.sh
 
 sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under AddressSanitizer
-	tools/sanitize.sh
+	proofs/sanitize/run.sh
 
 valgrind: setup ## The NIF in a VM under memcheck, with all Erlang tests (long)
-	tools/sanitize.sh valgrind
+	proofs/sanitize/run.sh valgrind
 
 ### Pages and benchmarks
 
@@ -142,7 +142,7 @@ readme: setup all ## Run the commands that the README shows, in a clean copy
 	tools/readme.sh
 
 dropin: setup all ## Put it into a project that stands in for erllama, and take it out again
-	tools/dropin.sh
+	proofs/dropin/run.sh
 
 chunks: all ## What h/1,2,3 of the shell show, beside the compiled modules
 	@$(call strict,rebar3 as chunks edoc)
@@ -165,8 +165,11 @@ bench-slow: setup bench-build _build/iofault.so ## What others wait for beside a
 	IOFAULT_SYNC_MS=30 IOFAULT_READ_MS=20 LD_PRELOAD=$(CURDIR)/_build/iofault.so \
 	  $(BENCH) -s bench_slow main
 
-# Preloaded into a VM, it makes calls of the NIF library fail, or slow.
-_build/iofault.so: c_src/iofault.c
+# What is preloaded: into a VM, to make calls of the NIF library fail or slow; into a guest kernel.
+_build/iofault.so: proofs/faults/iofault.c
+_build/linger.so: proofs/crash/linger.c
+_build/xstate.so: proofs/crash/xstate.c
+_build/%.so:
 	mkdir -p _build
 	$(CC) -std=gnu11 -O1 -Wall -Wextra -Werror -U_FORTIFY_SOURCE -fPIC -shared -o $@ $< -ldl
 

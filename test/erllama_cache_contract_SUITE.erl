@@ -11,7 +11,7 @@
 -compile(export_all).
 
 -import(erllama_cache_test_util, [
-    fresh_dir/2, files/1, open_files/1, file_of/2, meta/0, meta/1, eventually/1,
+    in_project/1, fresh_dir/2, files/1, open_files/1, file_of/2, meta/0, meta/1, eventually/1,
     actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, own_messages/0, run_command/2
 ]).
 -import(erllama_cache_hooked_host, [hold_turns/0, next_turn/1, go_on/1, waits_for_a_turn/1]).
@@ -1730,8 +1730,8 @@ the_host_takes(Files) ->
     end.
 
 oracle(Args) ->
-    Script = filename:join(filename:dirname(code:which(?MODULE)), "kvc_oracle.py"),
-    run_command("python3", [Script | Args]).
+    Oracle = in_project("proofs/oracle/kvc_oracle.py"),
+    run_command("python3", [Oracle | Args]).
 
 %% A build_meta map as JSON. Its texts have nothing in them that has to be escaped.
 json(Meta) ->

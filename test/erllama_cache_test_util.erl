@@ -2,7 +2,7 @@
 %% without sleeping for a guessed time.
 -module(erllama_cache_test_util).
 
--export([fresh_dir/2, files/1, open_files/1, file_of/2]).
+-export([in_project/1, fresh_dir/2, files/1, open_files/1, file_of/2]).
 -export([meta/0, meta/1]).
 -export([eventually/1, eventually/2]).
 -export([actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, own_messages/0]).
@@ -15,6 +15,12 @@
 -define(POLL_EVERY, 2).
 
 %%% Files
+
+%% A file of the project, by its path from there.
+-spec in_project(file:filename()) -> file:filename().
+in_project(Path) ->
+    Source = proplists:get_value(source, erllama_cache_writer:module_info(compile)),
+    filename:join(filename:dirname(filename:dirname(Source)), Path).
 
 %% A new, empty directory of this name in a suite's own.
 -spec fresh_dir(atom() | string(), list()) -> file:filename().

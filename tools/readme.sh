@@ -9,23 +9,14 @@
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+. "$here/proofs/lib.sh"
+temp_dir
 copy=$work/erllama_cache_nif
 readme=$here/README.md
 begun=$(date +%s)
 
-fail() {
-    echo "readme: $*" >&2
-    exit 1
-}
-
-# What git knows, as it is here now, and cargo's cache, so that the dependencies are not built anew.
-mkdir -p "$copy/native/target"
-(cd "$here" && git ls-files -z | xargs -0 cp --parents -t "$copy")
-if [ -d "$here/native/target/release" ]; then
-    cp -a "$here/native/target/release" "$copy/native/target/"
-fi
+copy_project "$copy"
+copy_cargo_cache "$copy"
 
 # The N-th fence of a language that is not indented, with a directory of ours for the one that is named there.
 fence() { # LANGUAGE N

@@ -5,22 +5,18 @@
 #
 #     tools/setup.sh [WORD...]
 #
-# With words it is about these only: commands that some proof needs beside, or `target:NAME`, a target
-# of Rust's, which rustup installs. Then it says nothing if all are there.
+# With words it is about these only: commands that some proof needs beside, `libasan.so`, or what is
+# Rust's: `target:NAME`, `toolchain:NAME` and `component:NAME` (of the nightly toolchain), which rustup
+# installs, and `cargo-NAME`, which cargo does. Then it says nothing if all are there.
 # shellcheck disable=SC2086  # lists of words are split on purpose
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-# What makes file systems is where not everybody's PATH leads.
-PATH="$PATH:${CARGO_HOME:-${HOME:-/}/.cargo}/bin:/usr/sbin:/sbin"
+. "$here/proofs/lib.sh"
 
 # OTP applications that rebar3 and the tests use, beyond kernel and stdlib.
 otp_apps="common_test compiler crypto dialyzer edoc eunit inets parsetools public_key \
 runtime_tools ssl syntax_tools tools"
-
-has() {
-    command -v "$1" >/dev/null 2>&1
-}
 
 # Prints the OTP applications that are missing, and `proper` when PropEr or its header is.
 missing_apps() {
@@ -55,6 +51,11 @@ missing() {
 is_there() {
     case $1 in
         target:*) has_target "${1#target:}" ;;
+        toolchain:*) cargo "+${1#toolchain:}" --version >/dev/null 2>&1 ;;
+        component:rust-src) [ -d "$(rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib/src" ] ;;
+        # gcc prints the name of a file that it does not find as it is.
+        libasan.so) case $(gcc -print-file-name="$1" 2>/dev/null) in /*) ;; *) return 1 ;; esac ;;
+        linux.uml) has "$1" && [ -d /usr/lib/uml/modules ] ;;
         *) has "$1" ;;
     esac
 }
@@ -64,24 +65,34 @@ has_target() {
     has rustc && [ -d "$(rustc --print sysroot)/lib/rustlib/$1/lib" ]
 }
 
-# Has rustup install those of the words that it can. What is missing then is looked for again.
-install_targets() {
-    has rustup || return 0
+# Has rustup and cargo install those of the words that they can. What is missing then is looked for
+# again.
+install_rust() {
     for word in "$@"; do
         case $word in
-            target:*)
-                echo "setup: installing by rustup: ${word#target:}"
-                rustup target add "${word#target:}" || true
+            target:*) by rustup target add "${word#target:}" ;;
+            toolchain:*) by rustup toolchain install "${word#toolchain:}" --profile minimal ;;
+            component:*) by rustup component add "${word#component:}" --toolchain nightly ;;
+            cargo-*)
+                by cargo install --quiet --locked --target-dir "$here/native/target/install" "$word"
                 ;;
         esac
     done
+}
+
+by() { # INSTALLER ARGUMENT...
+    has "$1" || return 0
+    echo "setup: installing: $*"
+    "$@" || true
 }
 
 # Prints the Debian packages for the words given.
 packages() {
     for word in "$@"; do
         case $word in
-            target:*) ;;
+            target:* | toolchain:* | component:* | cargo-*) ;;
+            libasan.so) ! has gcc || echo "libgcc-$(gcc -dumpversion)-dev" ;;
+            gnuplot) echo gnuplot-nox ;;
             mkfs.ext4) echo e2fsprogs ;;
             mkfs.xfs) echo xfsprogs ;;
             mkfs.btrfs) echo btrfs-progs ;;
@@ -89,7 +100,7 @@ packages() {
             linux.uml) echo user-mode-linux ;;
             modprobe) echo kmod ;;
             musl-gcc) echo musl-tools ;;
-            make | python3 | rebar3 | elixir | bindfs) echo "$word" ;;
+            make | python3 | rebar3 | elixir | bindfs | debootstrap | dmsetup | valgrind) echo "$word" ;;
             # The C library to link with is only a recommendation of gcc.
             cc) echo gcc libc6-dev ;;
             erl) echo erlang-base erlang-dev erlang-proper erlang-proper-dev ;;
@@ -108,14 +119,6 @@ erlang_is_from_apt() {
     ! has erl || dpkg -S "$(readlink -f "$(command -v erl)")" >/dev/null 2>&1
 }
 
-as_root() {
-    if [ "$(id -u)" = 0 ]; then
-        "$@"
-    else
-        sudo "$@"
-    fi
-}
-
 advise() {
     echo "setup: missing: $*" >&2
     for word in "$@"; do
@@ -127,7 +130,12 @@ advise() {
             rebar3) echo "  rebar3: brew install rebar3, asdf install rebar, https://rebar3.org" ;;
             elixir) echo "  elixir 1.14 or later: brew install elixir, asdf install elixir, https://elixir-lang.org/install.html" ;;
             target:*) echo "  Rust's target ${word#target:}: rustup target add ${word#target:}; https://rustup.rs" ;;
-            bindfs | linux.uml | mkfs.* | modprobe | musl-gcc | setquota)
+            toolchain:*) echo "  Rust's toolchain ${word#toolchain:}: rustup toolchain install ${word#toolchain:}; https://rustup.rs" ;;
+            component:*) echo "  ${word#component:}: rustup component add ${word#component:} --toolchain nightly" ;;
+            cargo-*) echo "  $word: cargo install --locked $word" ;;
+            libasan.so) echo "  libasan.so, the runtime of gcc's AddressSanitizer" ;;
+            bindfs | debootstrap | dmsetup | gnuplot | linux.uml | mkfs.* | modprobe | musl-gcc | \
+                setquota | valgrind)
                 echo "  $word: Debian and Ubuntu have it in $(packages "$word")"
                 ;;
             proper) echo "  proper (PropEr): https://github.com/proper-testing/proper, built, with ERL_LIBS naming the directory it is in" ;;
@@ -139,7 +147,7 @@ advise() {
 absent=$(missing "$@")
 if [ -n "$absent" ]; then
     echo "setup: missing: $absent"
-    install_targets $absent
+    install_rust $absent
     wanted=$(packages $absent | tr ' ' '\n' | sort -u | tr '\n' ' ')
     if [ -n "$wanted" ] && has apt-get && { [ "$(id -u)" = 0 ] || has sudo; } &&
         { [ $# -gt 0 ] || erlang_is_from_apt; }; then

@@ -12,7 +12,7 @@
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-PATH="$PATH:${CARGO_HOME:-${HOME:-/}/.cargo}/bin"
+. "$here/proofs/lib.sh"
 [ $# -gt 0 ] || set -- x86_64-unknown-linux-musl aarch64-unknown-linux-gnu aarch64-unknown-linux-musl \
     x86_64-unknown-freebsd aarch64-apple-darwin
 

@@ -4,7 +4,7 @@
 //!
 //! A corpus of some thousand mutations is made of one file in each of the ways in which files are
 //! proven. What to expect of each comes from a second reader (`model`) and, for a part of them, from
-//! a third (`test/kvc_oracle.py`).
+//! a third (`proofs/oracle/kvc_oracle.py`).
 
 #[allow(dead_code, reason = "a part of it is for the fuzz targets")]
 mod model;
@@ -862,7 +862,7 @@ fn holes_that_hold_their_checks_are_loaded() {
 #[test]
 fn the_oracle_agrees() {
     let has_blake3 = python(&["-c", "import blake3"], None).status.success();
-    let oracle = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../test/kvc_oracle.py");
+    let oracle = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proofs/oracle/kvc_oracle.py");
     for way in [CRC, PLAIN, KEYED] {
         let sample = sample(way, SMALL);
         let mut corpus = all_but_flips(&sample);

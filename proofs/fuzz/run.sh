@@ -18,8 +18,8 @@
 # has learnt is kept in native/target/fuzz/corpus, so that the next run begins there.
 set -eu
 
-here=$(cd "$(dirname "$0")/.." && pwd)
-PATH="$PATH:${CARGO_HOME:-${HOME:-/}/.cargo}/bin"
+here=$(cd "$(dirname "$0")/../.." && pwd)
+. "$here/proofs/lib.sh"
 
 : "${FUZZ_RUNS:=4000000}"
 : "${FUZZ_SECONDS:=600}"
@@ -28,29 +28,6 @@ PATH="$PATH:${CARGO_HOME:-${HOME:-/}/.cargo}/bin"
 memory_mb=1024
 
 out="$here/native/target/fuzz"
-
-fail() {
-    echo "fuzz: $*" >&2
-    exit 1
-}
-
-need_nightly() {
-    if ! cargo +nightly --version >/dev/null 2>&1; then
-        command -v rustup >/dev/null || fail "missing: Rust's nightly toolchain. \
-rustup installs it: https://rustup.rs"
-        echo "fuzz: installing by rustup: nightly"
-        rustup toolchain install nightly --profile minimal ||
-            fail "missing: rustup toolchain install nightly"
-    fi
-}
-
-need_cargo_fuzz() {
-    if ! cargo fuzz --version >/dev/null 2>&1; then
-        echo "fuzz: installing by cargo: cargo-fuzz"
-        cargo install --quiet --locked --target-dir "$out/install" cargo-fuzz ||
-            fail "missing: cargo install --locked cargo-fuzz"
-    fi
-}
 
 # The committed files, as each target takes them: a prefix alone, or a file and a byte that says how
 # to read it.
@@ -87,25 +64,21 @@ fuzz() {
 
 # In memory where there is such a place: the files of `root` are made and removed all the time.
 if [ -d /dev/shm ]; then
-    TMPDIR=$(mktemp -d /dev/shm/fuzz.XXXXXX)
+    temp_dir /dev/shm
 else
-    TMPDIR=$(mktemp -d)
+    temp_dir
 fi
-export TMPDIR
-trap 'rm -rf "$TMPDIR"' EXIT
+export TMPDIR="$work"
 
-need_nightly
-need_cargo_fuzz
+need toolchain:nightly cargo-fuzz
 for target in prefix whole root; do
     mkdir -p "$out/corpus/$target" "$out/artifacts"
 done
 seed
 host=$(rustc +nightly -vV | sed -n 's/^host: //p')
 bin="$out/$host/release"
-(
-    cd "$here/native"
-    cargo +nightly fuzz build --fuzz-dir fuzz --target-dir "$out" >"$out/build.log" 2>&1
-) || { cat "$out/build.log" >&2; fail "does not build"; }
+cd "$here/native"
+quietly "$out/build.log" cargo +nightly fuzz build --fuzz-dir fuzz --target-dir "$out"
 
 printf '%-8s %12s %9s %8s %8s   %s\n' target runs per_s edges rss_mb found
 for target in $FUZZ_TARGETS; do

@@ -1,5 +1,5 @@
 %% Everything that uses a store, together, for as long as one likes; then everything that was taken
-%% has to be back where it began. tools/soak.sh runs it and says what it proves.
+%% has to be back where it began. run.sh runs it and says what it proves.
 %%
 %% What a key holds is a function of its number, so every load can be compared with what was saved,
 %% whoever saved it, and nobody has to remember anything.

@@ -17,19 +17,18 @@
 # a status that is not 0 if anything is not back.
 set -eu
 
-here=$(cd "$(dirname "$0")/.." && pwd)
-lib="$here/_build/default/lib/erllama_cache_nif/ebin"
+here=$(cd "$(dirname "$0")/../.." && pwd)
+. "$here/proofs/lib.sh"
 out="$here/_build/soak"
 : "${SOAK:=3600}"
 
-SOAK_ROOT=$(mktemp -d "${SOAK_DIR:-${TMPDIR:-/tmp}}/soak.XXXXXX")
+temp_dir "${SOAK_DIR:-}"
+SOAK_ROOT=$work
 SOAK_CSV="$out/soak.csv"
-trap 'rm -rf "$SOAK_ROOT"' EXIT
 export SOAK SOAK_ROOT SOAK_CSV
 
-mkdir -p "$out"
-erlc -Werror -I "$here/src" -pa "$lib" -o "$out" "$here/test/erllama_cache_soak.erl"
+beams "$out" soak
 # Memory goes back to the system at once (+MMmcs 0). Without +fnu the curves would be escapes where the
 # locale is not set.
-erl +MMmcs 0 +fnu +pc unicode -noinput -pa "$lib" "$out" -eval 'io:setopts([{encoding, unicode}])' \
+erl +MMmcs 0 +fnu +pc unicode -noinput -pa "$lib/ebin" "$out" -eval 'io:setopts([{encoding, unicode}])' \
     -run erllama_cache_soak main

@@ -3,7 +3,7 @@
 %% Two nodes, each an operating system process of its own, save the same keys into one root, with
 %% payloads that tell whose they are. One of them, or both, gets a `kill -9' at a moment that is
 %% drawn; the other goes on while the killed one starts again on the root. Then both are asked for
-%% every key. tools/kill.sh runs this; what it takes from the environment is said there.
+%% every key. run.sh runs this; what it takes from the environment is said there.
 -module(erllama_cache_kill).
 
 -export([main/0, node_main/0, log/2]).

@@ -10,23 +10,16 @@
 #   out      all of it is undone: the project's own is in use again, and the file still good
 set -eu
 
-here=$(cd "$(dirname "$0")/.." && pwd)
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+here=$(cd "$(dirname "$0")/../.." && pwd)
+. "$here/proofs/lib.sh"
+temp_dir
 page=$here/docs/erllama.md
 toy=$work/erllama
 root=$work/kv
-log=$work/log
 begun=$(date +%s)
 
-fail() {
-    echo "dropin: $*" >&2
-    exit 1
-}
-
-# Quiet unless it fails.
 run() {
-    "$@" >"$log" 2>&1 || { cat "$log" >&2; fail "failed: $*"; }
+    quietly "$work/log" "$@"
 }
 
 commit() { # DIRECTORY
@@ -91,8 +84,7 @@ echo /_build/ >"$toy/.gitignore"
 commit "$toy"
 
 # This project, as a repository to clone from.
-mkdir "$work/repository"
-(cd "$here" && git ls-files -z | xargs -0 cp --parents -t "$work/repository")
+copy_project "$work/repository"
 commit "$work/repository"
 
 # Saves in the running application, and hands what it sees to a check.
@@ -110,7 +102,7 @@ save_in_toy() { # ERLANG
 }
 
 reads() { # by another implementation
-    run python3 "$here/test/kvc_oracle.py" check --host "$root"/*.kvc
+    run python3 "$here/proofs/oracle/kvc_oracle.py" check --host "$root"/*.kvc
 }
 
 (cd "$toy" && run rebar3 compile)
@@ -135,12 +127,7 @@ sed -i -e "/^{deps, \[\]}\.\$/{r $work/dependency
 d}" "$toy/rebar.config"
 sed -i "/{applications, \[/r $work/application" "$toy/src/erllama.app.src"
 (cd "$toy" && run rebar3 get-deps)
-# Cargo's cache, so that the crates it depends on are not built anew.
-dependency=$toy/_build/default/lib/erllama_cache_nif
-if [ -d "$here/native/target/release" ]; then
-    mkdir -p "$dependency/native/target"
-    cp -a "$here/native/target/release" "$dependency/native/target/"
-fi
+copy_cargo_cache "$toy/_build/default/lib/erllama_cache_nif"
 (cd "$toy" && run rebar3 compile)
 save_in_toy '
     "erllama_cache_nif" = Home(erllama_cache_writer),

@@ -1,4 +1,4 @@
-%% Saves on disks that are full, on loan, or going away. tools/disks.sh mounts them and runs each
+%% Saves on disks that are full, on loan, or going away. run.sh mounts them and runs each
 %% scenario in a VM of its own:
 %%
 %%     erl ... -s erllama_cache_disks main -extra SCENARIO ROOT...
@@ -406,7 +406,7 @@ syncs(everything) ->
 syncs(one_link) ->
     #{"fdatasync" => 1, "sync_file_range_wait" => 0, "fchmod" => 0, "fsync" => 1}.
 
-%% How often the library makes each call while `Fun' runs: c_src/iofault.c counts.
+%% How often the library makes each call while `Fun' runs: proofs/faults/iofault.c counts.
 calls(Fun) ->
     Before = calls(),
     Result = Fun(),

@@ -1,6 +1,6 @@
-%% Every I/O call fails once, and the VM ends at every I/O call: what tools/faults.sh runs.
+%% Every I/O call fails once, and the VM ends at every I/O call: what run.sh runs.
 %%
-%% A VM into which c_src/iofault.c is preloaded goes through all operations that touch files. For
+%% A VM into which iofault.c is preloaded goes through all operations that touch files. For
 %% each kind of call that one makes, each error and each n, the n-th such call fails, or moves half
 %% of what it should, or other bytes; then the promises of docs/durability.md are looked for from
 %% outside: the directory's names, descriptors, slots and reservations, what a load gives, what the
@@ -17,7 +17,7 @@
 -define(STORE, faults_store).
 -define(DEADLINE, 20000).
 
-%% As in c_src/iofault.c.
+%% As in iofault.c.
 -define(WORD_COUNTS, 12).
 -define(MOST_KINDS, 48).
 -define(NAME_SIZE, 24).
@@ -155,7 +155,7 @@ finds(_) -> nothing.
 
 control() ->
     case os:getenv("IOFAULT") of
-        false -> error("the shim is not preloaded: use tools/faults.sh");
+        false -> error("the shim is not preloaded: use proofs/faults/run.sh");
         Path -> Path
     end.
 
@@ -935,7 +935,7 @@ oracle(Base) ->
             true;
         _ ->
             os:putenv("KVC_KEY", binary_to_list(binary:encode_hex(secret()))),
-            Oracle = filename:join(os:getenv("FAULTS_TEST"), "kvc_oracle.py"),
+            Oracle = os:getenv("FAULTS_ORACLE"),
             Command = lists:join($\s, ["python3", Oracle, "check" | Paths]),
             Output = os:cmd(lists:flatten(["env -u LD_PRELOAD ", Command])),
             Ok = length([Line || "ok " ++ _ = Line <- string:split(Output, "\n", all)]),

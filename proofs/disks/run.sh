@@ -3,7 +3,7 @@
 # away: the error is told, nothing is left of what failed, nothing that was saved is lost, and with the
 # trouble gone it goes on in the same VM. And what all of it does on file systems other than ext4.
 #
-#     tools/disks.sh [SCENARIO...]
+#     proofs/disks/run.sh [SCENARIO...]
 #
 #   ext4       ext4 of 64 MiB: saves until ENOSPC, then deletion and eviction make room
 #   tmpfs      the same on a tmpfs of 32 MiB, for tier disk
@@ -23,7 +23,7 @@
 #   frozen-ext4, frozen-xfs
 #              frozen by fsfreeze: loads go on, nothing else of the node is held up, a save waits
 #
-# Without an argument: all of them. Each is one VM in test/erllama_cache_disks.erl. It takes root. All
+# Without an argument: all of them. Each is one VM in erllama_cache_disks.erl. It takes root. All
 # mounts are in a namespace of its own: nothing stays mounted, nor frozen, however this ends. Packages that are
 # missing are installed by tools/setup.sh.
 #
@@ -32,19 +32,12 @@
 # the quota where this kernel has none for ext4 (CONFIG_QFMT_V2).
 set -eu
 
-here=$(cd "$(dirname "$0")/.." && pwd)
-lib=$here/_build/default/lib/erllama_cache_nif
-PATH="$PATH:/usr/sbin:/sbin"
+here=$(cd "$(dirname "$0")/../.." && pwd)
+. "$here/proofs/lib.sh"
 all="ext4 tmpfs memory inodes quota named named-full readonly broken \
 xfs btrfs overlay-ext4 overlay-tmpfs nfs lower frozen-ext4 frozen-xfs"
 
-fail() {
-    echo "disks: $*" >&2
-    exit 1
-}
-
-# need COMMAND...
-need() {
+need_or_skip() { # COMMAND...
     "$here/tools/setup.sh" "$@" >/dev/null 2>&1 || skip "$* is not there, and is not to be had"
 }
 
@@ -69,14 +62,14 @@ counting() {
 
 build_counter() {
     count=$work/count
-    cc -std=gnu11 -O1 -Wall -Wextra -Werror -U_FORTIFY_SOURCE -fPIC -shared \
-        -o "$work/iofault.so" "$here/c_src/iofault.c" -ldl
+    shim iofault
+    cp "$here/_build/iofault.so" "$work"
 }
 
 # made KIND SIZE MKFS_ARGS...: a file system of that kind in a file
 made() {
     kind=$1
-    need "mkfs.$kind"
+    need_or_skip "mkfs.$kind"
     truncate -s "$2" "$work/image"
     shift 2
     "mkfs.$kind" -q "$@" "$work/image" >/dev/null
@@ -119,7 +112,7 @@ overlay() {
 
 bind() { # FROM TO
     [ -e /dev/fuse ] || skip "there is no /dev/fuse"
-    need bindfs
+    need_or_skip bindfs
     bindfs "$1" "$2"
 }
 
@@ -215,7 +208,7 @@ thaw() {
 }
 
 quota() {
-    need setquota
+    need_or_skip setquota
     made ext4 64M -F -m 0 -O quota -E quotatype=usrquota
     if mount -o loop,usrquota "$work/image" "$mnt" 2>/dev/null; then
         with_quota
@@ -236,16 +229,16 @@ with_quota() {
 # in_uml NAME: guest_NAME on another kernel, whose root is this machine's and whose disk is the image. Its
 # first process is this script.
 in_uml() {
-    need linux.uml modprobe
+    need_or_skip linux.uml modprobe
     printf '#!/bin/sh\nexport DISKS_GUEST=%s DISKS_WORK=%s PATH=%s\nexec "%s"\n' "$1" "$work" "$PATH" \
-        "$here/tools/disks.sh" >"$work/init"
+        "$here/proofs/disks/run.sh" >"$work/init"
     chmod +x "$work/init"
     # As modprobe wants it.
     mkdir -p "$work/uml/lib"
     ln -s /usr/lib/uml/modules "$work/uml/lib/modules"
     # For processors with more registers than it knows.
-    cc -Wall -Wextra -Werror -O1 -shared -fPIC -o "$work/xstate.so" "$here/test/crash/xstate.c" -ldl
-    LD_PRELOAD="$work/xstate.so" timeout 300 linux.uml mem=1G root=/dev/root rootfstype=hostfs rootflags=/ rw \
+    shim xstate
+    LD_PRELOAD="$here/_build/xstate.so" timeout 300 linux.uml mem=1G root=/dev/root rootfstype=hostfs rootflags=/ rw \
         ubd0="$work/image" con=null con0=null,fd:2 init="$work/init" \
         </dev/null >"$work/uml.log" 2>&1 || true
     [ -e "$work/status" ] || { tail -n 20 "$work/uml.log"; exit 1; }
@@ -322,24 +315,24 @@ if [ "${DISKS_INSIDE:-}" ]; then
     exit $status
 fi
 
-[ "$(id -u)" = 0 ] || fail "has to run as root, for the mounts"
-[ -d "$lib/ebin" ] || fail "not compiled: run make first"
+is_root || fail "has to run as root, for the mounts"
+need_compiled
 [ $# -gt 0 ] || eval "set -- $all"
 
-top=$(mktemp -d)
-trap 'rm -rf "$top"' EXIT
+temp_dir
+top=$work
 # Another user has to get there.
 chmod 755 "$top"
+mkdir "$top/lib"
+cp -RL "$lib/ebin" "$lib/priv" "$top/lib"
+beams "$top/beam" test_util hooked_host disks
 failed=
 missed=
 table=
 for name in "$@"; do
     DISKS_WORK=$top/$name
-    mkdir -p "$DISKS_WORK/lib" "$DISKS_WORK/beam" "$DISKS_WORK/mnt"
-    cp -RL "$lib/ebin" "$lib/priv" "$DISKS_WORK/lib"
-    for module in test_util hooked_host disks; do
-        erlc -o "$DISKS_WORK/beam" -pa "$lib/ebin" "$here/test/erllama_cache_$module.erl"
-    done
+    mkdir -p "$DISKS_WORK/mnt"
+    ln -s ../lib ../beam "$DISKS_WORK"
     status=0
     said=$(DISKS_INSIDE=$name DISKS_WORK=$DISKS_WORK \
         unshare --mount --pid --fork --kill-child=TERM --mount-proc "$0" 2>&1) || status=$?

@@ -8,31 +8,26 @@
 #   crashes  A VM ends before and after each I/O call of a save, an eviction, a deletion and a scan.
 #            Another VM then looks at what is left.
 #
-# c_src/iofault.c is preloaded into the VMs to make that happen, test/erllama_cache_faults.erl says
+# iofault.c is preloaded into the VMs to make that happen, erllama_cache_faults.erl says
 # when, and judges. A table for each; the status is 1 when a promise has been broken, with what is
 # needed to see it again.
 #
 # Which syncs a save makes depends on the file system (docs/design.md): both are done in memory, and, by
 # root, the faults also on an ext4 with a journal and on one without, as FAULTS=quick does them.
 #
-#   tools/faults.sh [faults|crashes [CASE [CALL N WHAT]]]
-#   tools/faults.sh faults save_small/adopt/disk linkat 1 eio      that one again
-#   tools/faults.sh crashes save_small/adopt/disk 7 exit_after
+#   proofs/faults/run.sh [faults|crashes [CASE [CALL N WHAT]]]
+#   proofs/faults/run.sh faults save_small/adopt/disk linkat 1 eio      that one again
+#   proofs/faults/run.sh crashes save_small/adopt/disk 7 exit_after
 #
 # FAULTS=quick tries less: three errors (two for large files), of the calls of a kind the first and
 # the last four, the cases that differ most; crashes of four cases, after each call only.
 set -eu
 
-here=$(cd "$(dirname "$0")/.." && pwd)
-lib="$here/_build/default/lib/erllama_cache_nif"
+here=$(cd "$(dirname "$0")/../.." && pwd)
+. "$here/proofs/lib.sh"
 out="$here/_build/faults"
 shim="$here/_build/iofault.so"
 : "${FAULTS:=full}"
-
-fail() {
-    echo "faults: $*" >&2
-    exit 1
-}
 
 case $FAULTS in
     quick | full) ;;
@@ -53,14 +48,12 @@ check_symbols() {
         grep -Ev '^(getcwd|getrlimit|lseek64|lstat64|readlink|realpath|stat64|statx)$' |
         sort | comm -13 "$out/known" - >"$out/unknown"
     [ ! -s "$out/unknown" ] ||
-        fail "the library calls what c_src/iofault.c does not know: $(tr '\n' ' ' <"$out/unknown")"
+        fail "the library calls what proofs/faults/iofault.c does not know: $(tr '\n' ' ' <"$out/unknown")"
 }
 
-mkdir -p "$out/ebin"
-make -s -C "$here" _build/iofault.so
+beams "$out/ebin" test_util faults
+shim iofault
 check_symbols
-erlc +debug_info -Werror -o "$out/ebin" "$here/test/erllama_cache_test_util.erl" \
-    "$here/test/erllama_cache_faults.erl"
 
 # In memory if there is room (KiB): nothing here is about a disk, and there are thousands of syncs.
 if [ -w /dev/shm ] && [ "$(df -Pk /dev/shm | awk 'NR == 2 { print $4 }')" -ge 786432 ]; then
@@ -80,7 +73,7 @@ exec erl -noinput -boot no_dot_erlang +S 1:1 +SDcpu 1:1 +SDio 3 +A 1 \\
     -pa "$lib/ebin" "$out/ebin" -run erllama_cache_faults main -extra "\$@"
 END
 chmod +x "$out/victim"
-export FAULTS_VICTIM="$out/victim" FAULTS_TEST="$here/test"
+export FAULTS_VICTIM="$out/victim" FAULTS_ORACLE="$here/proofs/oracle/kvc_oracle.py"
 
 # run PART [ONLY...]
 run() {
@@ -127,8 +120,7 @@ if [ $# -gt 0 ]; then
 else
     run faults
     run crashes
-    PATH="$PATH:/usr/sbin:/sbin"
-    if [ "$(id -u)" = 0 ] && command -v mkfs.ext4 >/dev/null; then
+    if is_root && has mkfs.ext4; then
         on_ext4 "ext4 with a journal"
         on_ext4 "ext4 without a journal" -O '^has_journal'
     else

@@ -19,7 +19,7 @@ import traceback
 import tty
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
+sys.path[:0] = [HERE, os.path.join(os.path.dirname(HERE), "oracle")]
 import kvc_oracle  # noqa: E402
 import logwrites  # noqa: E402
 import model  # noqa: E402

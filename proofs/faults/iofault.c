@@ -1,13 +1,13 @@
 /*
  * Makes the n-th I/O call of the NIF library fail, or ends the VM at it, or makes all syncs and reads
- * slow. For tests only, preloaded into a VM by tools/faults.sh and `make bench-slow` and never
+ * slow. For tests only, preloaded into a VM by `make faults`, `make disks` and `make bench-slow` and never
  * installed:
  *
  *     IOFAULT=control LD_PRELOAD=iofault.so erl ...
  *     IOFAULT_SYNC_MS=30 IOFAULT_READ_MS=20 LD_PRELOAD=iofault.so erl ...
  *
  * Only calls that come from the library itself are counted and touched; the VM's own are not. The
- * file `control` is mapped by this and written by the test, test/erllama_cache_faults.erl: one VM
+ * file `control` is mapped by this and written by the test, erllama_cache_faults.erl: one VM
  * goes through thousands of settings. It is an array of 64-bit words, see `struct control`. To set
  * a fault, everything else is written first and `kind` last; to end it, 0 to `kind`.
  *

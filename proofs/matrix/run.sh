@@ -2,7 +2,7 @@
 # Proves that it builds without a warning and passes its tests on the Erlang/OTP and the Elixir of
 # other Debian releases, each in a root of its own:
 #
-#     tools/matrix.sh [--roots] [RELEASE...]
+#     proofs/matrix/run.sh [--roots] [RELEASE...]
 #
 # Without a release: trixie (OTP 27) and forky (the newest OTP that Debian has). With --roots it
 # makes the roots with all that the tests need, and runs none.
@@ -13,7 +13,8 @@
 # $PROPER_SEQUENCES is passed on.
 set -eu
 
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(cd "$(dirname "$0")/../.." && pwd)
+. "$here/proofs/lib.sh"
 roots=${MATRIX_DIR:-$here/_build/matrix}
 target=${MATRIX_TARGET:-test-beam}
 roots_only=
@@ -24,14 +25,8 @@ fi
 releases=${*:-trixie forky}
 cargo_home=${CARGO_HOME:-$HOME/.cargo}
 rustup_home=${RUSTUP_HOME:-$HOME/.rustup}
-PATH="$PATH:$cargo_home/bin"
 
-fail() {
-    echo "matrix: $*" >&2
-    exit 1
-}
-
-[ "$(id -u)" = 0 ] || fail "has to run as root, for chroot"
+is_root || fail "has to run as root, for chroot"
 
 # The address of Debian's archive, as apt knows it: not that of security updates.
 mirror() {
@@ -41,7 +36,7 @@ mirror() {
 }
 
 create() { # RELEASE ROOT
-    command -v debootstrap >/dev/null || apt-get install -qq -y debootstrap >/dev/null
+    need debootstrap
     from=$(mirror)
     [ -n "$from" ] || fail "apt does not know where its packages come from"
     rm -rf "$2"
@@ -100,7 +95,7 @@ for release in $releases; do
     mkdir -p "$root/src"
     find "$root/src" \( -name _build -o -name target -o -name priv -o -name deps \) -prune \
         -o -type f -exec rm -f {} +
-    (cd "$here" && git ls-files -z | xargs -0 cp --parents -t "$root/src")
+    copy_project "$root/src"
     run "$root" tools/setup.sh
     otp=$(run "$root" 'erl -noinput -eval \
         "io:put_chars(erlang:system_info(otp_release)), halt()."')

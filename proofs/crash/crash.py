@@ -1,4 +1,4 @@
-"""Cuts the power of guests that save, and looks at what is on their disks. See tools/crash.sh.
+"""Cuts the power of guests that save, and looks at what is on their disks. See run.sh.
 
 The guests are processes of User Mode Linux, and a cut is a SIGKILL. What the guest's kernel has
 handed to its disk is in the image by then, whether it was synced or not; what it still held in

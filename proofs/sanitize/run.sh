@@ -6,7 +6,7 @@
 #   AddressSanitizer  the NIF library inside the VM, under all of the Erlang tests: memory errors
 #   valgrind          the same with the library as it is shipped, on request: it takes long
 #
-#   tools/sanitize.sh [thread] [address] [nif] [valgrind]    the first three if none is named
+#   proofs/sanitize/run.sh [thread] [address] [nif] [valgrind]    the first three if none is named
 #
 #   MODULES, SUITES   which of the Erlang tests (all)
 #   PROPER_SEQUENCES  how long its state machines run (300; 20 under valgrind)
@@ -16,8 +16,8 @@
 # there is rustup, and the runtime library that gcc brings along.
 set -eu
 
-here=$(cd "$(dirname "$0")/.." && pwd)
-PATH="$PATH:${CARGO_HOME:-${HOME:-/}/.cargo}/bin"
+here=$(cd "$(dirname "$0")/../.." && pwd)
+. "$here/proofs/lib.sh"
 
 modules() {
     (cd "$here/test" && for file in "$@"; do basename "$file" .erl; done)
@@ -31,62 +31,6 @@ out="$here/native/target/sanitize"
 lib="$out/lib/erllama_cache_nif"
 reports="$out/reports"
 
-has() {
-    command -v "$1" >/dev/null 2>&1
-}
-
-fail() {
-    echo "sanitize: $*" >&2
-    exit 1
-}
-
-as_root() {
-    if [ "$(id -u)" = 0 ]; then
-        "$@"
-    else
-        sudo "$@"
-    fi
-}
-
-# What is missing and how to get it, or nothing.
-need_nightly() {
-    if ! cargo +nightly --version >/dev/null 2>&1; then
-        has rustup || fail "missing: Rust's nightly toolchain. \
-rustup installs it: https://rustup.rs"
-        echo "sanitize: installing by rustup: nightly"
-        rustup toolchain install nightly --profile minimal ||
-            fail "missing: rustup toolchain install nightly"
-    fi
-}
-
-# ThreadSanitizer needs a standard library that is instrumented too: it does not know the locks of
-# one that is not, and takes what they guard for races.
-need_rust_src() {
-    if ! [ -d "$(rust_src)" ]; then
-        has rustup || fail "missing: the source of Rust's standard library (rust-src)"
-        echo "sanitize: installing by rustup: rust-src"
-        rustup component add rust-src --toolchain nightly ||
-            fail "missing: rustup component add rust-src --toolchain nightly"
-    fi
-}
-
-rust_src() {
-    echo "$(rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib/src/rust/library/std"
-}
-
-need_libasan() {
-    libasan=$(find_libasan)
-    if [ -z "$libasan" ] && has apt-get && has gcc; then
-        package="libgcc-$(gcc -dumpversion)-dev"
-        echo "sanitize: installing by apt: $package"
-        as_root apt-get -q update
-        as_root env DEBIAN_FRONTEND=noninteractive \
-            apt-get -q -y --no-install-recommends install "$package"
-        libasan=$(find_libasan)
-    fi
-    [ -n "$libasan" ] || fail "missing: libasan.so, the runtime of gcc's AddressSanitizer"
-}
-
 # A name that is not found is printed as it is.
 find_libasan() {
     path=$(gcc -print-file-name=libasan.so 2>/dev/null || true)
@@ -95,19 +39,10 @@ find_libasan() {
     esac
 }
 
-# run NAME COMMAND...: quiet unless it fails.
-run() {
-    log="$out/$1.log"
+run() { # NAME COMMAND...
+    log=$out/$1.log
     shift
-    # Not as a condition: `set -e` would not hold in there.
-    set +e
-    (set -e; "$@") >"$log" 2>&1
-    status=$?
-    set -e
-    if [ "$status" -ne 0 ]; then
-        cat "$log" >&2
-        fail "failed: $*"
-    fi
+    quietly "$log" "$@"
 }
 
 core_tests() {
@@ -150,7 +85,7 @@ lay_out() {
     mkdir -p "$lib/ebin" "$lib/priv" "$lib/test"
     cp "$built" "$lib/priv/erllama_cache_nif.so"
     cp "$here/src/erllama_cache_nif.app.src" "$lib/ebin/erllama_cache_nif.app"
-    # The vectors and the oracle.
+    # The vectors.
     cp -R "$here/test/." "$lib/test"
     erlc +debug_info -o "$lib/ebin" "$here"/src/*.erl
     erlc +debug_info +nowarn_export_all -I "$here/src" -pa "$lib/ebin" -o "$lib/test" \
@@ -253,21 +188,11 @@ nif_under_valgrind() {
 vm_under_valgrind() {
     valgrind --smc-check=all --undef-value-errors=no --error-limit=no --num-callers=40 \
         --fair-sched=try --redzone-size=128 --max-stackframe=1000000 \
-        --suppressions="$here/tools/valgrind.supp" \
+        --suppressions="$here/proofs/sanitize/valgrind.supp" \
         --log-file="$reports/report.%p" \
         "$BINDIR/beam.smp" -Mea min -h 200000 -- -root "$ROOTDIR" -bindir "$BINDIR" -progname erl -- \
         -home "${HOME:-/}" -- -noshell -noinput -pa "$lib/ebin" "$lib/test" "$out" \
         -run sanitize_runner main -extra "$@"
-}
-
-need_valgrind() {
-    if ! has valgrind && has apt-get; then
-        echo "sanitize: installing by apt: valgrind"
-        as_root apt-get -q update
-        as_root env DEBIAN_FRONTEND=noninteractive \
-            apt-get -q -y --no-install-recommends install valgrind
-    fi
-    has valgrind || fail "missing: valgrind: https://valgrind.org or your package manager"
 }
 
 sequences() {
@@ -276,7 +201,9 @@ sequences() {
 }
 
 thread() {
-    need_rust_src
+    # It needs a standard library that is instrumented too: it does not know the locks of one that is
+    # not, and takes what they guard for races.
+    need component:rust-src
     run thread threads
     echo "sanitize: ThreadSanitizer finds nothing in what the core's threads share"
 }
@@ -287,7 +214,8 @@ address() {
 }
 
 nif() {
-    need_libasan
+    need libasan.so
+    libasan=$(find_libasan)
     # Enough to see every step in every state.
     sequences 300
     run build build_nif
@@ -297,7 +225,7 @@ nif() {
 }
 
 valgrind_nif() {
-    need_valgrind
+    need valgrind
     sequences 20
     run build build_shipped_nif
     run runner write_runner
@@ -309,7 +237,7 @@ mkdir -p "$out"
 [ $# -gt 0 ] || set -- thread address nif
 case "$*" in
     valgrind) ;;
-    *) need_nightly; host=$(rustc +nightly -vV | sed -n 's/^host: //p') ;;
+    *) need toolchain:nightly; host=$(rustc +nightly -vV | sed -n 's/^host: //p') ;;
 esac
 for part in "$@"; do
     case $part in

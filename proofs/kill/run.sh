@@ -1,7 +1,7 @@
 #!/bin/sh
 # Proves that `kill -9` of a node costs nothing but the saves that it cuts off:
 #
-#     tools/kill.sh [plain|named...]
+#     proofs/kill/run.sh [plain|named...]
 #
 # Two VMs with 8 savers each save the same keys into one root. At random moments one of them, or both,
 # is killed, also while it starts; the other goes on, one of its saves stopped in the middle, and the
@@ -9,7 +9,7 @@
 # every byte is compared: a key that anybody was told is stored is there, is the same for both and
 # stays the same; a save that was cut off left a whole file or nothing; there is one file for each key,
 # no temporary file, slot, reservation or open file. After each 25 kills, and at the end,
-# test/kvc_oracle.py, which shares no code with the library, checks 16 MiB of files, first those
+# proofs/oracle/kvc_oracle.py, which shares no code with the library, checks 16 MiB of files, first those
 # whose saves were cut off.
 #
 #   plain   on the file system of $TMPDIR, where temporary files have no names
@@ -21,29 +21,21 @@
 # KILL_MAY_MISS=named says that it may. On a failure the root is kept.
 set -eu
 
-here=$(cd "$(dirname "$0")/.." && pwd)
-lib=$here/_build/default/lib/erllama_cache_nif
-
-fail() {
-    echo "kill: $*" >&2
-    exit 1
-}
+here=$(cd "$(dirname "$0")/../.." && pwd)
+. "$here/proofs/lib.sh"
 
 # On the root it is given; $work has what else it needs.
 storm() { # ROOT
     KILL_ROOT=$1 KILL_NOISE=$work/noise KILL_STDERR=$work/stderr \
-        KILL_ORACLE=$here/test/kvc_oracle.py \
+        KILL_ORACLE=$here/proofs/oracle/kvc_oracle.py \
         erl -noinput -boot start_clean -pa "$lib/ebin" "$work/beam" -s erllama_cache_kill main
 }
 
 run() { # NAME
-    work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
-    mkdir "$work/beam" "$work/root" "$work/mnt"
+    temp_dir
+    mkdir "$work/root" "$work/mnt"
     head -c 8388608 /dev/urandom >"$work/noise"
-    for module in test_util hooked_host kill; do
-        erlc -pa "$lib/ebin" -o "$work/beam" "$here/test/erllama_cache_$module.erl"
-    done
+    beams "$work/beam" test_util hooked_host kill
     echo "==== kill -9: $1 ===="
     status=0
     case $1 in
@@ -63,10 +55,9 @@ run() { # NAME
 
 # Why `named` cannot run here, or nothing.
 missing() {
-    [ "$(id -u)" = 0 ] || { echo "it takes root"; return; }
+    is_root || { echo "it takes root"; return; }
     [ -e /dev/fuse ] || { echo "there is no /dev/fuse"; return; }
-    command -v bindfs >/dev/null 2>&1 ||
-        DEBIAN_FRONTEND=noninteractive apt-get install -qq -y bindfs >/dev/null 2>&1 ||
+    "$here/tools/setup.sh" bindfs >/dev/null 2>&1 ||
         { echo "bindfs is not there, and apt does not install it"; return; }
     unshare --mount --pid --fork true 2>/dev/null || echo "namespaces are not allowed"
 }
@@ -78,7 +69,7 @@ if [ "${KILL_INSIDE:-}" ]; then
     exit
 fi
 
-[ -d "$lib/ebin" ] || fail "not compiled: run make first"
+need_compiled
 [ -e /proc/locks ] || fail "needs Linux with /proc"
 missed=""
 [ $# -gt 0 ] || set -- plain named

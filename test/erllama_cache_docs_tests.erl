@@ -7,6 +7,8 @@
 
 -include_lib("eunit/include/eunit.hrl").
 
+-import(erllama_cache_test_util, [in_project/1]).
+
 -define(PUBLIC, [erllama_cache_writer, erllama_cache_store, erllama_cache_metrics]).
 
 %%% The modules' pages
@@ -191,11 +193,29 @@ pages() ->
     [filename:join("docs", filename:basename(Page))
      || Page <- filelib:wildcard(in_project("docs/*.md"))].
 
+proofs() ->
+    ["proofs/README.md" | filelib:wildcard("proofs/*/README.md", in_project(""))].
+
+%% What the table of proofs says of CI is what CI runs, both here and on GitHub.
+each_proof_runs_in_ci_test_() ->
+    {ok, Table} = file:read_file(in_project("proofs/README.md")),
+    {ok, Ci} = file:read_file(in_project(".ci/run")),
+    {ok, Nightly} = file:read_file(in_project(".github/workflows/proofs.yml")),
+    Rows = matches("^\\| .* \\| `make ([a-z-]+)` \\| .* \\| (?:`(.*)`|whole) \\|$", Table),
+    [
+        {binary_to_list(Proof), fun() ->
+            ?assert(mentions(Ci, lists:join(" ", Form ++ ["make", Proof]))),
+            Job = [["form: \"", Word, "\""] || Word <- Form],
+            ?assert(mentions(Nightly, ["{proof: ", lists:join(", ", [Proof | Job]), "}"]))
+        end}
+     || [Proof | Form] <- Rows
+    ].
+
 %% To files of the project, pictures too, and to headings.
 links_test_() ->
     [
         {lists:concat([Page, ": ", Target]), ?_assert(is_there(Page, Target))}
-     || Page <- ["README.md", "CONTRIBUTING.md" | pages()],
+     || Page <- ["README.md", "CONTRIBUTING.md" | pages() ++ proofs()],
         Link <- targets(Page),
         Target <- [binary_to_list(Link)],
         not lists:prefix("http", Target)
@@ -328,9 +348,6 @@ fenced(Page, Language) ->
         unicode:characters_to_list(Block)
      || [_Indent, Block] <- matches("^( *)```" ++ Language ++ "\n((?:.*\n)*?)\\1```$", Text)
     ].
-
-in_project(Path) ->
-    filename:join(filename:dirname(filename:dirname(source(erllama_cache_writer))), Path).
 
 matches(Pattern, Text) ->
     case re:run(Text, Pattern, [global, multiline, unicode, {capture, all_but_first, binary}]) of

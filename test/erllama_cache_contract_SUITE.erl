@@ -1,6 +1,6 @@
 %% The writer as the application erllama knows it: its exports, what it asks of the host's modules
 %% and in which order, and what is left behind by all that can go wrong. The host's modules are
-%% stand-ins, see erllama_standin.
+%% fakes, see erllama_fake.
 -module(erllama_cache_contract_SUITE).
 -behaviour(supervisor).
 
@@ -141,7 +141,7 @@ end_per_suite(Config) ->
 
 init_per_testcase(Case, Config) ->
     Root = fresh_dir(Case, Config),
-    ok = erllama_standin:start(?TIER, Root),
+    ok = erllama_fake:start(?TIER, Root),
     start_writer(?LIMIT),
     eventually(fun() -> ?WRITER:current() =:= 0 end),
     [{root, Root} | Config].
@@ -152,7 +152,7 @@ end_per_testcase(_Case, Config) ->
     Root = ?config(root, Config),
     stop_writer(),
     Verdict = the_host_takes(lists:sort(filelib:wildcard(Root ++ "/**/*.kvc"))),
-    ok = erllama_standin:stop(),
+    ok = erllama_fake:stop(),
     unmount(Root),
     Verdict.
 
@@ -226,7 +226,7 @@ without_a_writer_calls_exit(_Config) ->
     ?assertExit({noproc, _}, ?WRITER:acquire(0)),
     ?assertExit({noproc, _}, ?WRITER:acquire(infinity)),
     ?assertExit({noproc, _}, ?WRITER:save(?TIER, disk, meta(), ?PAYLOAD)),
-    ?assertEqual([], erllama_standin:calls()),
+    ?assertEqual([], erllama_fake:calls()),
     ?assertEqual(ok, ?WRITER:release()).
 
 calls_exit_noproc() ->
@@ -247,7 +247,7 @@ stop_sends_waiters_away(_Config) ->
     eventually(fun() -> length(?WRITER:waiters()) =:= 4 end),
     ok = gen_server:stop(?WRITER),
     [?assertExit({noproc, _}, answer(Actor, Ref)) || {Actor, Ref} <- [{Saver, Saving} | Waiting]],
-    ?assertEqual([], erllama_standin:calls()),
+    ?assertEqual([], erllama_fake:calls()),
     ?assertEqual(ok, ?WRITER:release()).
 
 slots_survive_a_stop(_Config) ->
@@ -505,7 +505,7 @@ bad_arguments_match_no_clause(_Config) ->
     [NoClause(save, [?TIER, disk, meta(), Bad, 0]) || Bad <- ["text", <<1:7>>, undefined, [<<>>]]],
     %% With the timeout left out it is the same.
     ?assertError(function_clause, ?WRITER:save(?TIER, ram, meta(), ?PAYLOAD)),
-    ?assertEqual([], erllama_standin:calls()),
+    ?assertEqual([], erllama_fake:calls()),
     ?assertEqual({0, ?LIMIT}, {?WRITER:current(), ?WRITER:max_concurrent()}).
 
 %%% Saving
@@ -517,7 +517,7 @@ save_calls_the_host_in_order(Config) ->
     Look = fun(Name) ->
         {before, fun(_Args) -> Self ! {Name, ?WRITER:current(), files(Root), open_files(Root)} end}
     end,
-    [ok = erllama_standin:script(Name, [Look(Name)]) || Name <- host_calls()],
+    [ok = erllama_fake:script(Name, [Look(Name)]) || Name <- host_calls()],
     {ok, Key} = ?WRITER:save(?TIER, disk, meta(), Payload),
     ?assertEqual(0, ?WRITER:current()),
 
@@ -531,7 +531,7 @@ save_calls_the_host_in_order(Config) ->
     ?assertEqual(Payload, payload(File)),
 
     %% Every call comes from here, and the key is known before anything is reserved.
-    ?assertEqual([Self], lists:usort([Caller || {_, _, Caller} <- erllama_standin:calls()])),
+    ?assertEqual([Self], lists:usort([Caller || {_, _, Caller} <- erllama_fake:calls()])),
     {AboutTheKey, Others} = lists:splitwith(
         fun(Name) -> lists:member(Name, [make, quant_byte, encode_tokens]) end, calls()
     ),
@@ -572,7 +572,7 @@ save_waits_for_a_slot(_Config) ->
     Actor = actor(),
     Saving = tell(Actor, fun() -> save() end),
     eventually(fun() -> waiting() =:= [Actor] end),
-    ?assertEqual([], erllama_standin:calls()),
+    ?assertEqual([], erllama_fake:calls()),
     ok = ?WRITER:release(),
     ?assertMatch({ok, _}, answer(Actor, Saving)),
     ?assertEqual(0, ?WRITER:current()).
@@ -588,7 +588,7 @@ save_without_a_slot_does_nothing(Config) ->
         )
      || Ms <- [0, 10]
     ],
-    ?assertEqual([], erllama_standin:calls()),
+    ?assertEqual([], erllama_fake:calls()),
     ?assertEqual(#{}, erllama_cache_counters:all()),
     ok = ?WRITER:release(),
     assert_nothing_left(Config).
@@ -613,7 +613,7 @@ save_counts_its_reason(_Config) ->
 
 save_of_a_stored_key(Config) ->
     {ok, Key} = save(),
-    ok = erllama_standin:forget_calls(),
+    ok = erllama_fake:forget_calls(),
     ok = erllama_cache_counters:reset(),
     ?assertEqual({error, already_present}, save(meta(), <<"another">>)),
     ?assertEqual(#{?DUPLICATE_DROPPED => 1}, erllama_cache_counters:all()),
@@ -626,7 +626,7 @@ save_of_a_reserved_key(Config) ->
     ok = file:delete(file_of(?config(root, Config), Key)),
     Actor = actor(),
     {ok, Token} = ask(Actor, fun() -> ?META_SRV:reserve_save(Key, disk, self()) end),
-    ok = erllama_standin:forget_calls(),
+    ok = erllama_fake:forget_calls(),
     ok = erllama_cache_counters:reset(),
     ?assertEqual({error, conflict}, save()),
     ?assertEqual([reserve_save], calls_after_the_key()),
@@ -742,7 +742,7 @@ tier_server_is_not_there(Config) ->
 
 %% It is reading what others load. The call's 5 s are over at once here.
 tier_server_is_busy(Config) ->
-    ok = erllama_standin:script(dir, [
+    ok = erllama_fake:script(dir, [
         {instead, fun([TierSrv]) -> gen_server:call(TierSrv, dir, 0) end}
     ]),
     ok = sys:suspend(?TIER),
@@ -770,7 +770,7 @@ root_is_a_file(Config) ->
 root_takes_no_files(Config) ->
     case filelib:is_dir("/proc/self/fd") of
         true ->
-            ok = erllama_standin:script(dir, [{return, "/proc"}]),
+            ok = erllama_fake:script(dir, [{return, "/proc"}]),
             ?assertMatch({error, Reason} when is_atom(Reason), save()),
             ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
             assert_nothing_left(Config);
@@ -806,13 +806,13 @@ descriptors_run_out(Config) ->
     ?assertEqual([Name], files(Root)).
 
 save_without_descriptors(Root) ->
-    ok = erllama_standin:start(?TIER, Root),
+    ok = erllama_fake:start(?TIER, Root),
     _ = start_writer(1),
     %% Whatever a first save loads or opens for good is there afterwards.
     {ok, First} = save(meta([1])),
     ok = file:delete(file_of(Root, First)),
     Descriptors = use_up_descriptors([]),
-    ok = erllama_standin:forget_calls(),
+    ok = erllama_fake:forget_calls(),
     ?assertEqual({error, emfile}, save()),
     ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
     ?assertEqual({0, []}, {?WRITER:current(), ?META_SRV:reserved()}),
@@ -832,8 +832,8 @@ use_up_descriptors(Sofar) ->
 
 root_vanishes_before_publishing(Config) ->
     Root = fresh_dir("vanishing", Config),
-    ok = erllama_standin:script(dir, [{return, Root}]),
-    ok = erllama_standin:script(check_reservation, [
+    ok = erllama_fake:script(dir, [{return, Root}]),
+    ok = erllama_fake:script(check_reservation, [
         {before, fun(_) -> ok = file:del_dir(Root) end}
     ]),
     ?assertEqual({error, enoent}, save()),
@@ -847,7 +847,7 @@ root_vanishes_before_publishing(Config) ->
 reservation_expires_while_writing(Config) ->
     Self = self(),
     Other = actor(),
-    ok = erllama_standin:script(check_reservation, [
+    ok = erllama_fake:script(check_reservation, [
         {before, fun([Key, _Token]) ->
             ok = ?META_SRV:expire(Key),
             {ok, _} = ask(Other, fun() -> ?META_SRV:reserve_save(Key, disk, self()) end),
@@ -875,7 +875,7 @@ reservation_expires_before_announce_saved(Config) ->
 
 %% The file stays, for the host to find it, but it is no success.
 expires_after_publishing(Call, Calls, Config) ->
-    ok = erllama_standin:script(Call, [{before, fun([Key | _]) -> ok = ?META_SRV:expire(Key) end}]),
+    ok = erllama_fake:script(Call, [{before, fun([Key | _]) -> ok = ?META_SRV:expire(Key) end}]),
     ?assertEqual({error, expired}, save()),
     ?assertEqual([reserve_save, dir, check_reservation | Calls], calls_after_the_key()),
     ?assertEqual(#{}, erllama_cache_counters:all()),
@@ -896,8 +896,8 @@ host_raises(Config) ->
 raises(Call, Class, Config) ->
     Root = ?config(root, Config),
     Reason = {raised_by, Call},
-    ok = erllama_standin:forget_calls(),
-    ok = erllama_standin:script(Call, [{raise, Class, Reason}]),
+    ok = erllama_fake:forget_calls(),
+    ok = erllama_fake:script(Call, [{raise, Class, Reason}]),
     %% Only a save that fails cancels anything.
     [ok = script_failure() || Call =:= cancel_reservation],
     Actor = untidy_actor(),
@@ -924,7 +924,7 @@ raises(Call, Class, Config) ->
 second_saver_meets_a_conflict(Config) ->
     Second = actor(),
     Self = self(),
-    ok = erllama_standin:script(check_reservation, [
+    ok = erllama_fake:script(check_reservation, [
         {before, fun(_Args) -> Self ! {second, ask(Second, fun() -> save() end)} end}
     ]),
     {ok, Key} = save(),
@@ -937,7 +937,7 @@ second_saver_meets_a_conflict(Config) ->
 key_of_a_dead_saver_is_free_at_once(Config) ->
     Self = self(),
     Block = {before, fun(_Args) -> Self ! blocked, receive never -> ok end end},
-    ok = erllama_standin:script(check_reservation, [Block]),
+    ok = erllama_fake:script(check_reservation, [Block]),
     First = actor(),
     _ = tell(First, fun() -> save(meta(), <<"the dead one's">>) end),
     receive blocked -> ok end,
@@ -977,7 +977,7 @@ save_in_many_slices(Root, Bytes) ->
     {Key, Checking} = late_questions(<<0:(100000 * 8)>>),
     %% It would take the oracle minutes.
     ?assertMatch({ok, #{size := Size}, _} when Size > Bytes,
-                 erllama_standin_kvc:look(file_of(Root, Key))),
+                 erllama_fake_kvc:look(file_of(Root, Key))),
     ok = file:delete(file_of(Root, Key)),
     ok = ?META_SRV:forget(Key),
     %% Each asks once more, before it publishes.
@@ -989,9 +989,9 @@ save_in_many_slices(Root, Bytes) ->
 
 %% How often a save asks when each question comes late, but in time.
 late_questions(Payload) ->
-    ok = erllama_standin:forget_calls(),
+    ok = erllama_fake:forget_calls(),
     Late = {before, fun(_Args) -> ok = ?META_SRV:advance(?LEASE - 20000) end},
-    ok = erllama_standin:script(check_reservation, lists:duplicate(1000, Late)),
+    ok = erllama_fake:script(check_reservation, lists:duplicate(1000, Late)),
     {ok, Key} = save(meta(), Payload),
     {Key, length(args(check_reservation))}.
 
@@ -1085,7 +1085,7 @@ on_a_fresh_node(Root, Ms) ->
     ]),
     {module, Module} = code:load_binary(Module, "as for this test", Beam),
     Ms = Module:renew_every(),
-    ok = erllama_standin:start(?TIER, Root),
+    ok = erllama_fake:start(?TIER, Root),
     _ = start_writer(?LIMIT),
     ok.
 
@@ -1120,14 +1120,14 @@ regranted_before_announcing(Config) ->
 %% What two savers of one key are told, the second of whom is granted it when the first makes this
 %% call.
 regranted_at(Call, Payload) ->
-    ok = erllama_standin:forget_calls(),
+    ok = erllama_fake:forget_calls(),
     Self = self(),
     Second = actor(),
     TakeOver = fun([Key | _]) ->
         ok = ?META_SRV:expire(Key),
         Self ! {theirs, Key, ask(Second, fun() -> save(meta(), <<"theirs">>) end)}
     end,
-    ok = erllama_standin:script(Call, [{before, TakeOver}]),
+    ok = erllama_fake:script(Call, [{before, TakeOver}]),
     Mine = save(meta(), Payload),
     receive
         {theirs, Key, Theirs} -> {Mine, Theirs, Key}
@@ -1146,7 +1146,7 @@ regranted_is_over(Key, Config) ->
 %% It asks for the key while that is being saved, and finds the file when it is answered.
 turn_that_follows_waits_for_the_announcement(_Config) ->
     {Follower, Following} = follows_a_save(100000),
-    [ok = erllama_standin:script(Call, [
+    [ok = erllama_fake:script(Call, [
         {before, fun([Key | _]) -> [Key] = ?META_SRV:waiting() end}
     ]) || Call <- [check_reservation, mark_published, announce_saved]],
     {ok, Key} = save(),
@@ -1155,7 +1155,7 @@ turn_that_follows_waits_for_the_announcement(_Config) ->
 %% It sits out its time.
 failure_answers_nobody_who_waits(Config) ->
     {Follower, Following} = follows_a_save(500),
-    ok = erllama_standin:script(check_reservation, [
+    ok = erllama_fake:script(check_reservation, [
         {before, fun([Key | _]) -> ok = ?META_SRV:expire(Key) end}
     ]),
     ?assertEqual({error, expired}, save()),
@@ -1170,7 +1170,7 @@ follows_a_save(Timeout) ->
             {reserved, Key} -> {?META_SRV:await(Key, Timeout), ?DISK_SRV:load(?TIER, Key)}
         end
     end),
-    ok = erllama_standin:script(dir, [
+    ok = erllama_fake:script(dir, [
         {before, fun(_Args) ->
             [{Key, _Token}] = ?META_SRV:reserved(),
             Follower ! {reserved, Key},
@@ -1211,7 +1211,7 @@ name_taken_while_writing(Config) ->
     [
         begin
             ok = file:delete(Path),
-            ok = erllama_standin:script(check_reservation, [
+            ok = erllama_fake:script(check_reservation, [
                 {before, fun(_) -> ok = file:write_file(Path, Content) end}
             ]),
             ?assertEqual({ok, Key}, save(meta(), <<"ours">>)),
@@ -1402,11 +1402,11 @@ extreme() ->
 
 %% The host's parser takes no such file: saved, it would be deleted, and its key never load.
 quant_type_of_no_table(Config) ->
-    ok = erllama_standin:forget_calls(),
+    ok = erllama_fake:forget_calls(),
     Meta = (meta())#{quant_type := mxfp4},
     ?assertEqual({error, {unknown_quant_byte, 255}}, save(Meta)),
     ?assertEqual([], files(?config(root, Config))),
-    ?assertNot(lists:keymember(reserve_save, 1, erllama_standin:calls())),
+    ?assertNot(lists:keymember(reserve_save, 1, erllama_fake:calls())),
     ?assertEqual(#{}, erllama_cache_counters:all()),
     ?assertEqual(0, ?WRITER:current()).
 
@@ -1447,7 +1447,7 @@ root_as_string_and_binary(Config) ->
     Root = ?config(root, Config),
     [
         begin
-            ok = erllama_standin:script(dir, [{return, Given}]),
+            ok = erllama_fake:script(dir, [{return, Given}]),
             {ok, Key} = save(meta([N])),
             [_, _, Path] = lists:last(args(mark_published)),
             ?assertEqual(file_of(Given, Key), Path),
@@ -1495,7 +1495,7 @@ save_beyond_ascii(Base) ->
 save_in(Root) ->
     %% What the node cannot name it cannot create either, and it does not have to.
     Made = try file:make_dir(Root) catch error:badarg -> badarg end,
-    ok = erllama_standin:start(?TIER, Root),
+    ok = erllama_fake:start(?TIER, Root),
     Result = save(),
     ?assertEqual({0, []}, {?WRITER:current(), ?META_SRV:reserved()}),
     Outcome =
@@ -1512,7 +1512,7 @@ save_in(Root) ->
                 ?assertEqual(cancel_reservation, lists:last(calls())),
                 Result
         end,
-    ok = erllama_standin:stop(),
+    ok = erllama_fake:stop(),
     Outcome.
 
 %%% Owners that die
@@ -1523,7 +1523,7 @@ owner_dies_in_a_call_to_the_host(Config) ->
     Block = {before, fun(_Args) -> Self ! {blocked, self()}, receive never -> ok end end},
     [
         begin
-            ok = erllama_standin:script(Call, [Block]),
+            ok = erllama_fake:script(Call, [Block]),
             %% Only a save that fails cancels anything.
             [ok = script_failure() || Call =:= cancel_reservation],
             Owner = actor(),
@@ -1554,7 +1554,7 @@ owner_dies_in_a_long_write(Config) ->
     case filelib:is_dir("/proc/self/fd") of
         true ->
             Root = ?config(root, Config),
-            ok = erllama_standin:script(check_reservation, [
+            ok = erllama_fake:script(check_reservation, [
                 {before, fun(_Args) -> receive never -> ok end end}
             ]),
             Payload = binary:copy(<<"payload.">>, 8 * 1024 * 1024),
@@ -1566,7 +1566,7 @@ owner_dies_in_a_long_write(Config) ->
             eventually(fun() -> open_files(Root) =:= [] end),
             eventually(fun() -> ?META_SRV:reserved() =:= [] end),
             ?assertEqual([], files(Root)),
-            ok = erllama_standin:script(check_reservation, []),
+            ok = erllama_fake:script(check_reservation, []),
             ?assertMatch({ok, _}, save());
         false ->
             {skip, "no /proc, in which a file without a name could be seen"}
@@ -1633,7 +1633,7 @@ untidy_actor() ->
 saved_and_forgotten(Config) ->
     {ok, Key} = save(),
     ok = ?META_SRV:forget(Key),
-    ok = erllama_standin:forget_calls(),
+    ok = erllama_fake:forget_calls(),
     {Key, file_of(?config(root, Config), Key)}.
 
 %% A small save, written and published at one go, checks its reservation before that.
@@ -1641,8 +1641,8 @@ calls_but_the_check() ->
     lists:delete(check_reservation, calls_after_the_key()).
 
 fails_and_is_undone(Error, Root, Payload, Config) ->
-    ok = erllama_standin:forget_calls(),
-    ok = erllama_standin:script(dir, [{return, Root}]),
+    ok = erllama_fake:forget_calls(),
+    ok = erllama_fake:script(dir, [{return, Root}]),
     ?assertEqual(Error, save(meta(), Payload)),
     ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
     [[Key, Token]] = args(cancel_reservation),
@@ -1674,7 +1674,7 @@ assert_only(Path, Config) ->
 
 %% Makes the next save fail and cancel its reservation.
 script_failure() ->
-    erllama_standin:script(dir, [{return, "/nowhere/at/all"}]).
+    erllama_fake:script(dir, [{return, "/nowhere/at/all"}]).
 
 %% What a save that succeeds calls.
 host_calls() ->
@@ -1682,13 +1682,13 @@ host_calls() ->
      announce_saved, incr].
 
 calls() ->
-    [Name || {Name, _Args, _Caller} <- erllama_standin:calls()].
+    [Name || {Name, _Args, _Caller} <- erllama_fake:calls()].
 
 calls_after_the_key() ->
     [Name || Name <- calls(), not lists:member(Name, [make, quant_byte, encode_tokens])].
 
 args(Name) ->
-    [Args || {Called, Args, _Caller} <- erllama_standin:calls(), Called =:= Name].
+    [Args || {Called, Args, _Caller} <- erllama_fake:calls(), Called =:= Name].
 
 token(Name) ->
     [[_Key, Token | _]] = args(Name),
@@ -1722,7 +1722,7 @@ the_host_takes([]) ->
     ok;
 the_host_takes(Files) ->
     Refused = [
-        {File, Reason} || File <- Files, {error, Reason} <- [erllama_standin_kvc:read(File)]
+        {File, Reason} || File <- Files, {error, Reason} <- [erllama_fake_kvc:read(File)]
     ],
     case {Refused, oracle(["check", "--host" | Files])} of
         {[], {0, _}} -> ok;

@@ -255,7 +255,7 @@ save(Tier, N) ->
 
 start_with_erllama(Config) ->
     Dirs = ?config(dirs, Config),
-    ok = erllama_standin:start(?TIER),
+    ok = erllama_fake:start(?TIER),
     Root = proplists:get_value(?TIER, Dirs),
     ok = application:load({application, ?HOSTS, [
         {vsn, "0.5.1"}, {modules, []}, {registered, []}, {applications, [kernel, stdlib]},
@@ -281,7 +281,7 @@ stop_all() ->
         end
      || Application <- [?HOSTS, ?OURS]
     ],
-    [erllama_standin:stop() || whereis(erllama_standin) =/= undefined],
+    [erllama_fake:stop() || whereis(erllama_fake) =/= undefined],
     ok.
 
 %% As erllama has it: the servers of the cache below a supervisor of their own, in this order; and

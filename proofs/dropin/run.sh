@@ -1,7 +1,7 @@
 #!/bin/sh
 # Proves that docs/erllama.md puts this project into erllama and takes it out again, step by step, on
 # a project that stands in for erllama: its name, its supervisor's child, and for its modules those
-# of test/standin. The dependency is a git one, as there, on a repository made of what is here now;
+# of test/fakes. The dependency is a git one, as there, on a repository made of what is here now;
 # the two lines that are added are taken from the page.
 #
 #   before   the project has an erllama_cache_writer of its own
@@ -31,7 +31,7 @@ commit() { # DIRECTORY
 
 # The project that stands in for erllama.
 mkdir -p "$toy/src" "$root"
-cp "$here"/test/standin/*.erl "$toy/src/"
+cp "$here"/test/fakes/*.erl "$toy/src/"
 cat >"$toy/src/erllama.app.src" <<'END'
 {application, erllama, [
     {description, "Stands in for erllama"},
@@ -52,11 +52,11 @@ cat >"$toy/src/erllama_app.erl" <<'END'
 -export([start/2, stop/1, init/1]).
 
 start(_Type, _Args) ->
-    ok = erllama_standin:start(tier, os:getenv("TOY_ROOT")),
+    ok = erllama_fake:start(tier, os:getenv("TOY_ROOT")),
     supervisor:start_link({local, erllama_sup}, ?MODULE, []).
 
 stop(_State) ->
-    erllama_standin:stop().
+    erllama_fake:stop().
 
 init([]) ->
     Writer = #{

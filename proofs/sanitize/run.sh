@@ -89,7 +89,7 @@ lay_out() {
     cp -R "$here/test/." "$lib/test"
     erlc +debug_info -o "$lib/ebin" "$here"/src/*.erl
     erlc +debug_info +nowarn_export_all -I "$here/src" -pa "$lib/ebin" -o "$lib/test" \
-        "$here"/test/standin/*.erl "$here"/test/*.erl
+        "$here"/test/fakes/*.erl "$here"/test/*.erl
 }
 
 # What runs the tests inside a VM, and ends with a status. Time has another pace there.

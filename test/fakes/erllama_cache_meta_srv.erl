@@ -1,4 +1,4 @@
-%% Stands in for the host's server of reservations.
+%% A fake of the host's server of reservations.
 %%
 %% A reservation has a lease of a minute, which check, mark and announce renew. While it stands, the
 %% key is in conflict with everybody else; when it has run out, its token is refused, and the key is
@@ -69,7 +69,7 @@ cancel_reservation(Key, Token) when ?IS_KEY(Key), is_reference(Token) ->
     call(cancel_reservation, [Key, Token]).
 
 call(Name, Args) ->
-    erllama_standin:call(Name, Args, fun() ->
+    erllama_fake:call(Name, Args, fun() ->
         case gen_server:call(?MODULE, list_to_tuple([Name | Args])) of
             {breaks_the_contract, _} = Reason -> error(Reason);
             Answer -> Answer
@@ -84,7 +84,7 @@ start() ->
 
 -spec start_link() -> {ok, pid()} | {error, term()}.
 start_link() ->
-    erllama_standin:start_link(?MODULE, ?MODULE, []).
+    erllama_fake:start_link(?MODULE, ?MODULE, []).
 
 %% Asks for a key as a turn does that follows: while it is being saved, for so many milliseconds.
 -spec await(<<_:256>>, non_neg_integer()) -> stored | miss.
@@ -148,7 +148,7 @@ handle_call({check_reservation, Key, Token}, _From, State) ->
 handle_call({mark_published, Key, Token, Path}, _From, State) ->
     case find(Key, Token, State) of
         {ok, Reservation} ->
-            case erllama_standin_kvc:look(Path) of
+            case erllama_fake_kvc:look(Path) of
                 {ok, #{key := Key}, _Payload} ->
                     {reply, ok, renew(Key, Reservation#reservation{path = Path}, State)};
                 {ok, #{key := Another}, _Payload} ->
@@ -164,7 +164,7 @@ handle_call({announce_saved, Key, Token, Size, Header, Tokens}, _From, State) ->
         {ok, #reservation{path = undefined}} ->
             breaks(announced_before_marked, State);
         {ok, #reservation{path = Path}} ->
-            case erllama_standin_kvc:look(Path) of
+            case erllama_fake_kvc:look(Path) of
                 {ok, #{size := Size, header := Header, tokens := Tokens}, _Payload} ->
                     {reply, ok, answer(Key, store(Key, drop(Key, State)))};
                 {ok, Info, _Payload} ->
@@ -264,7 +264,7 @@ without_the_dead(Key, #state{reservations = Reservations} = State) ->
 holder_died(Key, #state{reservations = Reservations} = State) ->
     #{Key := #reservation{path = Path}} = Reservations,
     Dropped = drop(Key, State),
-    case Path =/= undefined andalso erllama_standin_kvc:read(Path) of
+    case Path =/= undefined andalso erllama_fake_kvc:read(Path) of
         false ->
             Dropped;
         {ok, #{key := Key}, _Payload} ->

@@ -1,4 +1,4 @@
-%% Stands in for the host's module of this name: SHA-256 over fingerprint, quant byte, hash of the
+%% A fake of the host's module of this name: SHA-256 over fingerprint, quant byte, hash of the
 %% context's parameters, and tokens. It shares no code with the NIF.
 -module(erllama_cache_key).
 
@@ -14,7 +14,7 @@ make(#{fingerprint := <<_:256>> = Fingerprint, quant_type := QuantType,
        ctx_params_hash := <<_:256>> = CtxParamsHash, tokens := Tokens} = Parts)
     when is_atom(QuantType), is_list(Tokens)
 ->
-    erllama_standin:call(make, [Parts], fun() ->
+    erllama_fake:call(make, [Parts], fun() ->
         key(Fingerprint, QuantType, CtxParamsHash, encode(Tokens))
     end).
 
@@ -22,17 +22,17 @@ make(#{fingerprint := <<_:256>> = Fingerprint, quant_type := QuantType,
 make(<<_:256>> = Fingerprint, QuantType, <<_:256>> = CtxParamsHash, Tokens)
     when is_atom(QuantType), is_binary(Tokens)
 ->
-    erllama_standin:call(make, [Fingerprint, QuantType, CtxParamsHash, Tokens], fun() ->
+    erllama_fake:call(make, [Fingerprint, QuantType, CtxParamsHash, Tokens], fun() ->
         key(Fingerprint, QuantType, CtxParamsHash, Tokens)
     end).
 
 -spec quant_byte(atom()) -> byte().
 quant_byte(QuantType) when is_atom(QuantType) ->
-    erllama_standin:call(quant_byte, [QuantType], fun() -> byte(QuantType) end).
+    erllama_fake:call(quant_byte, [QuantType], fun() -> byte(QuantType) end).
 
 -spec encode_tokens([non_neg_integer()]) -> binary().
 encode_tokens(Tokens) ->
-    erllama_standin:call(encode_tokens, [Tokens], fun() -> encode(Tokens) end).
+    erllama_fake:call(encode_tokens, [Tokens], fun() -> encode(Tokens) end).
 
 %%% For tests. None of these is logged.
 

@@ -1,4 +1,4 @@
-%% Stands in for the host's tier servers: one is registered under its tier's name and knows its
+%% A fake of the host's tier servers: one is registered under its tier's name and knows its
 %% root. When it starts, it deletes from that what is no file of the host's; so does a load.
 -module(erllama_cache_disk_srv).
 -behaviour(gen_server).
@@ -11,7 +11,7 @@
 
 -spec dir(atom()) -> file:name_all().
 dir(TierSrv) ->
-    erllama_standin:call(dir, [TierSrv], fun() -> gen_server:call(TierSrv, dir) end).
+    erllama_fake:call(dir, [TierSrv], fun() -> gen_server:call(TierSrv, dir) end).
 
 %%% For tests. None of these is logged.
 
@@ -21,11 +21,11 @@ start(TierSrv, Root) ->
 
 -spec start_link(atom(), file:name_all()) -> {ok, pid()} | {error, term()}.
 start_link(TierSrv, Root) ->
-    erllama_standin:start_link(TierSrv, ?MODULE, Root).
+    erllama_fake:start_link(TierSrv, ?MODULE, Root).
 
 %% Loads a key as the host does, in the server.
 -spec load(atom(), <<_:256>>) ->
-    {ok, erllama_standin_kvc:info(), binary()} | miss | {error, erllama_standin_kvc:reason()}.
+    {ok, erllama_fake_kvc:info(), binary()} | miss | {error, erllama_fake_kvc:reason()}.
 load(TierSrv, Key) ->
     gen_server:call(TierSrv, {load, Key}, infinity).
 
@@ -44,7 +44,7 @@ handle_call(dir, _From, Root) ->
 handle_call({load, Key}, _From, Root) ->
     Name = <<(string:lowercase(binary:encode_hex(Key)))/binary, ".kvc">>,
     Path = filename:join(Root, Name),
-    case erllama_standin_kvc:read(Path) of
+    case erllama_fake_kvc:read(Path) of
         {ok, _, _} = Loaded ->
             {reply, Loaded, Root};
         {error, enoent} ->
@@ -63,7 +63,7 @@ sweep(Path) ->
         ".tmp" ->
             file:delete(Path);
         ".kvc" ->
-            case erllama_standin_kvc:read(Path) of
+            case erllama_fake_kvc:read(Path) of
                 {ok, _, _} -> ok;
                 {error, _} -> file:delete(Path)
             end;

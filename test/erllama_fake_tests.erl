@@ -1,6 +1,6 @@
-%% The stand-ins for erllama's modules are as strict as those: what they let pass, a test of the
+%% The fakes of erllama's modules are as strict as those: what they let pass, a test of the
 %% writer would let pass.
--module(erllama_cache_standin_tests).
+-module(erllama_fake_tests).
 
 -include_lib("eunit/include/eunit.hrl").
 
@@ -10,11 +10,11 @@
 
 -define(META, erllama_cache_meta_srv).
 -define(DISK, erllama_cache_disk_srv).
--define(TIER, standin_tier).
+-define(TIER, fake_tier).
 -define(LEASE, 60000).
 -define(KEY, <<7:256>>).
 
-standin_test_() ->
+fake_test_() ->
     {foreach, fun setup/0, fun teardown/1, [
         {with, [Test]}
      || Test <- [
@@ -39,11 +39,11 @@ setup() ->
     {ok, _} = application:ensure_all_started(crypto),
     {0, Made} = run_command("mktemp", ["-d"]),
     Root = string:trim(Made),
-    ok = erllama_standin:start(?TIER, Root),
+    ok = erllama_fake:start(?TIER, Root),
     Root.
 
 teardown(Root) ->
-    ok = erllama_standin:stop(),
+    ok = erllama_fake:stop(),
     ok = file:del_dir_r(Root).
 
 %%% The metadata server
@@ -195,16 +195,16 @@ a_load_deletes_what_is_no_file(Root) ->
 the_parser_refuses_what_is_no_file(Root) ->
     {Path, #{tags := Tags}} = vector(Root),
     {ok, File} = file:read_file(Path),
-    ?assertMatch({ok, _, _}, erllama_standin_kvc:parse(File)),
+    ?assertMatch({ok, _, _}, erllama_fake_kvc:parse(File)),
     Renamed = filename:join(Root, lists:duplicate(64, $0) ++ ".kvc"),
     {ok, _} = file:copy(Path, Renamed),
-    ?assertEqual({error, name_is_not_the_key}, erllama_standin_kvc:read(Renamed)),
+    ?assertEqual({error, name_is_not_the_key}, erllama_fake_kvc:read(Renamed)),
     ok = file:delete(Renamed),
     <<QuantByte>> = maps:get(16#03, Tags),
     QuantTag = <<16#03, 1:32/little, QuantByte>>,
     {QuantAt, 6} = binary:match(File, QuantTag),
     [
-        ?assertEqual({What, {error, Reason}}, {What, erllama_standin_kvc:parse(Bad)})
+        ?assertEqual({What, {error, Reason}}, {What, erllama_fake_kvc:parse(Bad)})
      || {What, Reason, Bad} <- [
             {magic, no_magic, at(0, <<"KVD">>, File)},
             {version, {unknown_version, 2}, at(3, <<2>>, File)},
@@ -230,7 +230,7 @@ at(Position, New, Binary) ->
 %% A file of another implementation's, under its name in the root.
 vector(Root) ->
     {ok, File} = file:read_file(filename:join(vectors(), "02.kvc")),
-    {ok, #{key := Key} = Info, _Payload} = erllama_standin_kvc:parse(File),
+    {ok, #{key := Key} = Info, _Payload} = erllama_fake_kvc:parse(File),
     Path = file_of(Root, Key),
     ok = file:write_file(Path, File),
     {Path, Info}.

@@ -1,4 +1,4 @@
-%% Stands in for the host's counters. A writer has six of them, and no business with any other.
+%% A fake of the host's counters. A writer has six of them, and no business with any other.
 -module(erllama_cache_counters).
 
 -export([incr/1]).
@@ -9,7 +9,7 @@
 
 -spec incr(pos_integer()) -> ok.
 incr(Slot) when is_integer(Slot), ?IS_A_WRITERS(Slot) ->
-    erllama_standin:call(incr, [Slot], fun() -> add(Slot) end).
+    erllama_fake:call(incr, [Slot], fun() -> add(Slot) end).
 
 %%% For tests. None of these is logged.
 

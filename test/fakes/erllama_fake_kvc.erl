@@ -1,6 +1,6 @@
 %% What the host makes of a file: its parser, as strict as the host's. It shares no code with the
 %% library, and is slow.
--module(erllama_standin_kvc).
+-module(erllama_fake_kvc).
 
 -export([read/1, look/1, parse/1]).
 -export_type([info/0, reason/0]).

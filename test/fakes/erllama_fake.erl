@@ -1,9 +1,9 @@
-%% What the stand-ins for the host application's modules share: a log of the calls that reach them,
+%% What the fakes of the host application's modules share: a log of the calls that reach them,
 %% and a script of what the next ones do.
 %%
 %% A call without a step in the script does what the host does. Everything runs in the calling
 %% process, as the host's own functions do: a step that blocks, blocks the caller.
--module(erllama_standin).
+-module(erllama_fake).
 -behaviour(gen_server).
 
 -export([start/1, start/2, stop/0]).
@@ -65,7 +65,7 @@ calls() ->
 forget_calls() ->
     gen_server:call(?MODULE, forget_calls).
 
-%% For the stand-ins: logs a call and answers it. `Host' does what the host does.
+%% For the fakes: logs a call and answers it. `Host' does what the host does.
 -spec call(name(), list(), fun(() -> Answer)) -> Answer.
 call(Name, Args, Host) ->
     case gen_server:call(?MODULE, {called, Name, Args}) of
@@ -76,7 +76,7 @@ call(Name, Args, Host) ->
         {instead, Fun} -> Fun(Args)
     end.
 
-%% For the stand-ins: starts a server below a supervisor. If that is new because the one before was
+%% For the fakes: starts a server below a supervisor. If that is new because the one before was
 %% killed, the server of before has its exit signal, but perhaps not yet handled it.
 -spec start_link(atom(), module(), term()) -> {ok, pid()} | {error, term()}.
 start_link(Name, Module, Arg) ->

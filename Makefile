@@ -98,7 +98,7 @@ loom: setup ## Check the models of semaphore and shared sync: every interleaving
 	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
 	  --test loom_semaphore --target-dir target/loom
 	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
-	  --lib --target-dir target/loom files::group::models
+	  --lib --target-dir target/loom files::sync_group::models
 
 # Against the configuration, which asks for libraries that can be loaded (native/.cargo/config.toml).
 musl: setup ## The tests of the core and of kvc, linked statically with musl, as on Alpine

@@ -37,9 +37,9 @@ each_link_leads_somewhere_test_() ->
 %% What a picture says in numbers is taken from the code by nobody but whoever draws it.
 the_picture_of_a_save_has_the_codes_numbers_test_() ->
     {ok, Picture} = file:read_file(in_project("docs/save.svg")),
-    Core = "native/erllama_cache_core/src/files/tmp.rs",
+    Core = "native/erllama_cache_core/src/files/write.rs",
     Numbers = [
-        {Core, "const PIECE: usize = ([0-9]+) \\* 1024;", "write ~ts KiB"},
+        {Core, "const WRITE_PIECE: usize = ([0-9]+) \\* 1024;", "write ~ts KiB"},
         {Core, "const WRITEBACK: u64 = ([0-9]+) \\* 1024 \\* 1024;", "after each ~ts MiB"},
         {"native/erllama_cache_nif/src/files.rs",
          "const SLICE: Duration = Duration::from_millis\\(([0-9]+)\\);", "of ~ts ms"}

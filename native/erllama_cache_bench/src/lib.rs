@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
+use erllama_cache_core::files::{READ_PIECE, SMALL_FILE, WRITE_PIECE, WRITEBACK};
 use rustler::{Atom, Binary, Env, OwnedBinary, Term};
 
 rustler::atoms! { ok }
@@ -29,10 +30,6 @@ fn path(bytes: &[u8]) -> std::path::PathBuf {
     Path::new(std::ffi::OsStr::from_bytes(bytes)).to_owned()
 }
 
-const SMALL: usize = 256 * 1024;
-const PIECE: usize = 512 * 1024;
-const WRITEBACK: usize = 2 * 1024 * 1024;
-
 fn save(root: &Path, name: &Path, prefix: &[u8], payload: &[u8]) -> io::Result<()> {
     let dir = File::open(root)?;
     let file = OpenOptions::new()
@@ -42,7 +39,7 @@ fn save(root: &Path, name: &Path, prefix: &[u8], payload: &[u8]) -> io::Result<(
         .custom_flags(libc::O_TMPFILE)
         .open(root)?;
     let fd = file.as_raw_fd();
-    if payload.len() <= SMALL {
+    if payload.len() as u64 <= SMALL_FILE {
         let parts = [io::IoSlice::new(prefix), io::IoSlice::new(payload)];
         // SAFETY: `IoSlice` is laid out as `iovec`, and both slices live through the call.
         let written = unsafe { libc::pwritev(fd, parts.as_ptr().cast(), 2, 0) };
@@ -55,10 +52,10 @@ fn save(root: &Path, name: &Path, prefix: &[u8], payload: &[u8]) -> io::Result<(
         unsafe { libc::fallocate(fd, 0, 0, len) };
         let mut begun = 0;
         let mut offset = prefix.len();
-        for piece in payload.chunks(PIECE) {
+        for piece in payload.chunks(WRITE_PIECE) {
             file.write_all_at(piece, offset as u64)?;
             offset += piece.len();
-            if offset - begun >= WRITEBACK {
+            if (offset - begun) as u64 >= WRITEBACK {
                 start_writeback(fd, begun, offset - begun);
                 begun = offset;
             }
@@ -98,7 +95,7 @@ fn floor_load<'a>(env: Env<'a>, file: Binary<'a>, offset: u64) -> Option<Binary<
     let len = file.metadata().ok()?.len().checked_sub(offset)?;
     let mut payload = OwnedBinary::new(usize::try_from(len).ok()?);
     let mut at = offset;
-    for piece in payload.as_mut_slice().chunks_mut(SMALL) {
+    for piece in payload.as_mut_slice().chunks_mut(READ_PIECE) {
         file.read_exact_at(piece, at).ok()?;
         at += piece.len() as u64;
     }

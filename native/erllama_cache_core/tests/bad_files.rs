@@ -192,7 +192,7 @@ impl Place {
         let Some(mut loader) = Loader::open(&self.open(), key, secret)? else {
             return Ok(None);
         };
-        complete(|| loader.vet(&Slice::unlimited()))?;
+        complete(|| loader.precheck(&Slice::unlimited()))?;
         let mut payload = vec![0; loader.payload_len() as usize];
         complete(|| loader.read(&mut payload, &Slice::unlimited()))?;
         let note = Use {
@@ -803,7 +803,7 @@ fn a_terabyte_of_holes_is_checked_before_memory_is_taken() {
         assert_eq!(loader.payload_len(), 1 << 40);
         let slice = Slice::of(Duration::ZERO);
         for _ in 0..3 {
-            assert_eq!(loader.vet(&slice).unwrap(), Progress::More);
+            assert_eq!(loader.precheck(&slice).unwrap(), Progress::More);
         }
         assert!(matches!(
             loader.read(&mut [], &slice),
@@ -851,7 +851,7 @@ fn holes_that_hold_their_checks_are_loaded() {
     let mut loader = Loader::open(&place.open(), &sample.key, None)
         .unwrap()
         .unwrap();
-    complete(|| loader.vet(&Slice::of(Duration::ZERO))).unwrap();
+    complete(|| loader.precheck(&Slice::of(Duration::ZERO))).unwrap();
     let mut payload = vec![1; len as usize];
     complete(|| loader.read(&mut payload, &Slice::of(Duration::ZERO))).unwrap();
     assert!(payload.iter().all(|byte| *byte == 0));

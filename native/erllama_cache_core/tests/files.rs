@@ -31,8 +31,8 @@ const FINGERPRINT: [u8; 32] = [1; 32];
 const CTX_PARAMS_HASH: [u8; 32] = [2; 32];
 const QUANT_BYTE: u8 = 1;
 
-/// Up to here a file is written in one call. Of a bigger one several pieces are.
-const SMALL: usize = 1024 * 1024;
+/// A payload of this size is written in more than one call.
+const MIB: usize = 1024 * 1024;
 
 /// More than any call works on between two looks at the clock.
 const SLICES: usize = 17 << 20;
@@ -210,16 +210,7 @@ fn flip_last_byte(path: &Path) {
 #[test]
 fn what_is_saved_is_loaded() {
     let dir = root();
-    let sizes = [
-        0,
-        1,
-        4096,
-        SMALL - 1,
-        SMALL,
-        SMALL + 1,
-        3 * SMALL / 2,
-        9 * SMALL + 7,
-    ];
+    let sizes = [0, 1, 4096, MIB - 1, MIB, MIB + 1, 3 * MIB / 2, 9 * MIB + 7];
     for (n, size) in (0..).zip(sizes) {
         let payload = payload(size);
         let published = save(dir.path(), n, &payload).unwrap();
@@ -253,7 +244,7 @@ fn what_is_not_there_is_none() {
 #[test]
 fn nothing_is_seen_before_it_is_published() {
     let dir = root();
-    let payload = payload(9 * SMALL);
+    let payload = payload(9 * MIB);
     let mut tmp = create(dir.path(), 1, &payload).unwrap();
     let mut slices = 0;
     while tmp.write(&payload, &slice()).unwrap() == Progress::More {
@@ -271,7 +262,7 @@ fn nothing_is_seen_before_it_is_published() {
 #[test]
 fn what_is_dropped_on_the_way_is_gone() {
     let dir = root();
-    let payload = payload(2 * SMALL);
+    let payload = payload(2 * MIB);
     for calls in 0.. {
         let mut tmp = create(dir.path(), 1, &payload).unwrap();
         let done = (0..calls).any(|_| tmp.write(&payload, &slice()).unwrap() == Progress::Done(()));
@@ -330,7 +321,7 @@ fn permissions_are_those_asked_for() {
 #[test]
 fn loads_and_checks_change_nothing() {
     let dir = root();
-    for (n, size) in (0..).zip([1, SMALL]) {
+    for (n, size) in (0..).zip([1, MIB]) {
         let payload = payload(size);
         save(dir.path(), n, &payload).unwrap();
         let file = || {
@@ -417,7 +408,7 @@ fn a_load_changes_nothing_in_the_file() {
     use std::os::unix::fs::MetadataExt;
 
     let dir = root();
-    save(dir.path(), 1, &payload(2 * SMALL)).unwrap();
+    save(dir.path(), 1, &payload(2 * MIB)).unwrap();
     let stat = || {
         let stat = fs::metadata(path(dir.path(), 1)).unwrap();
         (stat.mtime_nsec(), stat.ctime_nsec(), stat.ino())
@@ -438,7 +429,7 @@ fn a_long_prefix_is_written_as_any_other() {
     let secret = Secret::new([7; 32]);
     let text = payload(3 * BLOCK);
     for (len, digest) in [
-        (SMALL, DigestKind::None),
+        (MIB, DigestKind::None),
         (BLOCK - 300, DigestKind::Blake3),
         (BLOCK - 100, DigestKind::Blake3Keyed),
         (BLOCK, DigestKind::Blake3),
@@ -477,7 +468,7 @@ fn a_long_prefix_is_written_as_any_other() {
 #[test]
 fn a_valid_file_is_adopted() {
     let dir = root();
-    let first = payload(2 * SMALL);
+    let first = payload(2 * MIB);
     let length = save(dir.path(), 1, &first).unwrap().file_len;
     let published = save(dir.path(), 1, b"second").unwrap();
     assert_eq!(published.outcome, Outcome::Adopted);
@@ -540,7 +531,7 @@ fn an_invalid_file_is_replaced() {
         },
     ];
     for damage in damages {
-        save(dir.path(), 1, &payload(2 * SMALL)).unwrap();
+        save(dir.path(), 1, &payload(2 * MIB)).unwrap();
         damage(&path);
         assert!(matches!(load(dir.path(), 1), Err(Error::Corrupt(_))));
         let published = save(dir.path(), 1, b"new").unwrap();
@@ -724,7 +715,7 @@ fn a_file_that_shrinks_is_truncated() {
         .write(true)
         .open(path(dir.path(), 1))
         .unwrap();
-    file.set_len(SMALL as u64).unwrap();
+    file.set_len(MIB as u64).unwrap();
     let truncated = |error| matches!(error, Error::Corrupt(Corrupt::Truncated));
     assert!(truncated(
         complete(|| loader.read(&mut buf, &slice())).unwrap_err()
@@ -736,7 +727,7 @@ fn a_file_that_shrinks_is_truncated() {
 #[test]
 fn a_file_that_grows_is_what_it_was_and_then_too_long() {
     let dir = root();
-    let payload = payload(2 * SMALL);
+    let payload = payload(2 * MIB);
     save(dir.path(), 1, &payload).unwrap();
     let mut loader = Loader::open(&open(dir.path()), &key(1), None)
         .unwrap()
@@ -891,7 +882,7 @@ fn a_scan_tells_what_is_there_and_removes_what_is_nothing() {
 #[test]
 fn a_scan_leaves_what_is_being_copied_in() {
     let dir = root();
-    save(dir.path(), 1, &payload(SMALL)).unwrap();
+    save(dir.path(), 1, &payload(MIB)).unwrap();
     let whole = fs::read(path(dir.path(), 1)).unwrap();
     let half = &whole[..whole.len() / 2];
     fs::write(path(dir.path(), 1), half).unwrap();
@@ -1169,7 +1160,7 @@ fn child() {
         }
         #[cfg(target_os = "linux")]
         "hold a named temporary file" => failing::with(&[failing::UNNAMED], || {
-            let payload = payload(2 * SMALL);
+            let payload = payload(2 * MIB);
             let mut tmp = create(&dir, 1, &payload).unwrap();
             assert_eq!(tmp.write(&payload, &slice()).unwrap(), Progress::More);
             eprintln!("ready");
@@ -1267,7 +1258,7 @@ mod failures {
     #[test]
     fn a_failed_save_leaves_nothing() {
         let small = b"payload".to_vec();
-        let large = payload(2 * SMALL);
+        let large = payload(2 * MIB);
         let cases: [(&[u8], &[Call]); 7] = [
             (&large, &[call(libc::SYS_fallocate, libc::ENOSPC)]),
             (&small, &[call(libc::SYS_pwritev, libc::ENOSPC)]),
@@ -1325,7 +1316,7 @@ mod failures {
     #[test]
     fn a_failed_sync_fails_the_save() {
         let small = b"payload".to_vec();
-        let large = payload(2 * SMALL);
+        let large = payload(2 * MIB);
         for plan in PLANS {
             for payload in [&small, &large] {
                 for sync in [data_sync(plan), call(libc::SYS_fsync, libc::EIO)] {
@@ -1388,7 +1379,7 @@ mod failures {
         drop(tmp);
         assert_empty(dir.path());
         // A large one when it is written.
-        let payload = payload(2 * SMALL);
+        let payload = payload(2 * MIB);
         let mut tmp = create(dir.path(), 1, &payload).unwrap();
         with(&fail, || {
             assert_errno(write(&mut tmp, &payload), libc::EIO);
@@ -1402,7 +1393,7 @@ mod failures {
     #[test]
     fn the_disk_need_not_be_waited_for() {
         let dir = root();
-        let payload = payload(2 * SMALL);
+        let payload = payload(2 * MIB);
         with(&[call(libc::SYS_sync_file_range, libc::ENOSYS)], || {
             save(dir.path(), 1, &payload).unwrap()
         });
@@ -1426,7 +1417,7 @@ mod failures {
     fn space_need_not_be_reserved() {
         for errno in [libc::EOPNOTSUPP, libc::ENOSYS] {
             let dir = root();
-            let payload = payload(2 * SMALL);
+            let payload = payload(2 * MIB);
             with(&[call(libc::SYS_fallocate, errno)], || {
                 save(dir.path(), 1, &payload).unwrap()
             });
@@ -1449,7 +1440,7 @@ mod failures {
     #[test]
     fn a_failed_read_proves_nothing() {
         let dir = root();
-        let first = payload(2 * SMALL);
+        let first = payload(2 * MIB);
         save(dir.path(), 1, &first).unwrap();
         let mut tmp = written(dir.path(), 1, b"second");
         let mut begun = written(dir.path(), 1, b"third");
@@ -1659,7 +1650,7 @@ mod failures {
     fn without_unnamed_files_they_have_names() {
         for errno in [libc::EOPNOTSUPP, libc::EISDIR, libc::ENOENT] {
             let dir = root();
-            let payload = payload(2 * SMALL);
+            let payload = payload(2 * MIB);
             let mut tmp = with(&[unnamed(errno)], || {
                 create(dir.path(), 1, &payload).unwrap()
             });
@@ -1725,7 +1716,7 @@ mod failures {
     #[test]
     fn what_does_not_read_back_is_not_published() {
         let dir = root();
-        let payload = payload(9 * SMALL);
+        let payload = payload(9 * MIB);
         let start = prefix(1, &payload).len() as u64;
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
@@ -1757,7 +1748,7 @@ mod failures {
     #[test]
     fn what_reads_back_short_is_not_published() {
         let dir = root();
-        for payload in [payload(SMALL), payload(9 * SMALL)] {
+        for payload in [payload(MIB), payload(9 * MIB)] {
             let mut tmp = create(dir.path(), 1, &payload).unwrap();
             // The end of the file, where there is more.
             let written = with(&[call(libc::SYS_pread64, 0)], || write(&mut tmp, &payload));

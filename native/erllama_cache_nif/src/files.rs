@@ -406,7 +406,7 @@ fn load_slice<'a>(
 ) -> (Option<Loading>, NifResult<Term<'a>>) {
     let payload = match payload {
         Some(payload) => Some(payload),
-        None => match loader.vet(slice) {
+        None => match loader.precheck(slice) {
             Ok(Progress::More) => return (Some((loader, None)), Ok(atoms::more().encode(env))),
             Ok(Progress::Done(())) => allocate(loader.payload_len()),
             Err(error) => return (None, Ok(error_term(env, &error))),

@@ -86,7 +86,7 @@ pub fn complete<T>(mut step: impl FnMut() -> Result<Progress<T>, Error>) -> Resu
 pub fn load(root: &Root, key: &[u8; 32], secret: Option<&Secret>) -> Result<Vec<u8>, Error> {
     let slice = Slice::unlimited();
     let mut loader = Loader::open(root, &Key::from_bytes(*key), secret)?.unwrap();
-    complete(|| loader.vet(&slice))?;
+    complete(|| loader.precheck(&slice))?;
     let mut payload = vec![0; loader.payload_len() as usize];
     complete(|| loader.read(&mut payload, &slice))?;
     Ok(payload)

@@ -1,22 +1,42 @@
 //! Files in a root: writing them where nobody sees them, publishing, checking, loading, finding
 //! and deleting them.
+//!
+//! ```text
+//!  save ──┬─► write ────┬─► unpublished ──┬─► entry ──┬─► root ──► sync_plan, sync_group
+//!         └─► publish ──┤                 └─► sync ───┘
+//!  load ──────► check ──┴─► entry, payload
+//!  scan, note ────────────► entry
+//! ```
+//!
+//! All arrows go down. `sys`, the system calls, and `slice` are below everything.
 
-mod durable;
-mod group;
-mod look;
+mod check;
+mod entry;
+mod load;
 mod note;
+mod payload;
+mod publish;
 mod root;
+mod save;
 mod scan;
 mod slice;
-mod stored;
+mod sync;
+mod sync_group;
+mod sync_plan;
 mod sys;
-mod tmp;
+mod unpublished;
+mod write;
 
-pub use durable::SyncPlan;
-pub use look::{Name, Names, StaleTemp, Stored};
+pub use check::Check;
+pub use entry::{Name, Names, StaleTemp, Stored};
+pub use load::{Loader, fits_memory};
 pub use note::Use;
+pub use payload::READ_PIECE;
+pub use publish::{Outcome, Published};
 pub use root::Root;
+pub use save::{Options, TmpFile};
 pub use scan::{Found, Scan, Taken};
 pub use slice::{Progress, Slice};
-pub use stored::{Check, Loader, fits_memory};
-pub use tmp::{DEFAULT_MODE, Options, Outcome, Published, TmpFile};
+pub use sync_plan::SyncPlan;
+pub use unpublished::{DEFAULT_MODE, SMALL_FILE};
+pub use write::{WRITE_PIECE, WRITEBACK};

@@ -11,8 +11,9 @@ use std::thread;
 use crossbeam::channel::{self, Sender};
 use once_cell::sync::OnceCell;
 
-use super::root::{Root, final_name};
-use super::stored::open_regular;
+use super::entry::{final_name, open_regular};
+use super::root::Root;
+
 use super::sys;
 use crate::error::{Context, Error};
 use crate::kvc::{FIXED_LEN, Header, Key, read_exact_at};

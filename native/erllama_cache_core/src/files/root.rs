@@ -8,11 +8,10 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, RwLock};
 
 use once_cell::sync::OnceCell;
 
-use super::durable::SyncPlan;
-use super::group::Group;
+use super::sync_group::SyncGroup;
+use super::sync_plan::SyncPlan;
 use super::sys::{self, FileSystem};
 use crate::error::{Context, Error};
-use crate::kvc::Key;
 use crate::lock::unpoisoned;
 
 /// An open root. Everything is done relative to it: whatever becomes of the path by which it was
@@ -21,19 +20,19 @@ use crate::lock::unpoisoned;
 pub struct Root {
     dir: File,
     file_system: FileSystem,
-    traits: Arc<Traits>,
+    capabilities: Arc<Capabilities>,
 }
 
 /// What has been learnt of a directory, kept for as long as the library lives, as each save opens
 /// the root anew.
 #[derive(Debug, Default)]
-struct Traits {
+struct Capabilities {
     needs_names: AtomicBool,
     /// Whether a file without a name was given one here, which some systems do not allow.
     links_unnamed: AtomicBool,
     sync_plan: OnceCell<SyncPlan>,
     /// Shares directory syncs between all who save here at the same time.
-    syncs: Group,
+    directory_syncs: SyncGroup,
     /// Shared by those who sync files, held alone by who syncs the directory, where that matters.
     name_syncs: RwLock<()>,
 }
@@ -49,7 +48,7 @@ type Place = (u64, u64, FileSystem);
 /// What has been seen of directories and paths.
 #[derive(Debug, Default)]
 struct Known {
-    traits: HashMap<Place, Arc<Traits>>,
+    capabilities: HashMap<Place, Arc<Capabilities>>,
     paths: HashMap<CString, Seen>,
     generations: u64,
 }
@@ -68,10 +67,10 @@ fn known() -> MutexGuard<'static, Known> {
 }
 
 impl Known {
-    fn see(&mut self, path: &CStr, place: Place) -> Arc<Traits> {
-        if self.traits.len() >= REMEMBERED {
-            self.traits
-                .retain(|_, traits| Arc::strong_count(traits) > 1);
+    fn see(&mut self, path: &CStr, place: Place) -> Arc<Capabilities> {
+        if self.capabilities.len() >= REMEMBERED {
+            self.capabilities
+                .retain(|_, capabilities| Arc::strong_count(capabilities) > 1);
         }
         if self.paths.get(path).is_none_or(|seen| seen.place != place) {
             if self.paths.len() >= REMEMBERED {
@@ -82,7 +81,7 @@ impl Known {
             self.paths
                 .insert(path.to_owned(), Seen { place, generation });
         }
-        Arc::clone(self.traits.entry(place).or_default())
+        Arc::clone(self.capabilities.entry(place).or_default())
     }
 }
 
@@ -95,11 +94,11 @@ impl Root {
         let dir = sys::open_dir(path).call("open")?;
         let stat = sys::stat(&dir).call("fstat")?;
         let file_system = sys::file_system(&dir).call("fstatfs")?;
-        let traits = known().see(path, (stat.device, stat.inode, file_system));
+        let capabilities = known().see(path, (stat.device, stat.inode, file_system));
         Ok(Root {
             dir,
             file_system,
-            traits,
+            capabilities,
         })
     }
 
@@ -124,20 +123,22 @@ impl Root {
 
     /// Whether this directory's file system cannot create files without a name.
     pub fn needs_names(&self) -> bool {
-        self.traits.needs_names.load(Ordering::Relaxed)
+        self.capabilities.needs_names.load(Ordering::Relaxed)
     }
 
     pub(crate) fn remember_needs_names(&self) {
-        self.traits.needs_names.store(true, Ordering::Relaxed);
+        self.capabilities.needs_names.store(true, Ordering::Relaxed);
     }
 
     /// Whether a file without a name is known to take one here.
     pub fn links_unnamed(&self) -> bool {
-        self.traits.links_unnamed.load(Ordering::Relaxed)
+        self.capabilities.links_unnamed.load(Ordering::Relaxed)
     }
 
     pub(crate) fn remember_links_unnamed(&self) {
-        self.traits.links_unnamed.store(true, Ordering::Relaxed);
+        self.capabilities
+            .links_unnamed
+            .store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn file_system(&self) -> FileSystem {
@@ -151,65 +152,22 @@ impl Root {
 
     /// Which syncs make a new file in this directory durable.
     pub fn sync_plan(&self) -> SyncPlan {
-        *self.traits.sync_plan.get_or_init(|| {
-            if self.file_system.is_xfs() {
-                return SyncPlan::OneLink;
-            }
-            // Where this fails, nothing is known.
-            sys::stat(&self.dir).map_or(SyncPlan::Everything, |stat| {
-                SyncPlan::of_device(stat.major(), stat.minor())
-            })
-        })
+        let plan = &self.capabilities.sync_plan;
+        *plan.get_or_init(|| SyncPlan::of(&self.dir, self.file_system))
     }
 
     /// Decides on a plan, for tests of what another machine does; `false` when one is decided on.
     #[doc(hidden)]
     pub fn assume(&self, plan: SyncPlan) -> bool {
-        self.traits.sync_plan.set(plan).is_ok()
+        self.capabilities.sync_plan.set(plan).is_ok()
     }
 
-    /// What is held while a file or the directory is synced, where the one disturbs the other.
-    pub(crate) fn name_syncs(&self) -> &RwLock<()> {
-        &self.traits.name_syncs
+    /// Held while a file or the directory is synced, where the one disturbs the other.
+    pub(super) fn name_syncs(&self) -> &RwLock<()> {
+        &self.capabilities.name_syncs
     }
 
-    /// Makes the directory's names durable, together with whoever else wants that now.
-    pub(crate) fn sync(&self) -> Result<(), Error> {
-        let sync = || {
-            let _alone = (self.sync_plan() == SyncPlan::NoJournal)
-                .then(|| unpoisoned(self.name_syncs().write()));
-            self.dir.sync_all()
-        };
-        self.traits.syncs.run(sync).call("fsync")
+    pub(super) fn directory_syncs(&self) -> &SyncGroup {
+        &self.capabilities.directory_syncs
     }
-
-    /// Whether anything stands under the name of `key`.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn has(&self, key: &Key) -> Result<bool, Error> {
-        match sys::stat_at(&self.dir, &final_name(key)) {
-            Ok(_) => Ok(true),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-            Err(error) => Err(error).call("fstatat"),
-        }
-    }
-
-    /// Removes the file of `key`; `false` when there was none.
-    ///
-    /// # Errors
-    /// [`Error::Io`]; a directory of that name is `EISDIR` or `EPERM` and stays.
-    pub fn delete(&self, key: &Key) -> Result<bool, Error> {
-        match sys::unlink_at(&self.dir, &final_name(key)) {
-            Ok(()) => Ok(true),
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-            Err(error) => Err(error).call("unlink"),
-        }
-    }
-}
-
-/// The name that a key's file is published under.
-pub(crate) fn final_name(key: &Key) -> CString {
-    // Hexadecimal digits hold no NUL.
-    CString::new(key.file_name()).unwrap_or_default()
 }

@@ -3,8 +3,8 @@
 use std::ffi::CStr;
 use std::time::Duration;
 
-use super::look::{Name, Names, StaleTemp, Stored, is_older_than};
-use super::root::{Root, final_name};
+use super::entry::{Name, Names, StaleTemp, Stored, final_name, is_older_than};
+use super::root::Root;
 use super::slice::{Progress, Slice};
 use super::sys;
 use crate::error::Error;

@@ -450,17 +450,17 @@ pub(crate) fn write_two(file: &File, first: &[u8], second: &[u8]) -> io::Result<
 
 /// An open directory's names.
 #[derive(Debug)]
-pub(crate) struct Names {
+pub(crate) struct DirStream {
     stream: NonNull<libc::DIR>,
 }
 
 // SAFETY: the stream belongs to this value alone, and every use of it needs `&mut self`.
-unsafe impl Send for Names {}
+unsafe impl Send for DirStream {}
 
-impl Names {
+impl DirStream {
     /// Reads `dir` from its start, through a description of its own, so that nobody else's place in
     /// the directory moves.
-    pub(crate) fn of(dir: &File) -> io::Result<Names> {
+    pub(crate) fn of(dir: &File) -> io::Result<DirStream> {
         let own = OwnedFd::from(open_at(dir, c".", libc::O_RDONLY | libc::O_DIRECTORY, 0)?);
         // SAFETY: `own` is an open directory.
         let stream = unsafe { libc::fdopendir(own.as_raw_fd()) };
@@ -468,7 +468,7 @@ impl Names {
             Some(stream) => {
                 // The stream closes it from now on.
                 std::mem::forget(own);
-                Ok(Names { stream })
+                Ok(DirStream { stream })
             }
             None => Err(io::Error::last_os_error()),
         }
@@ -506,7 +506,7 @@ impl Names {
     }
 }
 
-impl Drop for Names {
+impl Drop for DirStream {
     fn drop(&mut self) {
         // SAFETY: the stream is open, and this is its last use.
         unsafe { libc::closedir(self.stream.as_ptr()) };

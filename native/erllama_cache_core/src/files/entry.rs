@@ -1,19 +1,20 @@
-//! Looking into a root without changing anything in it; and removing what was looked at, if it still
-//! is that.
+//! What stands under a name in a root: opening it, reading its header, and removing it if the name
+//! still is that file's.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use once_cell::sync::OnceCell;
 
 use super::root::Root;
-use super::stored::open_regular;
 use super::sys::{self, Lock};
-use super::tmp::is_temporary_name;
 use crate::error::{Context, Error};
 use crate::kvc::{
-    Corrupt, FIXED_LEN, Header, Key, ParsedPrefix, ReadError, read_exact_at, read_prefix,
+    Corrupt, FIXED_LEN, Header, Key, ParsedPrefix, ReadAt, ReadError, read_exact_at, read_prefix,
 };
 
 /// A name in a root.
@@ -23,7 +24,7 @@ pub enum Name {
     Final(Key),
     /// The name of a temporary file.
     Temporary(CString),
-    /// None of this library's.
+    /// Not one of this library's.
     Other(CString),
 }
 
@@ -38,9 +39,39 @@ impl Name {
     }
 }
 
+/// How many names are tried for a temporary file. They are random, so a second try is never needed unless
+/// somebody makes such names on purpose.
+const NAME_TRIES: usize = 16;
+
+/// The name that a key's file is published under.
+pub(super) fn final_name(key: &Key) -> CString {
+    // Hexadecimal digits hold no NUL.
+    CString::new(key.file_name()).unwrap_or_default()
+}
+
+/// Names that nobody else picks: `<key>.<random>.tmp`. The host sweeps names with this ending too.
+pub(super) fn temporary_names(key: &Key) -> impl Iterator<Item = CString> + use<> {
+    let hex = key.to_hex();
+    (0..NAME_TRIES).filter_map(move |_| {
+        // A fresh `RandomState` is std's only source of randomness, and good enough for a name.
+        let random = RandomState::new().build_hasher().finish();
+        CString::new(format!("{hex}.{random:016x}.tmp")).ok()
+    })
+}
+
+/// Whether a name is one of [`temporary_names`]'s.
+fn is_temporary_name(name: &[u8]) -> bool {
+    let hex = |part: &[u8]| part.iter().all(|c| matches!(c, b'0'..=b'9' | b'a'..=b'f'));
+    name.len() == 64 + 1 + 16 + 4
+        && name[64] == b'.'
+        && hex(&name[..64])
+        && hex(&name[65..81])
+        && name.ends_with(b".tmp")
+}
+
 /// A root's names, in no order.
 #[derive(Debug)]
-pub struct Names(sys::Names);
+pub struct Names(sys::DirStream);
 
 impl Iterator for Names {
     type Item = Result<Name, Error>;
@@ -61,7 +92,69 @@ impl Root {
     /// # Errors
     /// [`Error::Io`].
     pub fn names(&self) -> Result<Names, Error> {
-        sys::Names::of(self.dir()).call("opendir").map(Names)
+        sys::DirStream::of(self.dir()).call("opendir").map(Names)
+    }
+
+    /// Whether anything stands under the name of `key`.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn has(&self, key: &Key) -> Result<bool, Error> {
+        match sys::stat_at(self.dir(), &final_name(key)) {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error).call("fstatat"),
+        }
+    }
+
+    /// Removes the file of `key`; `false` when there was none.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; a directory of that name is `EISDIR` or `EPERM` and stays.
+    pub fn delete(&self, key: &Key) -> Result<bool, Error> {
+        match sys::unlink_at(self.dir(), &final_name(key)) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(error) => Err(error).call("unlink"),
+        }
+    }
+}
+
+impl ReadAt for File {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        FileExt::read_at(self, buf, offset)
+    }
+}
+
+/// Opens what stands under a name, if it is a regular file; `None` when nothing does. Nothing else is
+/// ever opened: not a link, and not a FIFO or a device, where opening alone can block or do something.
+pub(super) fn open_regular(
+    root: &Root,
+    name: &CStr,
+    flags: libc::c_int,
+) -> Result<Option<(File, sys::Stat)>, Error> {
+    let absent = |error: &io::Error| error.raw_os_error() == Some(libc::ENOENT);
+    match sys::stat_at(root.dir(), name) {
+        Ok(stat) if stat.is_regular => {}
+        Ok(_) => return Err(Error::NotRegular),
+        Err(error) if absent(&error) => return Ok(None),
+        Err(error) => return Err(error).call("fstatat"),
+    }
+    // It may have been swapped since: without O_NONBLOCK a FIFO would block this thread for ever.
+    let flags = flags | libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = match sys::open_at(root.dir(), name, flags, 0) {
+        Ok(file) => file,
+        Err(error) if absent(&error) => return Ok(None),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENXIO)) => {
+            return Err(Error::NotRegular);
+        }
+        Err(error) => return Err(error).call("openat"),
+    };
+    let stat = sys::stat(&file).call("fstat")?;
+    if stat.is_regular {
+        Ok(Some((file, stat)))
+    } else {
+        Err(Error::NotRegular)
     }
 }
 
@@ -77,18 +170,18 @@ pub struct Stored {
 
 /// What came of [`Stored::claim`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Claim {
+pub(super) enum Claim {
     /// The lock is held, and the name is this file's.
     Held,
-    /// Somebody else has the lock.
+    /// Another process holds the lock.
     Locked,
     /// The name is another file's by now, or nobody's.
     Changed,
 }
 
 impl Stored {
-    /// Opens `name`, without following a link and without waiting for whoever writes into a FIFO.
-    /// `None` when there is no such name.
+    /// Opens `name`, without following a link and without waiting for the writer of a FIFO. `None` when
+    /// there is no such name.
     ///
     /// # Errors
     /// [`Error::NotRegular`], [`Error::Io`].
@@ -133,7 +226,7 @@ impl Stored {
     }
 
     /// Removes the name by which it was opened, if it still is this file's; `false` if not, and when
-    /// somebody else is about to replace it.
+    /// another process is about to replace it.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -148,11 +241,11 @@ impl Stored {
         }
     }
 
-    /// Takes the file's lock, which is held for as long as this value lives. Whoever removes or replaces
-    /// a file has it until that is done, for no call unlinks a name, or renames over it, only if it
-    /// still is a certain file's: a save in another node could have put a good one there.
-    pub(crate) fn claim(&self, root: &Root) -> Claim {
-        // Where there are no locks, looking has to do.
+    /// Takes the file's lock, which is held for as long as this value lives. A file is removed or replaced
+    /// only under its lock, because no system call unlinks a name, or renames over it, on the condition
+    /// that it still is a certain file's: a save in another node could have put a good file there.
+    pub(super) fn claim(&self, root: &Root) -> Claim {
+        // Where there are no locks, the comparison below has to do.
         if self.lock(root).is_ok_and(|lock| lock == Lock::Others) {
             return Claim::Locked;
         }
@@ -165,7 +258,7 @@ impl Stored {
 
     fn lock(&self, root: &Root) -> Result<Lock, Error> {
         match sys::try_lock(&self.file) {
-            // NFS locks what is open to be written only.
+            // NFS locks only what is open for writing.
             Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
             result => return result.call("flock"),
         }
@@ -175,24 +268,24 @@ impl Stored {
                 let _ = self.writable.set(file);
                 Ok(lock)
             }
-            // What has become of the name is looked at next.
+            // The caller looks at the name next.
             _ => Ok(Lock::Unknown),
         }
     }
 
-    pub(crate) fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &File {
         &self.file
     }
 
-    pub(crate) fn stat(&self) -> &sys::Stat {
+    pub(super) fn stat(&self) -> &sys::Stat {
         &self.stat
     }
 }
 
-/// Where there are no locks, a temporary file is taken for abandoned after as long as this.
-const ABANDONED: Duration = Duration::from_secs(24 * 60 * 60);
+/// Where there are no locks, a temporary file is taken for stale at this age.
+const STALE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Whether that unix second is at least as long ago. A time in the future tells nothing.
+/// Whether that unix second is at least `age` ago. A time in the future proves nothing.
 pub(super) fn is_older_than(modified: u64, age: Duration) -> bool {
     let modified = UNIX_EPOCH + Duration::from_secs(modified);
     match SystemTime::now().duration_since(modified) {
@@ -201,8 +294,8 @@ pub(super) fn is_older_than(modified: u64, age: Duration) -> bool {
     }
 }
 
-/// A temporary file that nobody works on any more. As long as this value lives its lock is held, so
-/// nobody begins to.
+/// A temporary file that no save works on any more. Its lock is held for as long as this value lives, so
+/// that none begins to.
 #[derive(Debug)]
 pub struct StaleTemp {
     name: CString,
@@ -212,21 +305,21 @@ pub struct StaleTemp {
 }
 
 impl StaleTemp {
-    /// Opens the temporary file `name`. `None` when it is gone, or when somebody holds its lock: then
-    /// it is being written. Where there are no locks, it is left alone for a day.
+    /// Opens the temporary file `name`. `None` when it is gone, or when its lock is taken: then it is
+    /// being written. Where there are no locks, it is left alone for a day.
     ///
     /// # Errors
     /// [`Error::NotRegular`], [`Error::Io`].
     pub fn open(root: &Root, name: &CStr) -> Result<Option<StaleTemp>, Error> {
-        // To write, for some network file systems lock nothing else.
+        // For writing: some network file systems lock nothing else.
         let Some((file, stat)) = open_regular(root, name, libc::O_RDWR)? else {
             return Ok(None);
         };
         match sys::try_lock(&file).call("flock")? {
             Lock::Held => {}
             Lock::Others => return Ok(None),
-            // Whoever works on it changes it now and then.
-            Lock::Unknown if is_older_than(stat.modified, ABANDONED) => {}
+            // A save that works on it changes it now and then.
+            Lock::Unknown if is_older_than(stat.modified, STALE) => {}
             Lock::Unknown => return Ok(None),
         }
         Ok(Some(StaleTemp {

@@ -10,7 +10,7 @@ use std::io;
 use crate::lock::{Arc, Condvar, Mutex, lock, unpoisoned};
 
 #[derive(Debug, Default)]
-pub(crate) struct Group {
+pub(crate) struct SyncGroup {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -31,7 +31,7 @@ struct Batch {
     result: Mutex<Option<Result<(), i32>>>,
 }
 
-impl Group {
+impl SyncGroup {
     /// Returns what came of a run that began after this call did. The run is `work`'s, or that of
     /// somebody who asked at the same time.
     pub(crate) fn run(&self, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
@@ -73,7 +73,7 @@ impl Group {
 }
 
 /// The end of a run, by a panic too: wakes those it was for, and those who wait for the next.
-struct Ended<'a>(&'a Group);
+struct Ended<'a>(&'a SyncGroup);
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
@@ -100,7 +100,7 @@ mod models {
         let mut model = Builder::new();
         model.preemption_bound = preemptions;
         model.check(move || {
-            let group = Arc::new(Group::default());
+            let group = Arc::new(SyncGroup::default());
             let written = Arc::new(AtomicUsize::new(0));
             let synced = Arc::new(AtomicUsize::new(0));
             let call = {
@@ -145,7 +145,7 @@ mod tests {
 
     use super::*;
 
-    fn waiting(group: &Group) -> usize {
+    fn waiting(group: &SyncGroup) -> usize {
         lock(&group.state)
             .next
             .as_ref()
@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn who_comes_while_one_runs_shares_the_next() {
-        let group = Group::default();
+        let group = SyncGroup::default();
         let runs = AtomicUsize::new(0);
         let (go, gate) = mpsc::channel::<()>();
         thread::scope(|scope| {
@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_failure_is_everybodys_whom_the_run_was_for_and_nobody_elses() {
-        let group = Group::default();
+        let group = SyncGroup::default();
         let (go, gate) = mpsc::channel::<()>();
         let failed = AtomicUsize::new(0);
         thread::scope(|scope| {
@@ -224,7 +224,7 @@ mod tests {
     /// Between the end of a run and the moment in which those who wait for the next one wake.
     #[test]
     fn a_newcomer_runs_for_those_who_wait_already() {
-        let group = Group::default();
+        let group = SyncGroup::default();
         let batch = Arc::new(Batch::default());
         lock(&group.state).next = Some(Arc::clone(&batch));
         group.run(|| Ok(())).expect("no run fails");
@@ -234,7 +234,7 @@ mod tests {
 
     #[test]
     fn every_call_is_covered_by_a_run_that_began_after_it() {
-        let group = Group::default();
+        let group = SyncGroup::default();
         let written = AtomicUsize::new(0);
         let synced = AtomicUsize::new(0);
         let barrier = Barrier::new(8);
@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn a_panic_in_a_run_hangs_nobody() {
-        let group = Group::default();
+        let group = SyncGroup::default();
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             group.run(|| panic!("on purpose"))
         }));

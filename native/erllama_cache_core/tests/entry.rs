@@ -1,4 +1,4 @@
-//! Looking into a root, and removing what was looked at, through the public interface.
+//! What stands under a root's names, and removing it, through the public interface.
 
 use std::ffi::CString;
 use std::fs::{self, File};

@@ -1,38 +1,36 @@
-//! How a file and its name become durable in a root.
+//! Which syncs make a new file and its name durable, by the file system that a directory is on.
 //!
 //! A file that was created without a name becomes durable in three parts: its content; its inode, which
 //! gets its first link; and the directory's entry. Which syncs that takes depends on the file system:
 //!
-//! - Everywhere: sync the data, link, sync the file once more, sync the directory. The file, for a
-//!   directory's sync says nothing of the inode that its new entry points at.
-//! - ext4 with its journal on the same device: a commit makes whatever was written to the device before
-//!   durable, ahead of itself, and link and inode are in one transaction. So data that has been waited
-//!   for needs no sync of its own, and one commit makes content, inode and name durable, or none. It is
-//!   the directory that is synced: that is a whole commit, while the sync of a file may be a fast one,
-//!   whose replay drops the first link of an inode that it has not seen before.
+//! - Everywhere: sync the data, link, sync the file once more, sync the directory. The file too, because
+//!   a directory's sync need not cover the inode that its new entry refers to.
+//! - ext4 with its journal on the same device: a commit makes everything that was written to the device
+//!   before durable, ahead of itself, and link and inode are in one transaction. So data whose write-back
+//!   has been waited for needs no sync of its own, and one commit makes content, inode and name durable,
+//!   or none of them. It is the directory that is synced: that forces a whole commit, while the sync of
+//!   a file may be a fast commit, whose replay drops the first link of an inode that it has not seen
+//!   before.
 //! - xfs: link, inode and entry are in one transaction of the log, and a directory's sync forces the
 //!   log. So after the sync of the data, the directory's is enough.
-//! - ext4 without a journal: the sync of a file brings along the entry that it has just got. But it
-//!   leaves out an inode in which nothing but the count of links has changed, and of two syncs that
-//!   meet in one directory the second does not wait for what the first is writing. So something else is
-//!   changed in the inode; and who is not alone syncs the directory too, when no file is being synced.
+//! - ext4 without a journal: the sync of a file includes the directory entry that it has just got. But it
+//!   skips an inode in which nothing but the link count has changed, so something else in the inode is
+//!   changed as well. And of two concurrent syncs in one directory, the second does not wait for what the
+//!   first is writing, so a save that syncs beside another one also syncs the directory, at a moment when
+//!   no file is being synced.
 //!
-//! Where the inode is left out, it has no link yet on the disk. After a power cut the check of the file
-//! system takes it for deleted, and drops the entry.
+//! An inode that is skipped has no link on the disk yet. After a power cut, the file system's check takes
+//! it for deleted and drops the entry.
 //!
 //! Sources: `ext4_link`, `ext4_sync_file`, `ext4_sync_parent` and `ext4_fc_replay_link` in Linux's
-//! fs/ext4, `xfs_link` and `xfs_dir_fsync` in fs/xfs, `jbd2_journal_commit_transaction` in fs/jbd2, `fsync_buffers_list` in fs/buffer.c; `make
-//! crash` tries what they say.
+//! fs/ext4, `xfs_link` and `xfs_dir_fsync` in fs/xfs, `jbd2_journal_commit_transaction` in fs/jbd2,
+//! `fsync_buffers_list` in fs/buffer.c. `make crash` tests what they say.
 
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
-use std::sync::TryLockError;
 
-use super::root::Root;
-use super::sys;
-use crate::error::{Context, Error};
-use crate::lock::unpoisoned;
+use super::sys::{self, FileSystem};
 
 /// Which syncs make a new file and its name durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,42 +39,51 @@ pub enum SyncPlan {
     Everything,
     /// The file's, before it gets its name and after: ext4 without a journal.
     NoJournal,
-    /// The directory's. Before the file gets its name its data is waited for: ext4 with a journal.
+    /// The directory's. The data's write-back is waited for before the file gets its name: ext4 with a
+    /// journal.
     OneCommit,
     /// The file's before it gets its name, the directory's after: xfs.
     OneLink,
 }
 
 impl SyncPlan {
-    /// The plan for directories on this device, by its numbers.
-    pub(crate) fn of_device(major: u32, minor: u32) -> SyncPlan {
-        SyncPlan::told_by(Path::new("/sys"), Path::new("/proc"), major, minor)
+    /// The plan for the directory `dir`, which is on `file_system`.
+    pub(super) fn of(dir: &File, file_system: FileSystem) -> SyncPlan {
+        if file_system.is_xfs() {
+            return SyncPlan::OneLink;
+        }
+        // If this fails, nothing is known.
+        sys::stat(dir).map_or(SyncPlan::Everything, |stat| {
+            let (sys, proc) = (Path::new("/sys"), Path::new("/proc"));
+            SyncPlan::of_device(sys, proc, stat.major(), stat.minor())
+        })
     }
 
-    /// A device's name in /sys is that of its entries in /proc. What cannot be found out is not so.
-    fn told_by(sys: &Path, proc: &Path, major: u32, minor: u32) -> SyncPlan {
+    /// The plan for directories on the device with these numbers. `/sys` names the device as `/proc` does.
+    /// Anything that cannot be found out is assumed not to be so.
+    fn of_device(sys: &Path, proc: &Path, major: u32, minor: u32) -> SyncPlan {
         let Ok(device) = fs::read_link(sys.join(format!("dev/block/{major}:{minor}"))) else {
             return SyncPlan::Everything;
         };
         let Some(name) = device.file_name().and_then(|name| name.to_str()) else {
             return SyncPlan::Everything;
         };
-        // Of the driver that is called ext4: the one for ext2 alone syncs no names.
+        // The driver must be the one called ext4: the driver for ext2 alone syncs no names.
         let options = proc.join("fs/ext4").join(name).join("options");
         let Ok(options) = fs::read_to_string(options) else {
             return SyncPlan::Everything;
         };
-        // There is a journal, somewhere: without one no way of journalling data is in force.
+        // With this option there is a journal, somewhere: without a journal no `data=` mode applies.
         let journals = options.lines().any(|option| option.starts_with("data="));
-        // A journal inside the file system is the file of this inode, as mkfs makes it. One on another
-        // device goes by that device's name, and its commits do not wait for this one's cache.
+        // A journal inside the file system is the file with inode 8, as mkfs makes it. An external one
+        // has its device's name here, and its commits do not wait for this device's cache.
         let journal = proc.join("fs/jbd2").join(format!("{name}-8"));
         let journal = match fs::symlink_metadata(journal) {
             Ok(_) => Some(true),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Some(false),
             Err(_) => None,
         };
-        // One that does not wait with its commit flushes the device only after it.
+        // An asynchronous commit flushes the device only after the commit block.
         let waits = options
             .lines()
             .all(|option| option != "journal_async_commit");
@@ -85,64 +92,6 @@ impl SyncPlan {
             Some(false) if !journals => SyncPlan::NoJournal,
             _ => SyncPlan::Everything,
         }
-    }
-}
-
-impl Root {
-    /// Sees to it that no name which this file gets later can become durable before its data.
-    pub(crate) fn sync_data(&self, file: &File) -> Result<(), Error> {
-        if self.sync_plan() == SyncPlan::OneCommit
-            && sys::await_writeback(file, 0, 0).call("sync_file_range")?
-        {
-            return Ok(());
-        }
-        file.sync_data().call("fdatasync")
-    }
-
-    /// Makes a file durable under the name that it has here; `is_first` when that is the first name
-    /// it ever had.
-    pub(crate) fn sync_named(&self, file: &File, is_first: bool) -> Result<(), Error> {
-        match self.sync_plan() {
-            SyncPlan::OneCommit | SyncPlan::OneLink => {}
-            SyncPlan::Everything => sync_changed(file)?,
-            SyncPlan::NoJournal => {
-                let brings_names = self.sync_alone_or_together(file)?;
-                if brings_names && is_first {
-                    return Ok(());
-                }
-            }
-        }
-        self.sync()
-    }
-
-    /// Syncs a file; `false` when that need not have brought its name along, for somebody else syncs
-    /// one here at the same time.
-    fn sync_alone_or_together(&self, file: &File) -> Result<bool, Error> {
-        // Held to the end of this, also if it is poisoned.
-        let alone = self.name_syncs().try_write();
-        if !matches!(alone, Err(TryLockError::WouldBlock)) {
-            sync_changed(file)?;
-            return Ok(true);
-        }
-        let _together = unpoisoned(self.name_syncs().read());
-        sync_changed(file)?;
-        Ok(false)
-    }
-}
-
-fn sync_changed(file: &File) -> Result<(), Error> {
-    touch(file).call("fchmod")?;
-    file.sync_all().call("fsync")
-}
-
-/// Makes an inode one that has changed, by changing its permissions to what they are.
-fn touch(file: &File) -> io::Result<()> {
-    let not_possible = [libc::EPERM, libc::EACCES, libc::EOPNOTSUPP, libc::ENOSYS].map(Some);
-    match sys::set_mode(file, sys::stat(file)?.mode) {
-        // Another user's, which was adopted: it was for them to sync it. Or a file system without
-        // permissions, and so not the one that this is for.
-        Err(error) if not_possible.contains(&error.raw_os_error()) => Ok(()),
-        result => result,
     }
 }
 
@@ -166,7 +115,7 @@ mod tests {
 
     use super::*;
 
-    /// What a machine tells of its device 8:1.
+    /// What `/sys` and `/proc` say about a machine's device 8:1.
     struct Machine(tempfile::TempDir);
 
     impl Machine {
@@ -189,7 +138,7 @@ mod tests {
 
         fn plan(&self, major: u32, minor: u32) -> SyncPlan {
             let dir = self.0.path();
-            SyncPlan::told_by(&dir.join("sys"), &dir.join("proc"), major, minor)
+            SyncPlan::of_device(&dir.join("sys"), &dir.join("proc"), major, minor)
         }
     }
 
@@ -198,23 +147,6 @@ mod tests {
     const WITHOUT_JOURNAL: &str = "rw\nbarrier\nauto_da_alloc\ncommit=5\ndelalloc\n";
     const EXT4: &str = "proc/fs/ext4/sda1/options";
     const JOURNAL: &str = "proc/fs/jbd2/sda1-8/info";
-
-    #[test]
-    fn who_syncs_beside_another_does_not_count_on_the_name() {
-        use std::ffi::CString;
-        use std::os::unix::ffi::OsStrExt;
-
-        let dir = tempfile::tempdir().unwrap();
-        let path = CString::new(dir.path().as_os_str().as_bytes()).unwrap();
-        let root = Root::open(&path).unwrap();
-        let file = File::create(dir.path().join("file")).unwrap();
-        assert!(root.sync_alone_or_together(&file).unwrap());
-        {
-            let _another = root.name_syncs().read().unwrap();
-            assert!(!root.sync_alone_or_together(&file).unwrap());
-        }
-        assert!(root.sync_alone_or_together(&file).unwrap());
-    }
 
     #[test]
     fn ext4_with_a_journal_needs_one_commit() {
@@ -280,7 +212,7 @@ mod tests {
         assert_eq!(ext4.plan(0, 41), SyncPlan::Everything);
         let nowhere = Path::new("/nonexistent");
         assert_eq!(
-            SyncPlan::told_by(nowhere, nowhere, 8, 1),
+            SyncPlan::of_device(nowhere, nowhere, 8, 1),
             SyncPlan::Everything
         );
     }

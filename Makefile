@@ -153,13 +153,13 @@ rustdoc: ## The reference of the Rust crates, in native/target/doc
 	cd $(NATIVE) && RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace
 
 bench-plots: ## Draw the pictures from what bench-save and bench-semaphore have measured
-	tools/plots.sh
+	bench/plots.sh
 
 bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
 	$(BENCH) -s bench_semaphore main
 
 bench-save: setup bench-build ## Saves and loads beside the bare floor and the plain Erlang way
-	tools/journal.sh $(BENCH) -s bench_save main
+	bench/disk.sh $(BENCH) -s bench_save main
 
 bench-slow: setup bench-build _build/iofault.so ## What others wait for beside a slow disk
 	IOFAULT_SYNC_MS=30 IOFAULT_READ_MS=20 LD_PRELOAD=$(CURDIR)/_build/iofault.so \

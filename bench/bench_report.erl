@@ -1,12 +1,34 @@
-%% Figures: percentiles, a table that says which targets are met, and JSON.
+%% Figures: percentiles, a table that says which bounds are met, and JSON.
 -module(bench_report).
 
--export([summary/1, median/1, target/4, print/2, write_json/3, exit_code/1, machine/0]).
--export_type([summary/0, target/0]).
+-export([main/2, summary/1, median/1]).
+-export_type([summary/0, values/0]).
 
 -type summary() :: #{p50 := number(), p99 := number(), max := number(), n := pos_integer()}.
--type target() :: #{name := string(), value := number(), bound := number(), unit := string(),
-                    met := boolean()}.
+%% By the identifiers of bounds.config.
+-type values() :: [{atom(), number()}].
+-type target() :: #{id := atom(), name := string(), value := number(), bound := number(),
+                    unit := string(), relation := at_most | at_least, met := boolean()}.
+
+%% Runs a benchmark, says which bounds are met, writes all of it down and ends the VM: with 1 when a
+%% bound is missed, with 2 when the benchmark fails.
+%%
+%% In a process of its own, for `erl -s' runs this in one whose heap is not like a worker's.
+-spec main(atom(), fun(() -> {values(), Figures :: map()})) -> no_return().
+main(Benchmark, Measure) ->
+    ok = io:setopts([{encoding, unicode}]),
+    {_, Monitor} = spawn_monitor(fun() -> exit(judge(Benchmark, Measure())) end),
+    receive
+        {'DOWN', Monitor, process, _, Code} when is_integer(Code) -> halt(Code);
+        {'DOWN', Monitor, process, _, Reason} -> io:format("~p~n", [Reason]), halt(2)
+    end.
+
+judge(Benchmark, {Values, Figures}) ->
+    {ok, Bounds} = file:consult(filename:join("bench", "bounds.config")),
+    Targets = [target(Benchmark, Id, Value, Bounds) || {Id, Value} <- Values],
+    print(Targets),
+    write_json(atom_to_list(Benchmark), Targets, Figures),
+    exit_code(Targets).
 
 -spec summary([number(), ...]) -> summary().
 summary(Samples) ->
@@ -19,18 +41,16 @@ summary(Samples) ->
 median(Samples) ->
     maps:get(p50, summary(Samples)).
 
-%% A line of the table: what was measured may be at most, or has to be at least, the bound.
--spec target(string(), number(), {at_most | at_least, number()}, string()) -> target().
-target(Name, Value, {at_most, Bound}, Unit) ->
-    #{name => Name, value => Value, bound => Bound, unit => Unit, met => Value =< Bound,
-      relation => at_most};
-target(Name, Value, {at_least, Bound}, Unit) ->
-    #{name => Name, value => Value, bound => Bound, unit => Unit, met => Value >= Bound,
-      relation => at_least}.
+-spec target(atom(), atom(), number(), [tuple()]) -> target().
+target(Benchmark, Id, Value, Bounds) ->
+    [{Name, Relation, Bound, Unit}] =
+        [{N, R, B, U} || {Of, Named, N, R, B, U} <- Bounds, Of =:= Benchmark, Named =:= Id],
+    Met = case Relation of at_most -> Value =< Bound; at_least -> Value >= Bound end,
+    #{id => Id, name => Name, value => Value, bound => Bound, unit => Unit, relation => Relation,
+      met => Met}.
 
--spec print(string(), [target()]) -> ok.
-print(Title, Targets) ->
-    io:format("~n~ts~n~ts~n", [Title, lists:duplicate(length(Title), $-)]),
+print(Targets) ->
+    io:format("~n"),
     Width = lists:max([string:length(Name) || #{name := Name} <- Targets]),
     lists:foreach(fun(Target) -> print_target(Target, Width) end, Targets).
 
@@ -47,7 +67,6 @@ number(Value) when Value >= 100 -> float_to_list(Value, [{decimals, 0}]);
 number(Value) -> float_to_list(Value, [{decimals, 2}]).
 
 %% What the figures were measured on.
--spec machine() -> map().
 machine() ->
     #{
         otp => erlang:system_info(otp_release),
@@ -60,7 +79,6 @@ machine() ->
     }.
 
 %% Into `bench/results/Name.json', beside the run's figures and targets what it ran on.
--spec write_json(string(), [target()], map()) -> ok.
 write_json(Name, Targets, Figures) ->
     File = filename:join(["bench", "results", Name ++ ".json"]),
     ok = filelib:ensure_dir(File),
@@ -70,9 +88,8 @@ write_json(Name, Targets, Figures) ->
     ok = file:write_file(File, [json(Report), $\n]),
     io:format("~n  ~ts~n", [File]).
 
-%% What the program ends with: 1 when a bound is missed. With BENCH_JUDGE=no it has run, and that is
-%% all that counts: on a machine that is not at rest the figures mean nothing.
--spec exit_code([target()]) -> 0 | 1.
+%% With BENCH_JUDGE=no it has run, and that is all that counts: on a machine that is not at rest the
+%% figures mean nothing.
 exit_code(Targets) ->
     case [Name || #{name := Name, met := false} <- Targets] of
         [_ | _] ->

@@ -1,5 +1,5 @@
 %% Saves and loads beside the bare floor and the plain Erlang way, in one VM, on one root and in
-%% turns: `make bench-save'. Roots are made in $BENCH_DISK (a disk, see tools/journal.sh) and
+%% turns: `make bench-save'. Roots are made in $BENCH_DISK (a disk, see disk.sh) and
 %% $BENCH_RAM (a tmpfs, default /dev/shm), and removed again. $BENCH_PARTS chooses parts by number,
 %% $BENCH_SIZES sizes in KiB, both with commas.
 -module(bench_save).
@@ -15,11 +15,7 @@
 -define(STORE, bench_store).
 
 main() ->
-    {_, Monitor} = spawn_monitor(fun run/0),
-    receive
-        {'DOWN', Monitor, process, _, Code} when is_integer(Code) -> halt(Code);
-        {'DOWN', Monitor, process, _, Reason} -> io:format("~p~n", [Reason]), halt(2)
-    end.
+    bench_report:main(save, fun run/0).
 
 run() ->
     {ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store, max_concurrent => 16}),
@@ -37,11 +33,8 @@ run() ->
         Some -> [list_to_integer(N) || N <- string:lexemes(Some, ",")]
     end,
     try
-        {Targets, Figures} = lists:unzip([(lists:nth(N, Parts))() || N <- Wanted]),
-        AllTargets = lists:append(Targets),
-        bench_report:print("Saves and loads", AllTargets),
-        bench_report:write_json("save", AllTargets, lists:foldl(fun maps:merge/2, #{}, Figures)),
-        exit(bench_report:exit_code(AllTargets))
+        {Values, Figures} = lists:unzip([(lists:nth(N, Parts))() || N <- Wanted]),
+        {lists:append(Values), lists:foldl(fun maps:merge/2, #{}, Figures)}
     after
         [file:del_dir_r(Root) || Root <- [Disk, Ram]]
     end.
@@ -127,7 +120,7 @@ saves(Tier, Root) ->
         say_row("4 KiB *", Rested),
         io:format("  * alone, after a rest of ~w ms~n", [?REST]),
         Figures = #{{save, Tier} => maps:from_list(Rows), {rested, Tier} => Rested},
-        {save_targets(Tier, maps:from_list(Rows)), Figures}
+        {save_values(Tier, maps:from_list(Rows)), Figures}
     end).
 
 save_rounds(Tier, Root, Bytes, Rounds, PlainRounds, Each) ->
@@ -205,35 +198,28 @@ say_row(Name, #{ratio := Ratio} = Row) ->
 size_name(Bytes) when Bytes >= ?MIB -> integer_to_list(Bytes div ?MIB) ++ " MiB";
 size_name(Bytes) -> integer_to_list(Bytes div ?KIB) ++ " KiB".
 
-save_targets(disk, Rows) ->
-    targets(Rows, [
-        {256 * ?MIB, fun floor_target/3, "save 256 MiB, disk: times the floor", 1.25},
-        {1024 * ?MIB, fun floor_target/3, "save 1 GiB, disk: times the floor", 1.25},
-        {256 * ?MIB, fun plain_target/3, "save 256 MiB, disk: as fast as plain", 10},
-        {1024 * ?MIB, fun plain_target/3, "save 1 GiB, disk: as fast as plain", 10},
-        {4 * ?KIB, fun floor_target/3, "save 4 KiB, disk: times the floor", 1.15},
-        {64 * ?KIB, fun floor_target/3, "save 64 KiB, disk: times the floor", 1.15}
+save_values(disk, Rows) ->
+    values(Rows, [
+        {256 * ?MIB, fun times_floor/1, disk_256m}, {1024 * ?MIB, fun times_floor/1, disk_1g},
+        {256 * ?MIB, fun as_plain/1, disk_256m_plain}, {1024 * ?MIB, fun as_plain/1, disk_1g_plain},
+        {4 * ?KIB, fun times_floor/1, disk_4k}, {64 * ?KIB, fun times_floor/1, disk_64k}
     ]);
-save_targets(ram_file, Rows) ->
-    targets(Rows, [
-        {256 * ?MIB, fun floor_target/3, "save 256 MiB, tmpfs: times the floor", 1.35},
-        {256 * ?MIB, fun plain_target/3, "save 256 MiB, tmpfs: as fast as plain", 10},
-        {4 * ?KIB, fun plain_target/3, "save 4 KiB, tmpfs: as fast as plain", 4.5}
+save_values(ram_file, Rows) ->
+    values(Rows, [
+        {256 * ?MIB, fun times_floor/1, ram_256m}, {256 * ?MIB, fun as_plain/1, ram_256m_plain},
+        {4 * ?KIB, fun as_plain/1, ram_4k_plain}
     ]).
 
 %% Of the sizes that were measured.
-targets(Rows, Targets) ->
-    [Judge(Name, Row, Bound)
-     || {Bytes, Judge, Name, Bound} <- Targets, {ok, Row} <- [maps:find(Bytes, Rows)]].
+values(Rows, Wanted) ->
+    [{Id, Of(Row)} || {Bytes, Of, Id} <- Wanted, {ok, Row} <- [maps:find(Bytes, Rows)]].
 
-floor_target(Name, #{ratio := Ratio}, Bound) ->
-    bench_report:target(Name, Ratio, {at_most, Bound}, "x").
+times_floor(#{ratio := Ratio}) -> Ratio.
 
-above_target(Name, #{above := Above}, Bound) ->
-    bench_report:target(Name, Above / 1.0e3, {at_most, Bound}, "us").
+as_plain(#{plain := #{p50 := Plain}, this := #{p50 := This}}) -> Plain / This.
 
-plain_target(Name, #{plain := #{p50 := Plain}, this := #{p50 := This}}, Bound) ->
-    bench_report:target(Name, Plain / This, {at_least, Bound}, "x").
+%% In microseconds.
+above(#{above := Above}) -> Above / 1.0e3.
 
 %%% Loads, warm
 
@@ -258,13 +244,11 @@ loads(Tier, Root) ->
          || {Bytes, Row} <- Rows
         ],
         Map = maps:from_list(Rows),
-        Targets = [
-            {4 * ?KIB, fun above_target/3, "load 4 KiB, warm: above a bare read", 25},
-            {64 * ?KIB, fun above_target/3, "load 64 KiB, warm: above a bare read", 25},
-            {?MIB, fun above_target/3, "load 1 MiB, warm: above a bare read", 250},
-            {256 * ?MIB, fun floor_target/3, "load 256 MiB, warm: times a bare read", 1.3}
+        Wanted = [
+            {4 * ?KIB, fun above/1, load_4k}, {64 * ?KIB, fun above/1, load_64k},
+            {?MIB, fun above/1, load_1m}, {256 * ?MIB, fun times_floor/1, load_256m}
         ],
-        {targets(Map, Targets), #{load => Map}}
+        {values(Map, Wanted), #{load => Map}}
     end).
 
 load_rounds(Tier, Root, Bytes, Rounds) ->
@@ -320,8 +304,7 @@ writers(Root) ->
         ],
         {_, #{this := This, plain := Plain}} = lists:keyfind({16, 64 * ?KIB}, 1, Rows),
         {
-            [bench_report:target("16 writers of 64 KiB, disk: as many as plain", This / Plain,
-                                 {at_least, 2}, "x")],
+            [{writers, This / Plain}],
             #{writers => maps:from_list([
                 {lists:flatten(io_lib:format("~w of ~ts", [W, size_name(B)])), Row}
              || {{W, B}, Row} <- Rows])}
@@ -371,8 +354,7 @@ processor(Root) ->
         ],
         io:format("~nprocessor time of a 256 MiB save: this ~w ms, plain ~w ms~n", [This, Plain]),
         {
-            [bench_report:target("processor time, 256 MiB: of the plain one's", 100 * This / Plain,
-                                 {at_most, 60}, "%")],
+            [{processor, 100 * This / Plain}],
             #{cpu_ms => This, cpu_plain_ms => Plain}
         }
     end).
@@ -400,8 +382,7 @@ memory(Root) ->
             lists:join(", ", [io_lib:format("~ts ~w KiB", [size_name(B), K]) || {B, K} <- Rows])
         ]),
         {
-            [bench_report:target("resident memory, 1 GiB", lists:max([K || {_, K} <- Rows]) / 1024,
-                                 {at_most, 16}, "MiB")],
+            [{memory, lists:max([K || {_, K} <- Rows]) / 1024}],
             #{memory_kib => maps:from_list(Rows)}
         }
     end).
@@ -450,7 +431,7 @@ long_calls(Root) ->
                   "again; the one with the final sync ~.1f ms~n",
                   [Longest / 1.0e6, length(Calls), Away / 1.0e6, Sync / 1.0e6]),
         {
-            [bench_report:target("longest NIF call, 4 GiB", Longest / 1.0e6, {at_most, 100}, "ms")],
+            [{long_call, Longest / 1.0e6}],
             #{longest_call_ns => Longest, longest_away_ns => Away, sync_call_ns => Sync}
         }
     end).
@@ -505,8 +486,7 @@ neighbours(Root) ->
         io:format("~nread_file_info beside 16 saves of 256 MiB: p50 ~.3f  p99 ~.3f  max ~.3f ms, "
                   "~w calls~n", [P50 / 1.0e6, P99 / 1.0e6, Max / 1.0e6, N]),
         {
-            [bench_report:target("read_file_info beside 16 saves, p99", P99 / 1.0e6, {at_most, 50},
-                                 "ms")],
+            [{neighbour, P99 / 1.0e6}],
             #{neighbour_ns => Summary}
         }
     end).
@@ -542,8 +522,7 @@ stands_still(Root) ->
         io:format("~ncaller of save_async, 256 MiB: p50 ~.1f  p99 ~.1f  max ~.1f us~n",
                   [P50 / 1.0e3, P99 / 1.0e3, Max / 1.0e3]),
         {
-            [bench_report:target("caller of save_async stands still, 256 MiB, p99", P99 / 1.0e3,
-                                 {at_most, 100}, "us")],
+            [{async, P99 / 1.0e3}],
             #{async_ns => Summary}
         }
     end).
@@ -581,6 +560,6 @@ start(Root) ->
     io:format("~nstart of a store on 100,000 files: ~.2f s, ~w bytes of memory a file~n",
               [Time / 1.0e9, round(Each)]),
     {
-        [bench_report:target("start on 100,000 files", Time / 1.0e9, {at_most, 3}, "s")],
+        [{start, Time / 1.0e9}],
         #{start_ns => Time, start_bytes_a_file => Each}
     }.

@@ -7,13 +7,8 @@
 
 -define(ROUNDS, 7).
 
-%% In a process of its own, for `erl -s' runs this in one whose heap is not like a worker's.
 main() ->
-    {_, Monitor} = spawn_monitor(fun run/0),
-    receive
-        {'DOWN', Monitor, process, _, Code} when is_integer(Code) -> halt(Code);
-        {'DOWN', Monitor, process, _, Reason} -> io:format("~p~n", [Reason]), halt(2)
-    end.
+    bench_report:main(semaphore, fun run/0).
 
 run() ->
     {ok, _} = erllama_cache_writer:start_link(64),
@@ -22,12 +17,8 @@ run() ->
         fun uncontended/0, fun ten_million/0, fun eight_processes/0, fun wake_up/0,
         fun stampede/0, fun queue_of_sixteen/0, fun killed_owner/0, fun ten_thousand_timeouts/0
     ],
-    {Targets, Figures} = lists:unzip([Part() || Part <- Parts]),
-    AllTargets = lists:append(Targets),
-    AllFigures = lists:foldl(fun maps:merge/2, #{}, Figures),
-    bench_report:print("Semaphore", AllTargets),
-    bench_report:write_json("semaphore", AllTargets, AllFigures),
-    exit(bench_report:exit_code(AllTargets)).
+    {Values, Figures} = lists:unzip([Part() || Part <- Parts]),
+    {lists:append(Values), lists:foldl(fun maps:merge/2, #{}, Figures)}.
 
 limit(Limit) ->
     ok = erllama_cache_writer:set_max_concurrent(Limit),
@@ -46,12 +37,7 @@ uncontended() ->
         {"two bare NIF calls", FloorNs}, {"this", OursNs}, {"plain Erlang", PlainNs}
     ]),
     {
-        [
-            target(
-                "pair, one process: times two bare calls", ratio(2, 1, Rounds), {at_most, 2.5}, "x"
-            ),
-            target("pair, one process: as fast as plain", ratio(3, 2, Rounds), {at_least, 8}, "x")
-        ],
+        [{pair, ratio(2, 1, Rounds)}, {pair_plain, ratio(3, 2, Rounds)}],
         #{pair_ns => OursNs, pair_floor_ns => FloorNs, pair_plain_ns => PlainNs}
     }.
 
@@ -93,12 +79,7 @@ ten_million() ->
                 {"before", Before}, {"after", After}
             ]),
             {
-                [
-                    target(
-                        "pair after ten million: times before", After / Before, {at_most, 1.25}, "x"
-                    ),
-                    target("memory grown by ten million pairs", Grown / 1024, {at_most, 64}, "KiB")
-                ],
+                [{ten_million, After / Before}, {ten_million_memory, Grown / 1024}],
                 #{pair_before_ns => Before, pair_after_ten_million_ns => After,
                   ten_million_grown_bytes => Grown}
             }
@@ -123,7 +104,7 @@ eight_processes() ->
         {"this, one process", OneNs}, {"this, eight", EightNs}, {"plain Erlang, eight", PlainNs}
     ]),
     {
-        [target("pair, 8 processes: times one process", ratio(2, 1, Rounds), {at_most, 1.0}, "x")],
+        [{eight, ratio(2, 1, Rounds)}],
         #{pair_eight_ns => EightNs, pair_eight_plain_ns => PlainNs}
     }.
 
@@ -152,11 +133,7 @@ wake_up() ->
                 wake_up_rows(Awake) ++ [{"plain Erlang", bench_report:summary(Plain)}]),
     #{this := #{p99 := P99}} = Busy,
     {
-        [
-            target("wake-up p50, releaser busy: times a message", BusyRatio, {at_most, 2.0}, "x"),
-            target("wake-up p50, VM awake: times a message", AwakeRatio, {at_most, 2.0}, "x"),
-            target("wake-up p99, releaser busy", P99 / 1000, {at_most, 200}, "us")
-        ],
+        [{wake_busy, BusyRatio}, {wake_awake, AwakeRatio}, {wake_busy_p99, P99 / 1000}],
         #{wake_up_busy_ns => Busy, wake_up_resting_ns => Resting, wake_up_awake_ns => Awake,
           wake_up_resting_ratio => RestingRatio, wake_up_plain_ns => bench_report:summary(Plain)}
     }.
@@ -265,7 +242,7 @@ stampede() ->
     ]),
     say("64 contenders, limit 1, per turn", [{"this", OursNs}, {"plain Erlang", PlainNs}]),
     {
-        [target("64 contenders, per turn", OursNs / 1000, {at_most, 10}, "us")],
+        [{stampede, OursNs / 1000}],
         #{stampede_turn_ns => OursNs, stampede_turn_plain_ns => PlainNs}
     }.
 
@@ -294,10 +271,7 @@ queue_of_sixteen() ->
         {"this", bench_report:summary(Waits)}, {"plain Erlang", bench_report:summary(PlainWaits)}
     ]),
     {
-        [
-            target("16 contenders: times the sleeps alone", Ratio, {at_most, 1.10}, "x"),
-            target("16 contenders: longest wait, times the median", Unfair, {at_most, 1.5}, "x")
-        ],
+        [{sixteen, Ratio}, {sixteen_unfair, Unfair}],
         #{sixteen_alone_ns => Alone, sixteen_total_ns => Total, sixteen_plain_ns => PlainTotal,
           sixteen_waits_ns => Waits, sixteen_plain_waits_ns => PlainWaits}
     }.
@@ -337,7 +311,7 @@ killed_owner() ->
     say_summary("from an owner's kill to the next waiter running", [{"this", Summary}]),
     #{p99 := P99} = Summary,
     {
-        [target("owner killed to slot granted, p99", P99 / 1000, {at_most, 1000}, "us")],
+        [{killed_owner, P99 / 1000}],
         #{killed_owner_ns => Summary}
     }.
 
@@ -381,7 +355,7 @@ ten_thousand_timeouts() ->
         {"this", Each}, {"with start and exit", WithLife}
     ]),
     {
-        [target("10,000 timeouts, each", Each / 1000, {at_most, 5}, "us")],
+        [{timeouts, Each / 1000}],
         #{timeout_each_ns => Each, timeout_with_life_ns => WithLife}
     }.
 
@@ -414,9 +388,6 @@ gather(0, _) -> ok;
 gather(N, Message) -> receive Message -> gather(N - 1, Message) end.
 
 %%% Measuring
-
-target(Name, Value, Bound, Unit) ->
-    bench_report:target(Name, Value, Bound, Unit).
 
 now_ns() ->
     erlang:monotonic_time(nanosecond).

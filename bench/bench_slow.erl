@@ -17,11 +17,7 @@
 -define(KILLED_AFTER, 40).
 
 main() ->
-    {_, Monitor} = spawn_monitor(fun run/0),
-    receive
-        {'DOWN', Monitor, process, _, Code} when is_integer(Code) -> halt(Code);
-        {'DOWN', Monitor, process, _, Reason} -> io:format("~p~n", [Reason]), halt(2)
-    end.
+    bench_report:main(slow, fun run/0).
 
 run() ->
     Slowest = lists:max([list_to_integer(os:getenv(Variable))
@@ -89,13 +85,9 @@ report(Alone, Beside, Done, Slowest) ->
     %% Each kind of work has been done, or nothing is shown.
     [] = [What || {What, 0} <- Done],
     #{p99 := P99} = Beside,
-    Name = "read_file_info beside a slow disk, p99: of the slowest call",
-    Targets = [bench_report:target(Name, P99 / 1.0e6 / Slowest, {at_most, 2}, "x")],
-    bench_report:print("Beside a slow disk", Targets),
-    bench_report:write_json("slow", Targets, #{
+    {[{neighbour, P99 / 1.0e6 / Slowest}], #{
         slowest_ms => Slowest, alone_ns => Alone, beside_ns => Beside, done => maps:from_list(Done)
-    }),
-    exit(bench_report:exit_code(Targets)).
+    }}.
 
 %%% Work
 

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
-"""Draws the pictures of docs/benchmarks.md from the JSON in docs/bench, and writes tables of figures, the
-README's and that page's, from the same: tools/plots.sh runs this.
+"""Draws the pictures of docs/benchmarks.md from the JSON in bench/figures, and writes the tables of that
+page and of the README from the same JSON and from bounds.config: plots.sh runs this.
+
+    plots.py            takes the last runs into bench/figures, draws, writes
+    plots.py --check    ends with 1 if a table is not what it would be written to
 
 gnuplot draws with one colour for lines and text and one for each side, and knows no style sheet.
 What it has drawn then gets one: ink and paper follow the colour scheme of whoever looks.
@@ -14,6 +17,9 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 DOCS = PROJECT / "docs"
+BENCH = PROJECT / "bench"
+# So many runs of one kind of machine are kept.
+MOST_RUNS = 5
 
 INK = "#102030"
 GRID = "#405060"
@@ -43,8 +49,8 @@ set ylabel textcolor rgb '{INK}'
 set key textcolor variable samplen 2
 """
 
-# 256 MiB has no room for its name.
-SIZES = {4096: "4 KiB", 65536: "64 KiB", 2**20: "1 MiB", 2**24: "16 MiB", 2**28: "", 2**30: "1 GiB"}
+SIZES = {4096: "4 KiB", 65536: "64 KiB", 2**20: "1 MiB", 2**24: "16 MiB", 2**28: "256 MiB",
+         2**30: "1 GiB"}
 
 
 def terminal(name, width, height):
@@ -65,7 +71,8 @@ def saves(figures):
             rows = sorted((int(size), row[side]["p50"] / 1e6)
                           for size, row in figures[panel].items())
             commands.append(block(f"{panel}_{side}", rows))
-    tics = ", ".join(f"'{name}' {size}" for size, name in SIZES.items())
+    # 256 MiB has no room for its name.
+    tics = ", ".join(f"'{name if size != 2**28 else ''}' {size}" for size, name in SIZES.items())
     commands.append(f"""
 set logscale xy
 set xrange [2500:1.6e9]
@@ -128,65 +135,202 @@ def draw(commands, name):
     print(f"  {picture.relative_to(PROJECT)}")
 
 
+def number(value):
+    """To three digits, without an exponent."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+
+
 def duration(nanoseconds):
     """In the unit that reads best, to three digits."""
     for unit, name in ((1e9, "s"), (1e6, "ms"), (1e3, "µs"), (1, "ns")):
         if nanoseconds >= unit:
             break
-    value = nanoseconds / unit
-    return f"{value:.0f} {name}" if value >= 100 else f"{value:.3g} {name}"
+    return f"{number(nanoseconds / unit)} {name}"
 
 
-def table(save, semaphore):
-    """The README's: what is measured, the floor, this, plain Erlang."""
-    def median(panel, size, *sides):
-        return [duration(save[panel][str(size)][side]["p50"]) for side in sides]
+def percentile(samples, percent):
+    """As bench_report.erl takes it."""
+    ordered = sorted(samples)
+    return ordered[max(1, (len(ordered) * percent + 99) // 100) - 1]
 
-    rows = [
-        ["save 64 KiB, ext4", *median("save_disk", 2**16, "floor", "this", "plain")],
-        ["save 256 MiB, ext4", *median("save_disk", 2**28, "floor", "this", "plain")],
-        ["load 256 MiB, from the page cache", *median("load", 2**28, "floor", "this"), ""],
+
+def markdown(*rows):
+    """A table, whose first row is its head."""
+    lines = ["".join(f"| {cell} " if cell else "| " for cell in row) + "|\n" for row in rows]
+    return "".join([lines[0], "|---" * len(rows[0]) + "|\n", *lines[1:]])
+
+
+def read_bounds():
+    """The lines of bounds.config."""
+    pattern = re.compile(r'\{(\w+), (\w+), "(.*)", (at_most|at_least), ([0-9.]+), "(.*)"\}\.')
+    lines = (BENCH / "bounds.config").read_text().splitlines()
+    return [pattern.fullmatch(line).groups() for line in lines if line and line[0] != "%"]
+
+
+def bounds_table(benchmark, report):
+    """Each bound beside the median of the runs, and beside the runs."""
+    rows = []
+    for of, name, what, relation, bound, unit in read_bounds():
+        if of == benchmark:
+            runs = [run[name] for run in report["runs"] if name in run]
+            sign = {"at_most": "≤", "at_least": "≥"}[relation]
+            rows.append([what, f"{sign} {bound} {unit}".strip(),
+                         f"**{number(percentile(runs, 50))}**" if runs else "not measured yet",
+                         " ".join(number(run) for run in runs)])
+    machine = report["machine"]
+    kernel = machine["system"].split()[1].split("-")[0]
+    return markdown(["", "bound", "median", "runs"], *rows) + (
+        f"\nOn {machine['schedulers']} processors ({machine['processor']}), OTP {machine['otp']}, "
+        f"Linux {kernel}.\n")
+
+
+def medians(what, panel):
+    sides = ("floor", "this", "plain")
+    return [what, *[duration(panel[side]["p50"]) if side in panel else "" for side in sides]]
+
+
+def readme_table(save, semaphore):
+    """What is measured, the floor, this, plain Erlang."""
+    return markdown(
+        ["", "floor", "this", "plain Erlang"],
+        medians("save 64 KiB, ext4", save["save_disk"][str(2**16)]),
+        medians("save 256 MiB, ext4", save["save_disk"][str(2**28)]),
+        medians("load 256 MiB, from the page cache", save["load"][str(2**28)]),
         ["take a slot that is free, and give it back",
          *[duration(semaphore[key]) for key in ("pair_floor_ns", "pair_ns", "pair_plain_ns")]],
         ["16 contenders for one slot: the longest wait", "",
          *[duration(max(semaphore[key])) for key in ("sixteen_waits_ns", "sixteen_plain_waits_ns")]],
-    ]
-    lines = ["| | floor | this | plain Erlang |", "|---|---|---|---|"]
-    return "".join(line + "\n" for line in lines + [f"| {' | '.join(row)} |" for row in rows])
+    )
+
+
+def semaphore_table(figures):
+    def quantiles(summary, *keys):
+        return ", ".join(duration(summary[key]) for key in keys or ("p50", "p99"))
+
+    def waits(key):
+        return ", ".join(duration(percentile(figures[key], percent)) for percent in (50, 99))
+
+    def times(*keys):
+        return [duration(figures[key]) if key else "" for key in keys]
+
+    busy, resting, awake = (figures[f"wake_up_{when}_ns"] for when in ("busy", "resting", "awake"))
+    return markdown(
+        ["", "floor", "this", "plain Erlang"],
+        ["acquire and release, one process", *times("pair_floor_ns", "pair_ns", "pair_plain_ns")],
+        ["the same from 8 processes, per pair", *times(None, "pair_eight_ns", "pair_eight_plain_ns")],
+        ["release to the waiter running, releaser busy: p50, p99",
+         quantiles(busy["message"]), quantiles(busy["this"]), ""],
+        ["the same, releaser at rest", quantiles(resting["message"]), quantiles(resting["this"]), ""],
+        ["the same, VM awake", quantiles(awake["message"]), quantiles(awake["this"]),
+         quantiles(figures["wake_up_plain_ns"])],
+        ["64 contenders, per turn", *times(None, "stampede_turn_ns", "stampede_turn_plain_ns")],
+        ["16 contenders, 10 turns of 2 ms, in all",
+         *times("sixteen_alone_ns", "sixteen_total_ns", "sixteen_plain_ns")],
+        ["16 contenders, one wait: p50, p99", "",
+         waits("sixteen_waits_ns"), waits("sixteen_plain_waits_ns")],
+        ["owner killed to slot granted: p50, p99, max", "",
+         quantiles(figures["killed_owner_ns"], "p50", "p99", "max"), ""],
+    )
+
+
+def save_tables(figures):
+    """Saves on each file system, and loads."""
+    def cells(panel, sides):
+        return [f"{duration(panel[side]['p50'])} ({duration(panel[side]['p99'])})" for side in sides]
+
+    tables = []
+    for key, head in (("disk", "save, ext4, BLAKE3"), ("ram_file", "save, tmpfs")):
+        sides = ("floor", "this", "plain")
+        rows = [[size, *cells(figures[f"save_{key}"][str(bytes_)], sides)]
+                for bytes_, size in SIZES.items()]
+        rows.insert(1, ["4 KiB, alone", *cells(figures[f"rested_{key}"], sides)])
+        tables.append(markdown([head, "floor", "this", "plain Erlang"], *rows))
+    tables.append(markdown(["load, warm, ext4", "floor", "this"],
+                           *[[size, *cells(figures["load"][str(bytes_)], ("floor", "this"))]
+                             for bytes_, size in SIZES.items()]))
+    return "\n".join(tables)
+
+
+def other_figures(figures):
+    """Many writers, and what else a save takes."""
+    def order(row):
+        count, size = re.fullmatch("([0-9]+) of ([0-9]+ [KM]iB)", row).groups()
+        return size != "64 KiB", int(count)
+
+    writers = markdown(
+        ["writers at once, ext4, saves per second", "floor", "this", "plain Erlang"],
+        *[[name, *[number(figures["writers"][name][side]) for side in ("floor", "this", "plain")]]
+          for name in sorted(figures["writers"], key=order)])
+    asynchronous = figures["async_ns"]
+    return writers + "\n" + markdown(
+        ["", ""],
+        ["processor time of a 256 MiB save, user and system, all threads",
+         f"{figures['cpu_ms']} ms; plain Erlang {figures['cpu_plain_ms']} ms"],
+        ["longest NIF call in a save of 4 GiB; until its process ran again",
+         f"{duration(figures['longest_call_ns'])}; {duration(figures['longest_away_ns'])}"],
+        ["the call with the final sync", duration(figures["sync_call_ns"])],
+        ["a store's start on 100,000 files", f"{duration(figures['start_ns'])}, "
+         f"{figures['start_bytes_a_file']:.0f} bytes of memory a file"],
+        ["the caller of `save_async` with 256 MiB stands still, p50 and max",
+         f"{duration(asynchronous['p50'])}, {duration(asynchronous['max'])}"])
 
 
 def slow_table(slow):
     """What another process waits for beside a slow disk."""
-    def row(name, times):
-        return [name, *[duration(times[key]) for key in ("p50", "p99", "max")]]
-
-    rows = [row("alone", slow["alone_ns"]), row("beside a slow disk", slow["beside_ns"])]
-    lines = ["| `read_file_info` | p50 | p99 | max |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(cells)} |" for cells in rows]
+    rows = [[name, *[duration(slow[key][quantile]) for quantile in ("p50", "p99", "max")]]
+            for name, key in (("alone", "alone_ns"), ("beside a slow disk", "beside_ns"))]
     done = ", ".join(f"{count} {what}" for what, count in sorted(slow["done"].items()))
-    return "".join(f"{line}\n" for line in [*lines, "", f"Meanwhile: {done}."])
+    return markdown(["`read_file_info`", "p50", "p99", "max"], *rows) + f"\nMeanwhile: {done}.\n"
 
 
-def write_between(page, what, text):
-    """Replaces what stands between two marks of a page."""
-    file = PROJECT / page
+def blocks(save, semaphore, slow):
+    """What stands between two marks of a page: page, name and text of each."""
+    page = "docs/benchmarks.md"
+    return [
+        ("README.md", "figures", readme_table(save["figures"], semaphore["figures"])),
+        (page, "bounds of the semaphore", bounds_table("semaphore", semaphore)),
+        (page, "figures of the semaphore", semaphore_table(semaphore["figures"])),
+        (page, "bounds of saves and loads", bounds_table("save", save)),
+        (page, "figures of saves and loads", save_tables(save["figures"])),
+        (page, "other figures of saves", other_figures(save["figures"])),
+        (page, "slow disk", bounds_table("slow", slow) + "\n" + slow_table(slow["figures"])),
+    ]
+
+
+def with_block(page, what, text):
+    """The page, with what stands between two marks replaced."""
     begin, end = f"<!-- {what}, by make bench-plots -->\n", f"<!-- end of {what} -->\n"
-    before, rest = file.read_text().split(begin)
-    file.write_text(before + begin + text + end + rest.split(end)[1])
-    print(f"  {page}, its {what}")
+    before, rest = page.split(begin)
+    return before + begin + text + end + rest.split(end)[1]
 
 
-def is_whole(result, report):
-    """Whether a run has measured all that its picture shows, on a machine at rest."""
+def is_whole(name, report):
+    """Whether a run has measured all that pictures and tables show, on a machine at rest."""
     figures = report["figures"]
-    if not report.get("judged", True):
+    wanted = {bound for of, bound, *_ in read_bounds() if of == name}
+    if not report["judged"] or wanted - {target["id"] for target in report["targets"]}:
         return False
-    if result == "save":
-        return all(set(figures.get(panel, {})) == {str(size) for size in SIZES}
-                   for panel in ("save_disk", "save_ram_file", "load"))
-    if result == "slow":
-        return {"alone_ns", "beside_ns", "done"} <= set(figures)
-    return {"sixteen_waits_ns", "sixteen_plain_waits_ns"} <= set(figures)
+    return name != "save" or all(set(figures[panel]) == {str(size) for size in SIZES}
+                                 for panel in ("save_disk", "save_ram_file", "load"))
+
+
+def take(name):
+    """Makes the last run the one whose figures are shown, and adds its targets to those of the runs
+    before, if they were made on such a machine."""
+    result, kept = BENCH / "results" / f"{name}.json", BENCH / "figures" / f"{name}.json"
+    if not result.exists():
+        return
+    report = read(result)
+    if not is_whole(name, report):
+        print(f"  {result} is of part of a run, or of one that was not judged: not taken")
+        return
+    before = read(kept)
+    run = {target["id"]: target["value"] for target in report["targets"]}
+    alike = all(before["machine"][key] == report["machine"][key]
+                for key in ("processor", "schedulers", "otp"))
+    runs = before["runs"] if alike else []
+    report["runs"] = runs if run in runs else [*runs, run][-MOST_RUNS:]
+    kept.write_text(json.dumps(report, separators=(",", ":"), sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read(file):
@@ -194,21 +338,27 @@ def read(file):
 
 
 def main(arguments):
-    if arguments:
-        flag, result, file = arguments
-        assert flag == "--is-whole", flag
-        whole = is_whole(result, read(file))
-        if not whole:
-            print(f"  {file} is of part of a run, or of one that was not judged: not taken")
-        return 0 if whole else 1
-    save = read(DOCS / "bench" / "save.json")["figures"]
-    semaphore = read(DOCS / "bench" / "semaphore.json")["figures"]
-    draw(saves(save), "bench-save.svg")
-    draw(waits(semaphore), "bench-waits.svg")
-    write_between("README.md", "figures", table(save, semaphore))
-    slow = read(DOCS / "bench" / "slow.json")["figures"]
-    write_between("docs/benchmarks.md", "slow disk", slow_table(slow))
-    return 0
+    names = ("save", "semaphore", "slow")
+    checks = arguments == ["--check"]
+    if not checks:
+        for name in names:
+            take(name)
+    save, semaphore, slow = (read(BENCH / "figures" / f"{name}.json") for name in names)
+    if not checks:
+        draw(saves(save["figures"]), "bench-save.svg")
+        draw(waits(semaphore["figures"]), "bench-waits.svg")
+    differ = 0
+    for page, what, text in blocks(save, semaphore, slow):
+        file = PROJECT / page
+        old = file.read_text()
+        new = with_block(old, what, text)
+        if checks and old != new:
+            print(f"{page}, its {what}: not what make bench-plots writes")
+            differ = 1
+        elif not checks:
+            file.write_text(new)
+            print(f"  {page}, its {what}")
+    return differ
 
 
 if __name__ == "__main__":

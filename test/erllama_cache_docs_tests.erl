@@ -7,7 +7,7 @@
 
 -include_lib("eunit/include/eunit.hrl").
 
--import(erllama_cache_test_util, [in_project/1]).
+-import(erllama_cache_test_util, [in_project/1, run_command/2]).
 
 -define(PUBLIC, [erllama_cache_writer, erllama_cache_store, erllama_cache_metrics]).
 
@@ -209,6 +209,22 @@ each_proof_runs_in_ci_test_() ->
             ?assert(mentions(Nightly, ["{proof: ", lists:join(", ", [Proof | Job]), "}"]))
         end}
      || [Proof | Form] <- Rows
+    ].
+
+%% Tables of figures say what the JSON and the bounds say, which no hand copies.
+tables_are_as_written_test() ->
+    {Status, Output} = run_command("python3", [in_project("bench/plots.py"), "--check"]),
+    ?assertEqual({0, <<>>}, {Status, iolist_to_binary(Output)}).
+
+%% A program that measures something else than what has a bound is found here, not after minutes.
+bounds_test_() ->
+    {ok, Bounds} = file:consult(in_project("bench/bounds.config")),
+    [
+        {lists:concat([Benchmark, ": ", Id]), fun() ->
+            {ok, Program} = file:read_file(in_project(lists:concat(["bench/bench_", Benchmark, ".erl"]))),
+            ?assertMatch({match, _}, re:run(Program, lists:concat(["[{ ]", Id, "[,}]"])))
+        end}
+     || {Benchmark, Id, _What, _Relation, _Bound, _Unit} <- Bounds
     ].
 
 %% To files of the project, pictures too, and to headings.

@@ -1,13 +1,16 @@
 #!/bin/sh
 # Runs a command with $BENCH_DISK on an ext4 as mkfs.ext4 makes it, which is with a journal:
 #
-#     tools/journal.sh COMMAND ...
+#     bench/disk.sh COMMAND ...
 #
 # Where BENCH_DISK is set that is what is used, whatever it is. Otherwise it is /tmp, if that is on such
 # a file system. If not, as in many virtual machines, root makes one in a file there, with direct I/O
 # beneath it, and removes it afterwards; it takes 14 GiB for some minutes. Who is not root, or has no room,
 # measures /tmp as it is.
 set -eu
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+. "$here/proofs/lib.sh"
 
 work=/tmp
 gib=14
@@ -33,9 +36,8 @@ if has_journal "$work"; then
     on "$work" "ext4 with a journal"
     exec "$@"
 fi
-PATH="$PATH:/usr/sbin:/sbin"
 
-dir=$(mktemp -d "$work/erllama_cache_journal.XXXXXX")
+dir=$(mktemp -d "$work/erllama_cache_disk.XXXXXX")
 loop=
 leave() {
     umount "$dir/disk" 2>/dev/null || umount -l "$dir/disk" 2>/dev/null || true
@@ -56,7 +58,7 @@ write_image() {
 make_disk() {
     room=$(df -Pk "$work" | awk 'NR == 2 { print int($4 / 1048576) }')
     [ "$(stat -f -c '%T' "$work")" != tmpfs ] || { echo "is in memory"; return 1; }
-    [ "$(id -u)" = 0 ] || { echo "has none, and to make one takes root"; return 1; }
+    is_root || { echo "has none, and to make one takes root"; return 1; }
     [ "$room" -ge $((gib + 2)) ] || { echo "has none, and no $((gib + 2)) GiB for one"; return 1; }
     mkdir "$dir/disk" &&
         write_image &&

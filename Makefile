@@ -83,11 +83,11 @@ check: setup ## Formatting, lints, warnings as errors, xref, dialyzer, documenta
 	cd $(NATIVE) && cargo fmt --all --check
 	cd $(NATIVE) && cargo clippy --locked --workspace --all-targets -- -D warnings
 	tools/targets.sh
-	! grep -rnE '^.{101,}$$' src test bench --include=*.erl --include=*.hrl
 	rebar3 as check compile
 	rebar3 xref
 	rebar3 as check dialyzer
 	$(MAKE) edoc chunks rustdoc
+	escript tools/shape.escript
 
 cover: ## Run the Erlang tests with coverage, report in _build/test/cover
 	rebar3 do eunit --cover, ct --cover, cover --verbose

@@ -221,7 +221,8 @@ bounds_test_() ->
     {ok, Bounds} = file:consult(in_project("bench/bounds.config")),
     [
         {lists:concat([Benchmark, ": ", Id]), fun() ->
-            {ok, Program} = file:read_file(in_project(lists:concat(["bench/bench_", Benchmark, ".erl"]))),
+            Name = lists:concat(["bench/bench_", Benchmark, ".erl"]),
+            {ok, Program} = file:read_file(in_project(Name)),
             ?assertMatch({match, _}, re:run(Program, lists:concat(["[{ ]", Id, "[,}]"])))
         end}
      || {Benchmark, Id, _What, _Relation, _Bound, _Unit} <- Bounds

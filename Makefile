@@ -83,6 +83,7 @@ check: setup ## Formatting, lints, warnings as errors, xref, dialyzer, documenta
 	cd $(NATIVE) && cargo fmt --all --check
 	cd $(NATIVE) && cargo clippy --locked --workspace --all-targets -- -D warnings
 	tools/targets.sh
+	tools/deny.sh
 	rebar3 as check compile
 	rebar3 xref
 	rebar3 as check dialyzer

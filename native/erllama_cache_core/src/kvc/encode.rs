@@ -7,9 +7,10 @@ use super::layout::{
     AT_CRC, DIGEST_LEN, FIXED_LEN, HEADER_LEN, LENGTH_LEN, MAGIC, MAX_PREFIX_LEN, MIN_PREFIX_LEN,
     TAG_CTX_PARAMS_HASH, TAG_DIGEST, TAG_ERLLAMA_VERSION, TAG_FINGERPRINT, TAG_FINGERPRINT_MODE,
     TAG_HOSTNAME, TAG_QUANT_BYTE, TAG_SAVE_REASON_DETAIL, TAG_TOKEN_COUNT, TAG_TOKENS, TOKEN_LEN,
-    VERSION, digest_view,
+    digest_view,
 };
-use super::meta::{DigestMode, Meta};
+use super::meta::{DigestMode, Meta, SaveReason};
+use super::version::Version;
 
 /// Which digest of tag 0xB3 to leave room for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -91,6 +92,14 @@ impl fmt::Display for Field {
 /// Why there is no prefix for a [`Meta`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
+    /// The version does not have this save reason.
+    #[error("version {} has no save_reason {}", version.number(), reason.name())]
+    SaveReason {
+        /// Which reason.
+        reason: SaveReason,
+        /// Which version.
+        version: Version,
+    },
     /// The tokens are not 4 bytes each.
     #[error("tokens of {len} bytes are not 4 bytes each")]
     PartialToken {
@@ -143,11 +152,15 @@ impl Prefix {
         payload_len: u64,
         digest: DigestKind,
     ) -> Result<Prefix, EncodeError> {
+        let (version, reason) = (meta.version, meta.save_reason);
+        if !reason.is_in(version) {
+            return Err(EncodeError::SaveReason { reason, version });
+        }
         let sizes = Sizes::of(|field| field.of(meta).len(), payload_len, digest)?;
         let mut bytes = Vec::with_capacity(sizes.prefix);
 
         bytes.extend_from_slice(MAGIC);
-        bytes.extend_from_slice(&[VERSION, meta.quant_bits, meta.save_reason as u8, 0, 0]);
+        bytes.extend_from_slice(&[version.number(), meta.quant_bits, reason as u8, 0, 0]);
         put_u32(&mut bytes, sizes.token_count);
         put_u32(&mut bytes, meta.hit_count);
         put_u32(&mut bytes, meta.context_size);

@@ -14,8 +14,8 @@ pub enum Corrupt {
     /// The file does not begin with `KVC`.
     #[error("the file does not begin with KVC")]
     BadMagic,
-    /// The version is not 1.
-    #[error("the version is not 1")]
+    /// The version is none of the known ones.
+    #[error("the version is neither 1 nor 2")]
     UnsupportedVersion,
     /// The save reason is none of the known ones.
     #[error("the save reason is unknown")]

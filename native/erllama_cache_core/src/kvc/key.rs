@@ -6,24 +6,27 @@ use sha2::{Digest, Sha256};
 
 const SUFFIX: &str = ".kvc";
 
-/// Names a saved state: SHA-256 over model, quantisation, context parameters and tokens.
+/// Names a saved state: SHA-256 over model, quantisation, context parameters, and the tokens or the
+/// prompt's text.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key([u8; 32]);
 
 impl Key {
-    /// The key of a state. `tokens_le` holds the tokens as little-endian u32, as tag 0x09 does.
+    /// The key of a state. `keyed` is what the file's version has a key be over, see
+    /// [`Version::keyed`](super::Version::keyed): the tokens as little-endian u32, as tag 0x09 holds
+    /// them, or the bytes of the prompt's text.
     #[must_use]
     pub fn of(
         fingerprint: &[u8; 32],
         quant_byte: u8,
         ctx_params_hash: &[u8; 32],
-        tokens_le: &[u8],
+        keyed: &[u8],
     ) -> Key {
         let mut hash = Sha256::new();
         hash.update(fingerprint);
         hash.update([quant_byte]);
         hash.update(ctx_params_hash);
-        hash.update(tokens_le);
+        hash.update(keyed);
         Key(hash.finalize().into())
     }
 

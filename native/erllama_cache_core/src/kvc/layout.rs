@@ -18,8 +18,6 @@ pub const MAX_PREFIX_LEN: usize = 64 << 20;
 
 /// The first bytes of every file.
 pub(super) const MAGIC: &[u8; 3] = b"KVC";
-/// The version that is written and read.
-pub(super) const VERSION: u8 = 1;
 
 /// Bytes of the header proper, up to the payload's offset.
 pub(super) const HEADER_LEN: usize = 48;

@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+use super::key::Key;
+use super::version::Version;
+
 /// Why a state was saved, in the caller's words. The value is stored and nothing is concluded from
 /// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,16 +22,19 @@ pub enum SaveReason {
     Shutdown = 4,
     /// `finish`
     Finish = 5,
+    /// `agent_prefix`; from version 2 on
+    AgentPrefix = 6,
 }
 
 impl SaveReason {
-    const ALL: [SaveReason; 6] = [
+    const ALL: [SaveReason; 7] = [
         SaveReason::Unknown,
         SaveReason::Cold,
         SaveReason::Continued,
         SaveReason::Evict,
         SaveReason::Shutdown,
         SaveReason::Finish,
+        SaveReason::AgentPrefix,
     ];
 
     /// The reason's name, as [`from_name`](SaveReason::from_name) takes it.
@@ -41,6 +47,7 @@ impl SaveReason {
             SaveReason::Evict => "evict",
             SaveReason::Shutdown => "shutdown",
             SaveReason::Finish => "finish",
+            SaveReason::AgentPrefix => "agent_prefix",
         }
     }
 
@@ -50,10 +57,18 @@ impl SaveReason {
         Self::ALL.into_iter().find(|reason| reason.name() == name)
     }
 
-    /// The reason that is stored as `byte`.
+    /// The reason that is stored as `byte` in a file of this version.
     #[must_use]
-    pub fn from_byte(byte: u8) -> Option<SaveReason> {
-        Self::ALL.into_iter().find(|reason| *reason as u8 == byte)
+    pub fn from_byte(byte: u8, version: Version) -> Option<SaveReason> {
+        Self::ALL
+            .into_iter()
+            .find(|reason| *reason as u8 == byte && reason.is_in(version))
+    }
+
+    /// Whether this version has the reason.
+    #[must_use]
+    pub fn is_in(self, version: Version) -> bool {
+        self != SaveReason::AgentPrefix || version >= Version::Text
     }
 }
 
@@ -151,6 +166,8 @@ pub fn quant_name(byte: u8) -> Option<&'static str> {
 /// What a file says about its payload.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Meta<'a> {
+    /// The file's version, and so what its key is over.
+    pub version: Version,
     /// Why the state is saved.
     pub save_reason: SaveReason,
     /// Bits per weight of the quantisation, as the caller counts them.
@@ -183,11 +200,25 @@ pub struct Meta<'a> {
     pub save_reason_detail: &'a [u8],
 }
 
+impl Meta<'_> {
+    /// The key of the file; computed anew by every call.
+    #[must_use]
+    pub fn key(&self) -> Key {
+        Key::of(
+            self.fingerprint,
+            self.quant_byte,
+            self.ctx_params_hash,
+            self.version.keyed(self.tokens, self.prompt_text),
+        )
+    }
+}
+
 /// Shows how much text and how many tokens there are, but not which: what users said does not
 /// belong in a log.
 impl fmt::Debug for Meta<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Meta")
+            .field("version", &self.version)
             .field("save_reason", &self.save_reason)
             .field("quant_byte", &self.quant_byte)
             .field("context_size", &self.context_size)

@@ -1,8 +1,20 @@
-//! KVC version 1: one file that holds the saved KV state of one sequence of tokens.
+//! KVC versions 1 and 2: one file that holds the saved KV state of one sequence of tokens.
 //!
 //! This module knows the bytes and no file system. It writes everything that stands before the
 //! payload ([`Prefix`]) and reads it back with distrust ([`Header`], [`ParsedPrefix`]), through the small
 //! trait [`ReadAt`]. Whole files are checked in [`files`](crate::files).
+//!
+//! # Versions
+//!
+//! The two are laid out alike, and differ in the byte that names the version, in what the key is made
+//! of, and in one save reason ([`Version`]):
+//!
+//! | version | the key is SHA-256 over | save_reason |
+//! |---|---|---|
+//! | 1 | fingerprint, quant byte, context hash, tokens | 0 to 5 |
+//! | 2 | fingerprint, quant byte, context hash, prompt's text | 0 to 6 |
+//!
+//! The quant byte is one byte there, the tokens are as in tag 0x09, and the text is without its length.
 //!
 //! # Layout
 //!
@@ -11,7 +23,7 @@
 //! | offset | size | field | type |
 //! |---|---|---|---|
 //! | 0 | 3 | `"KVC"` | bytes |
-//! | 3 | 1 | version, 1 | u8 |
+//! | 3 | 1 | version, 1 or 2 | u8 |
 //! | 4 | 1 | quant_bits | u8 |
 //! | 5 | 1 | save_reason, see [`SaveReason`] | u8 |
 //! | 6 | 2 | reserved: written 0, not read | |
@@ -52,14 +64,14 @@
 //!
 //! # What checks what
 //!
-//! - The **key**, SHA-256 over fingerprint, quant byte, context hash and tokens, names the file and
-//!   so covers those four ([`Key`]).
+//! - The **key** names the file, and so covers the four fields that it is made of ([`Key`]).
 //! - The **CRC-32C** covers the payload.
 //! - The **lengths** have to agree with each other and with the length of the file, to the byte.
 //! - **Nothing** covers quant_bits, save_reason, hit_count, context_size, the two times,
-//!   fingerprint_mode, the prompt's text, hostname, erllama_version and save_reason_detail, beyond
-//!   their being one of the known values where there are such. Tag 0xB3 covers all of them except
-//!   hit_count and last_used_time, which change while the file lives.
+//!   fingerprint_mode, hostname, erllama_version, save_reason_detail, and what the other version makes
+//!   its key of (the prompt's text in version 1, the tokens in version 2), beyond their being one of
+//!   the known values where there are such. Tag 0xB3 covers all of them except hit_count and
+//!   last_used_time, which change while the file lives.
 //!
 //! # Digest
 //!
@@ -76,6 +88,7 @@ mod layout;
 mod meta;
 mod prefix;
 mod read;
+mod version;
 
 #[cfg(test)]
 mod tests;
@@ -92,3 +105,4 @@ pub use meta::{
 };
 pub use prefix::{Header, ParsedPrefix};
 pub use read::{FIRST_READ, ReadAt, read_exact_at, read_prefix};
+pub use version::Version;

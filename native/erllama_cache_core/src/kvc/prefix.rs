@@ -11,14 +11,16 @@ use super::layout::{
     AT_PAYLOAD_LEN, AT_PAYLOAD_OFFSET, AT_QUANT_BITS, AT_SAVE_REASON, AT_TOKEN_COUNT, AT_VERSION,
     DIGEST_LEN, FIXED_LEN, LENGTH_LEN, MAGIC, MAX_PREFIX_LEN, MIN_PREFIX_LEN, TAG_CTX_PARAMS_HASH,
     TAG_DIGEST, TAG_ERLLAMA_VERSION, TAG_FINGERPRINT, TAG_FINGERPRINT_MODE, TAG_HOSTNAME,
-    TAG_QUANT_BYTE, TAG_SAVE_REASON_DETAIL, TAG_TOKEN_COUNT, TAG_TOKENS, TOKEN_LEN, VERSION,
-    digest_view,
+    TAG_QUANT_BYTE, TAG_SAVE_REASON_DETAIL, TAG_TOKEN_COUNT, TAG_TOKENS, TOKEN_LEN, digest_view,
 };
 use super::meta::{DigestMode, FingerprintMode, SaveReason};
+use super::version::Version;
 
 /// The fields of fixed size, found consistent with the file's length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
+    /// The file's version, and so what its key is over.
+    pub version: Version,
     /// Bits per weight of the quantisation.
     pub quant_bits: u8,
     /// Why the state was saved.
@@ -54,12 +56,11 @@ impl Header {
         if !bytes.starts_with(MAGIC) {
             return Err(Corrupt::BadMagic);
         }
-        if bytes[AT_VERSION] != VERSION {
-            return Err(Corrupt::UnsupportedVersion);
-        }
+        let version = Version::from_byte(bytes[AT_VERSION]).ok_or(Corrupt::UnsupportedVersion)?;
         let header = Header {
+            version,
             quant_bits: bytes[AT_QUANT_BITS],
-            save_reason: SaveReason::from_byte(bytes[AT_SAVE_REASON])
+            save_reason: SaveReason::from_byte(bytes[AT_SAVE_REASON], version)
                 .ok_or(Corrupt::BadSaveReason)?,
             token_count: fixed_u32(bytes, AT_TOKEN_COUNT),
             hit_count: fixed_u32(bytes, AT_HIT_COUNT),
@@ -254,14 +255,29 @@ impl ParsedPrefix {
         digest_view(&self.bytes, self.digest_at, 0..self.bytes.len())
     }
 
-    /// The key of what the file says it holds; computed anew by every call.
+    /// The key of what the file says it holds, as its version has it; computed anew by every call.
     #[must_use]
     pub fn key(&self) -> Key {
-        Key::of(
+        let (_, fingerprint, quant_byte, ctx_params_hash, keyed) = self.key_parts();
+        Key::of(fingerprint, quant_byte, ctx_params_hash, keyed)
+    }
+
+    /// Whether two files are of one key: all that makes a key is the same in both. Their version is
+    /// a part of that, for the tokens of one file can be the same bytes as the text of another, and then
+    /// the hash does not tell them apart.
+    #[must_use]
+    pub fn is_of_same_key(&self, other: &ParsedPrefix) -> bool {
+        self.key_parts() == other.key_parts()
+    }
+
+    fn key_parts(&self) -> (Version, &[u8; 32], u8, &[u8; 32], &[u8]) {
+        let version = self.header.version;
+        (
+            version,
             &self.fingerprint,
             self.quant_byte,
             &self.ctx_params_hash,
-            self.tokens(),
+            version.keyed(self.tokens(), self.prompt_text()),
         )
     }
 

@@ -12,6 +12,7 @@ use super::*;
 /// What a [`Meta`] borrows from.
 #[derive(Clone, Debug)]
 struct Owned {
+    version: Version,
     save_reason: SaveReason,
     quant_bits: u8,
     quant_byte: u8,
@@ -31,6 +32,7 @@ struct Owned {
 impl Owned {
     fn small() -> Owned {
         Owned {
+            version: Version::Tokens,
             save_reason: SaveReason::Evict,
             quant_bits: 4,
             quant_byte: quant_byte("q4_k_m"),
@@ -60,6 +62,7 @@ impl Owned {
     fn meta<'a>(&'a self, tokens: &'a [u8]) -> Meta<'a> {
         let [prompt_text, hostname, erllama_version, save_reason_detail] = &self.texts;
         Meta {
+            version: self.version,
             save_reason: self.save_reason,
             quant_bits: self.quant_bits,
             quant_byte: self.quant_byte,
@@ -95,7 +98,7 @@ fn arbitrary() -> impl Strategy<Value = Owned> {
     let text = || vec(any::<u8>(), 0..40);
     (
         (
-            (0u8..=5).prop_map(|byte| SaveReason::from_byte(byte).unwrap()),
+            version_and_reason(),
             (0u8..=2).prop_map(|byte| FingerprintMode::from_byte(byte).unwrap()),
             prop_oneof![
                 Just(DigestKind::None),
@@ -112,7 +115,8 @@ fn arbitrary() -> impl Strategy<Value = Owned> {
     )
         .prop_map(
             |(enums, numbers, times, hashes, tokens, texts, payload)| Owned {
-                save_reason: enums.0,
+                version: enums.0.0,
+                save_reason: enums.0.1,
                 fingerprint_mode: enums.1,
                 digest: enums.2,
                 quant_bits: numbers.0,
@@ -128,6 +132,14 @@ fn arbitrary() -> impl Strategy<Value = Owned> {
                 payload,
             },
         )
+}
+
+fn version_and_reason() -> impl Strategy<Value = (Version, SaveReason)> {
+    let reason = |byte, version| SaveReason::from_byte(byte, version).unwrap();
+    prop_oneof![
+        (0u8..=5).prop_map(move |byte| (Version::Tokens, reason(byte, Version::Tokens))),
+        (0u8..=6).prop_map(move |byte| (Version::Text, reason(byte, Version::Text))),
+    ]
 }
 
 /// The whole file, all of it in memory.
@@ -199,12 +211,18 @@ proptest! {
         let file = owned.file();
         let tokens = owned.tokens_le();
         let meta = owned.meta(&tokens);
+        let keyed = match owned.version {
+            Version::Tokens => &tokens,
+            Version::Text => &owned.texts[0],
+        };
         let key = Key::of(
-            &owned.fingerprint, owned.quant_byte, &owned.ctx_params_hash, &tokens);
+            &owned.fingerprint, owned.quant_byte, &owned.ctx_params_hash, keyed);
+        prop_assert_eq!(meta.key(), key);
         let prefix = check(&file).unwrap();
         prop_assert_eq!(prefix.key(), key);
 
         let header = prefix.header();
+        prop_assert_eq!(header.version, owned.version);
         prop_assert_eq!(header.save_reason, owned.save_reason);
         prop_assert_eq!(header.quant_bits, owned.quant_bits);
         prop_assert_eq!(header.token_count as usize, owned.tokens.len());
@@ -225,6 +243,7 @@ proptest! {
 
         // What is read is written: the same bytes come out again.
         let again = Meta {
+            version: header.version,
             save_reason: header.save_reason,
             quant_bits: header.quant_bits,
             quant_byte: prefix.quant_byte(),
@@ -244,6 +263,45 @@ proptest! {
         let mut again = Prefix::encode(&again, header.payload_len, owned.digest).unwrap();
         again.set_crc(header.crc32c);
         prop_assert_eq!(again.as_bytes(), prefix.as_bytes());
+    }
+
+    #[test]
+    fn one_key_is_one_version_and_the_same_parts(
+        owned in arbitrary(),
+        byte in any::<prop::sample::Index>(),
+        part in 0..5,
+    ) {
+        let mut other = owned.clone();
+        let change = |bytes: &mut Vec<u8>| match bytes.len() {
+            0 => bytes.push(7),
+            len => bytes[byte.index(len)] ^= 1,
+        };
+        let differs = match part {
+            0 => {
+                other.fingerprint[byte.index(32)] ^= 1;
+                true
+            }
+            1 => {
+                other.quant_byte ^= 1;
+                true
+            }
+            2 => {
+                other.ctx_params_hash[byte.index(32)] ^= 1;
+                true
+            }
+            3 => {
+                change(&mut other.texts[0]);
+                owned.version == Version::Text
+            }
+            _ => {
+                other.tokens.push(7);
+                owned.version == Version::Tokens
+            }
+        };
+        let (ours, theirs) = (check(&owned.file()).unwrap(), check(&other.file()).unwrap());
+        prop_assert!(ours.is_of_same_key(&ours));
+        prop_assert_eq!(ours.is_of_same_key(&theirs), !differs);
+        prop_assert_eq!(ours.key() == theirs.key(), !differs);
     }
 
     #[test]
@@ -384,9 +442,11 @@ fn save_reasons_and_modes_stay_what_they_are() {
         "evict",
         "shutdown",
         "finish",
+        "agent_prefix",
     ];
     for (byte, name) in (0..).zip(reasons) {
-        assert_eq!(SaveReason::from_byte(byte).unwrap().name(), name);
+        let reason = SaveReason::from_byte(byte, Version::Text).unwrap();
+        assert_eq!(reason.name(), name);
     }
     for (byte, name) in (0..).zip(["safe", "gguf_chunked", "fast_unsafe"]) {
         assert_eq!(FingerprintMode::from_byte(byte).unwrap().name(), name);
@@ -396,13 +456,20 @@ fn save_reasons_and_modes_stay_what_they_are() {
 #[test]
 fn enumerated_bytes_and_names_are_each_others_inverse() {
     for byte in 0..=255 {
-        assert_eq!(SaveReason::from_byte(byte).is_some(), byte <= 5);
+        for (version, last) in [(Version::Tokens, 5), (Version::Text, 6)] {
+            let reason = SaveReason::from_byte(byte, version);
+            assert_eq!(reason.is_some(), byte <= last);
+            if let Some(reason) = reason {
+                assert_eq!(reason as u8, byte);
+                assert_eq!(SaveReason::from_name(reason.name()), Some(reason));
+            }
+        }
+        if let Some(version) = Version::from_byte(byte) {
+            assert_eq!(version.number(), byte);
+        }
+        assert_eq!(Version::from_byte(byte).is_some(), matches!(byte, 1 | 2));
         assert_eq!(FingerprintMode::from_byte(byte).is_some(), byte <= 2);
         assert_eq!(DigestMode::from_byte(byte).is_some(), byte <= 1);
-        if let Some(reason) = SaveReason::from_byte(byte) {
-            assert_eq!(reason as u8, byte);
-            assert_eq!(SaveReason::from_name(reason.name()), Some(reason));
-        }
         if let Some(mode) = FingerprintMode::from_byte(byte) {
             assert_eq!(mode as u8, byte);
             assert_eq!(FingerprintMode::from_name(mode.name()), Some(mode));
@@ -623,12 +690,20 @@ fn headers_of_something_else_are_refused() {
     assert_eq!(parse(0, b'k'), Err(Corrupt::BadMagic));
     assert_eq!(parse(2, 0), Err(Corrupt::BadMagic));
     assert_eq!(parse(3, 0), Err(Corrupt::UnsupportedVersion));
-    assert_eq!(parse(3, 2), Err(Corrupt::UnsupportedVersion));
+    assert_eq!(parse(3, 2), Ok(()));
+    assert_eq!(parse(3, 3), Err(Corrupt::UnsupportedVersion));
+    assert_eq!(parse(3, 255), Err(Corrupt::UnsupportedVersion));
     assert_eq!(parse(5, 5), Ok(()));
     assert_eq!(parse(5, 6), Err(Corrupt::BadSaveReason));
     assert_eq!(parse(5, 255), Err(Corrupt::BadSaveReason));
     assert_eq!(parse(40, 6), Err(Corrupt::LengthMismatch));
     assert_eq!(parse(56, 4), Err(Corrupt::LengthMismatch));
+    let mut second = claiming(80, 5);
+    second[3] = 2;
+    for (reason, expected) in [(6, Ok(())), (7, Err(Corrupt::BadSaveReason))] {
+        second[5] = reason;
+        assert_eq!(Header::parse(&second, 85).map(drop), expected);
+    }
     // Reserved, so a later writer may put something there.
     for at in [6, 7, 20, 23, 68, 71] {
         assert_eq!(parse(at, 0xFF), Ok(()));
@@ -658,6 +733,50 @@ fn tokens_come_in_fours() {
         let result = Prefix::encode(&owned.meta(&tokens), 0, DigestKind::None);
         assert_eq!(result, Err(EncodeError::PartialToken { len }));
     }
+}
+
+#[test]
+fn each_version_has_its_save_reasons() {
+    let mut owned = Owned::small();
+    owned.save_reason = SaveReason::AgentPrefix;
+    let tokens = owned.tokens_le();
+    let result = Prefix::encode(&owned.meta(&tokens), 0, DigestKind::None);
+    let (reason, version) = (SaveReason::AgentPrefix, Version::Tokens);
+    let error = EncodeError::SaveReason { reason, version };
+    assert_eq!(result, Err(error));
+    let what = "version 1 has no save_reason agent_prefix";
+    assert_eq!(error.to_string(), what);
+
+    owned.version = Version::Text;
+    let mut file = owned.file();
+    let read = check(&file).unwrap();
+    assert_eq!(read.header().save_reason, SaveReason::AgentPrefix);
+    file[3] = 1;
+    assert_eq!(check(&file), Err(Corrupt::BadSaveReason));
+}
+
+/// The tokens of one can be the same bytes as the text of the other: then only the version tells that
+/// they are not of one key.
+#[test]
+fn the_key_of_one_version_is_not_that_of_the_other() {
+    let of = |version, tokens: &[u32], text: &[u8]| {
+        let mut owned = Owned::small();
+        (owned.version, owned.tokens, owned.texts[0]) = (version, tokens.to_vec(), text.to_vec());
+        check(&owned.file()).unwrap()
+    };
+    let abcd = u32::from_le_bytes(*b"abcd");
+    for (tokens, text) in [(&[][..], &b""[..]), (&[abcd], b"abcd")] {
+        let by_tokens = of(Version::Tokens, tokens, text);
+        let by_text = of(Version::Text, tokens, text);
+        assert_eq!(by_tokens.key(), by_text.key());
+        assert!(!by_tokens.is_of_same_key(&by_text));
+        assert!(!by_text.is_of_same_key(&by_tokens));
+    }
+    let by_tokens = of(Version::Tokens, &[1], b"text");
+    let by_text = of(Version::Text, &[1], b"text");
+    assert_ne!(by_tokens.key(), by_text.key());
+    assert!(by_tokens.is_of_same_key(&of(Version::Tokens, &[1], b"another")));
+    assert!(by_text.is_of_same_key(&of(Version::Text, &[2], b"text")));
 }
 
 #[test]

@@ -12,7 +12,9 @@ use std::os::unix::ffi::OsStrExt;
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{Options, Root, Slice, TmpFile};
-use erllama_cache_core::kvc::{DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason};
+use erllama_cache_core::kvc::{
+    DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Version,
+};
 use failing::{Call, call, with};
 
 /// The kernel tells an error of the disk once: to whoever waits first.
@@ -40,6 +42,7 @@ fn a_failed_wait_is_final() {
 
 fn create(dir: &tempfile::TempDir, len: usize) -> TmpFile {
     let meta = Meta {
+        version: Version::Tokens,
         save_reason: SaveReason::Cold,
         quant_bits: 16,
         quant_byte: 1,

@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{Check, Name, Root, StaleTemp, Stored};
 use erllama_cache_core::kvc::{
-    Corrupt, DigestKind, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, crc32c,
+    Corrupt, DigestKind, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version,
+    crc32c,
 };
 use tempfile::TempDir;
 
 const META: Meta<'_> = Meta {
+    version: Version::Tokens,
     save_reason: SaveReason::Cold,
     quant_bits: 16,
     quant_byte: 1,

@@ -23,7 +23,7 @@ use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile, Use,
 };
 use erllama_cache_core::kvc::{
-    Corrupt, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret,
+    Corrupt, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version,
 };
 use tempfile::TempDir;
 
@@ -54,6 +54,7 @@ fn prefix(n: u32, payload: &[u8]) -> Prefix {
 
 fn meta(tokens: &[u8]) -> Meta<'_> {
     Meta {
+        version: Version::Tokens,
         save_reason: SaveReason::Cold,
         quant_bits: 16,
         quant_byte: QUANT_BYTE,

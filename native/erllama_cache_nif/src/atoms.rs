@@ -64,6 +64,7 @@ rustler::atoms! {
     scan,
 
     // Keys of a build_meta map and of what a load tells
+    version,
     save_reason,
     quant_bits,
     quant_type,

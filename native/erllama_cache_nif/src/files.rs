@@ -278,6 +278,7 @@ fn save_options(term: Term<'_>) -> NifResult<(Options, DigestKind)> {
 fn encode_error_term<'a>(env: Env<'a>, error: EncodeError) -> Term<'a> {
     let invalid = |field: Field| (atoms::invalid_meta(), atom(env, field.name())).encode(env);
     let reason = match error {
+        EncodeError::SaveReason { .. } => (atoms::invalid_meta(), atoms::save_reason()).encode(env),
         EncodeError::FieldTooLong { field, .. } => invalid(field),
         EncodeError::PartialToken { .. } => invalid(Field::Tokens),
         EncodeError::PrefixTooLong => atoms::prefix_too_long().encode(env),

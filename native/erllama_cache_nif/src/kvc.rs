@@ -2,6 +2,7 @@
 
 use erllama_cache_core::kvc::{
     self, DigestKind, EncodeError, FingerprintMode, Key, Meta, ParsedPrefix, Prefix, SaveReason,
+    Version,
 };
 use rustler::sys::{enif_get_int64, enif_get_list_cell};
 use rustler::{Atom, Binary, Encoder, Env, Error, NewBinary, NifResult, Term};
@@ -53,6 +54,7 @@ pub(crate) fn prefix<'a>(
     let fingerprint: Binary<'a> = get(meta, atoms::fingerprint())?;
     let ctx_params_hash: Binary<'a> = get(meta, atoms::ctx_params_hash())?;
     let meta = Meta {
+        version: Version::Tokens,
         save_reason: named(meta, atoms::save_reason(), SaveReason::from_name)?,
         quant_bits: get(meta, atoms::quant_bits())?,
         quant_byte,
@@ -76,7 +78,8 @@ pub(crate) fn prefix<'a>(
 pub(crate) fn info<'a>(env: Env<'a>, prefix: &ParsedPrefix) -> NifResult<Term<'a>> {
     let header = prefix.header();
     let quant_type = kvc::quant_name(prefix.quant_byte());
-    let pairs: [(Atom, Term<'a>); 17] = [
+    let pairs: [(Atom, Term<'a>); 18] = [
+        (atoms::version(), header.version.number().encode(env)),
         (atoms::save_reason(), atom(env, header.save_reason.name())),
         (atoms::quant_bits(), header.quant_bits.encode(env)),
         (

@@ -147,7 +147,7 @@ impl Publication {
 /// not compared: its formula is the host's.
 fn is_of_same_key(prefix: &Prefix, check: &Check) -> bool {
     ParsedPrefix::parse(prefix.as_bytes().to_vec(), prefix.file_len())
-        .is_ok_and(|ours| ours.key() == check.prefix().key())
+        .is_ok_and(|ours| ours.is_of_same_key(check.prefix()))
 }
 
 /// Leaves the existing file under the name. It may be so fresh that its writer has not synced the

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use erllama_cache_core::kvc::{
-    DigestKind, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, crc32c,
+    DigestKind, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version, crc32c,
 };
 
 pub(crate) const SECRET: [u8; 32] = [7; 32];
@@ -79,6 +79,7 @@ impl Saved {
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let payload = self.payload();
         let meta = Meta {
+            version: Version::Tokens,
             save_reason: self.reason,
             quant_bits: 16,
             quant_byte: 1,

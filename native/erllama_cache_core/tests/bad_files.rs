@@ -11,6 +11,7 @@ mod model;
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr};
+use std::fmt;
 use std::fs::{self, File};
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
@@ -24,7 +25,7 @@ use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Root, Scan, Slice, TmpFile, Use,
 };
 use erllama_cache_core::kvc::{
-    Corrupt, Crc32c, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret,
+    Corrupt, Crc32c, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version,
 };
 use model::Look;
 use tempfile::TempDir;
@@ -38,6 +39,7 @@ const SECRET: [u8; 32] = *b"0123456789abcdef0123456789ABCDEF";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Way {
     name: &'static str,
+    version: Version,
     digest: DigestKind,
     /// Whether the reader has the secret.
     secret: bool,
@@ -45,35 +47,59 @@ struct Way {
 
 const CRC: Way = Way {
     name: "crc",
+    version: Version::Tokens,
     digest: DigestKind::None,
     secret: false,
 };
 const PLAIN: Way = Way {
     name: "plain",
+    version: Version::Tokens,
     digest: DigestKind::Blake3,
     secret: false,
 };
 const KEYED: Way = Way {
     name: "keyed",
+    version: Version::Tokens,
     digest: DigestKind::Blake3Keyed,
     secret: true,
 };
 /// Without the secret a keyed digest tells nothing: what is left is the CRC.
 const KEYED_READ_WITHOUT: Way = Way {
     name: "keyed, read without",
+    version: Version::Tokens,
     digest: DigestKind::Blake3Keyed,
     secret: false,
 };
 
+/// Each of these ways, in both versions.
+fn both<const N: usize>(ways: [Way; N]) -> impl Iterator<Item = Way> {
+    let of = |version| move |way| Way { version, ..way };
+    let versions = Version::ALL.into_iter();
+    versions.flat_map(move |version| ways.into_iter().map(of(version)))
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, version {}", self.name, self.version.number())
+    }
+}
+
 impl Way {
+    /// The same in version 1, to be compared with those above.
+    fn in_version_1(self) -> Way {
+        let version = Version::Tokens;
+        Way { version, ..self }
+    }
+
     fn secret(self) -> Option<Secret> {
         self.secret.then(|| Secret::new(SECRET))
     }
 
     /// How whoever reads so saves.
     fn of_reader(self) -> Way {
-        if self == KEYED_READ_WITHOUT {
-            PLAIN
+        if self.in_version_1() == KEYED_READ_WITHOUT {
+            let version = self.version;
+            Way { version, ..PLAIN }
         } else {
             self
         }
@@ -91,28 +117,43 @@ struct Sample {
     start: usize,
 }
 
-fn meta(tokens: &'static [u8]) -> Meta<'static> {
+fn meta(version: Version, content: Content) -> Meta<'static> {
     Meta {
+        version,
         save_reason: SaveReason::Finish,
         quant_bits: 4,
         quant_byte: QUANT_BYTE,
         fingerprint: &FINGERPRINT,
         fingerprint_mode: FingerprintMode::GgufChunked,
         ctx_params_hash: &CTX_PARAMS_HASH,
-        tokens,
+        tokens: content.tokens,
         context_size: 4096,
         creation_time: 1_700_000_000,
         last_used_time: 1_700_000_001,
         hit_count: 3,
-        prompt_text: "Grüße".as_bytes(),
+        prompt_text: content.text.as_bytes(),
         hostname: b"a-host",
         erllama_version: b"0.5.1",
         save_reason_detail: b"a detail",
     }
 }
 
-const TOKENS: &[u8] = &[1, 0, 0, 0, 195, 58, 0, 0, 255, 255, 255, 255];
-const OTHER_TOKENS: &[u8] = &[2, 0, 0, 0, 195, 58, 0, 0, 255, 255, 255, 255];
+/// What a key is made of, in the one version or the other.
+#[derive(Clone, Copy)]
+struct Content {
+    tokens: &'static [u8],
+    text: &'static str,
+}
+
+const OURS: Content = Content {
+    tokens: &[1, 0, 0, 0, 195, 58, 0, 0, 255, 255, 255, 255],
+    text: "Grüße",
+};
+/// Of the same lengths.
+const OTHERS: Content = Content {
+    tokens: &[2, 0, 0, 0, 195, 58, 0, 0, 255, 255, 255, 255],
+    text: "Süßes",
+};
 
 fn noise(len: usize, seed: u64) -> Vec<u8> {
     let mut state = seed;
@@ -127,13 +168,17 @@ fn noise(len: usize, seed: u64) -> Vec<u8> {
 }
 
 fn sample(way: Way, payload_len: usize) -> Sample {
-    sample_of(way, TOKENS, noise(payload_len, 0x9E37_79B9_7F4A_7C15))
+    sample_of(way, OURS, noise(payload_len, 0x9E37_79B9_7F4A_7C15))
 }
 
-fn sample_of(way: Way, tokens: &'static [u8], payload: Vec<u8>) -> Sample {
+fn sample_of(way: Way, content: Content, payload: Vec<u8>) -> Sample {
     let place = Place::new();
-    let meta = meta(tokens);
-    let key = Key::of(&FINGERPRINT, QUANT_BYTE, &CTX_PARAMS_HASH, tokens);
+    let meta = meta(way.version, content);
+    let keyed = match way.version {
+        Version::Tokens => content.tokens,
+        Version::Text => content.text.as_bytes(),
+    };
+    let key = Key::of(&FINGERPRINT, QUANT_BYTE, &CTX_PARAMS_HASH, keyed);
     let mut sample = Sample {
         way,
         key,
@@ -236,7 +281,7 @@ fn complete<T>(mut step: impl FnMut() -> Result<Progress<T>, Error>) -> Result<T
 /// Does everything that is done with a file, and returns whether it loads.
 fn judge(place: &Place, sample: &Sample, what: &str, file: &[u8]) -> bool {
     let Sample { way, key, .. } = sample;
-    let what = format!("{}: {what}", way.name);
+    let what = format!("{way}: {what}");
     let secret = way.secret();
     let secret = secret.as_ref();
     let expected = model::load(file, key.as_bytes(), way.secret.then_some(&SECRET));
@@ -516,7 +561,7 @@ fn records(sample: &Sample) -> Corpus {
 
 /// Of another file of the same lengths, and what a disk does: pieces that are lost, or swapped.
 fn pieces(sample: &Sample) -> Corpus {
-    let other = sample_of(sample.way, OTHER_TOKENS, noise(sample.payload.len(), 42));
+    let other = sample_of(sample.way, OTHERS, noise(sample.payload.len(), 42));
     assert_eq!(other.start, sample.start);
     let (head, tail) = sample.file.split_at(sample.start);
     let mut corpus = vec![
@@ -572,7 +617,7 @@ const SMALL: usize = 64;
 
 #[test]
 fn the_samples_themselves_load() {
-    for way in [CRC, PLAIN, KEYED, KEYED_READ_WITHOUT] {
+    for way in both([CRC, PLAIN, KEYED, KEYED_READ_WITHOUT]) {
         let sample = sample(way, SMALL);
         assert!(judge(&Place::new(), &sample, "as saved", &sample.file));
     }
@@ -582,14 +627,14 @@ fn the_samples_themselves_load() {
 /// do. It is a list, so that it cannot grow unseen.
 #[test]
 fn of_every_bit_it_is_known_whether_it_is_covered() {
-    for way in [CRC, PLAIN, KEYED, KEYED_READ_WITHOUT] {
+    for way in both([CRC, PLAIN, KEYED, KEYED_READ_WITHOUT]) {
         let sample = sample(way, SMALL);
         let place = Place::new();
         let uncovered = uncovered(&sample);
         for (at, bit, file) in flips(&sample, 0..sample.file.len()) {
             let loads = judge(&place, &sample, &format!("bit {bit} at {at}"), &file);
             let expected = uncovered.get(&at).is_some_and(|bits| bits >> bit & 1 == 1);
-            assert_eq!(loads, expected, "{}: bit {bit} at {at}", way.name);
+            assert_eq!(loads, expected, "{way}: bit {bit} at {at}");
         }
     }
 }
@@ -609,21 +654,33 @@ fn uncovered(sample: &Sample) -> BTreeMap<usize, u8> {
             .find(|record| record.tag == tag)
             .unwrap()
     };
-    if sample.way == PLAIN {
+    let way = sample.way.in_version_1();
+    if way == PLAIN {
         // Without its tag, or as a keyed one, a digest is no digest any more. What is left is the
         // CRC, and that is right.
         let digest = of(0xB3);
         add(digest.at..digest.at + 1, 0xFF);
         add(digest.at + 5..digest.at + 6, 1);
     }
-    if sample.way == CRC || sample.way == KEYED_READ_WITHOUT {
+    if way == CRC || way == KEYED_READ_WITHOUT {
         add(4..5, 0xFF); // quant_bits
         // save_reason: finish, 5, can become continued, 4 and so on: what is one of the known.
-        add(5..6, flips_up_to(sample.file[5], 5));
+        let last = match sample.way.version {
+            Version::Tokens => 5,
+            Version::Text => 6,
+        };
+        add(5..6, flips_up_to(sample.file[5], last));
         add(6..8, 0xFF); // reserved
         add(16..32, 0xFF); // context_size, reserved, creation_time
         add(68..72, 0xFF); // reserved
-        add(76..76 + read.prompt.len(), 0xFF);
+        // Of text and tokens, what the key is not made of.
+        match sample.way.version {
+            Version::Tokens => add(76..76 + read.prompt.len(), 0xFF),
+            Version::Text => {
+                let at = of(0x09).at + 5;
+                add(at..at + read.tokens.len(), 0xFF);
+            }
+        }
         let mode = of(0x02);
         add(mode.at + 5..mode.at + 6, flips_up_to(mode.value[0], 2));
         for tag in [0x05, 0x06, 0x07] {
@@ -638,7 +695,7 @@ fn uncovered(sample: &Sample) -> BTreeMap<usize, u8> {
             add(at..at + 1, mask.fold(0, |mask, bit| mask | 1 << bit));
         }
     }
-    if sample.way == KEYED_READ_WITHOUT {
+    if way == KEYED_READ_WITHOUT {
         // The tag, and all of the digest; but mode 0, plain, would be checked and fail.
         let digest = of(0xB3);
         add(digest.at..digest.at + 1, 0xFF);
@@ -655,7 +712,7 @@ fn flips_up_to(value: u8, most: u8) -> u8 {
 
 #[test]
 fn whatever_is_done_to_a_file_it_loads_as_saved_or_is_refused() {
-    for way in [CRC, PLAIN, KEYED, KEYED_READ_WITHOUT] {
+    for way in both([CRC, PLAIN, KEYED, KEYED_READ_WITHOUT]) {
         let sample = sample(way, SMALL);
         let place = Place::new();
         let corpus = all_but_flips(&sample);
@@ -665,12 +722,8 @@ fn whatever_is_done_to_a_file_it_loads_as_saved_or_is_refused() {
             .map(|(what, _)| what.as_str())
             .collect();
         assert!(corpus.len() > 1000, "{}", corpus.len());
-        println!(
-            "{}: {} files, of which load: {loaded:?}",
-            way.name,
-            corpus.len()
-        );
-        match way {
+        println!("{way}: {} files, of which load: {loaded:?}", corpus.len());
+        match way.in_version_1() {
             KEYED => assert!(loaded.is_empty()),
             // The digest is gone, missing or taken for a part of the hostname. The CRC is right.
             PLAIN => assert_eq!(loaded, ["length of 0x05 0x43", "records: 0xb3 missing"]),
@@ -683,14 +736,14 @@ fn whatever_is_done_to_a_file_it_loads_as_saved_or_is_refused() {
 /// No payload at all: then nothing but the lengths tells that some is missing.
 #[test]
 fn a_file_without_payload_is_no_different() {
-    for way in [CRC, PLAIN, KEYED] {
+    for way in both([CRC, PLAIN, KEYED]) {
         let sample = sample(way, 0);
         let place = Place::new();
         let uncovered = uncovered(&sample);
         for (at, bit, file) in flips(&sample, 0..sample.file.len()) {
             let loads = judge(&place, &sample, &format!("bit {bit} at {at}"), &file);
             let expected = uncovered.get(&at).is_some_and(|bits| bits >> bit & 1 == 1);
-            assert_eq!(loads, expected, "{}: bit {bit} at {at}", way.name);
+            assert_eq!(loads, expected, "{way}: bit {bit} at {at}");
         }
     }
 }
@@ -736,9 +789,9 @@ fn a_bit_anywhere_in_a_large_payload_is_found() {
 /// plain one too is told by a keyed one only.
 #[test]
 fn a_payload_that_brings_its_checksum_is_found_by_a_digest() {
-    for way in [PLAIN, KEYED] {
+    for way in both([PLAIN, KEYED]) {
         let sample = sample(way, SMALL);
-        let other = sample_of(way, OTHER_TOKENS, noise(SMALL, 42));
+        let other = sample_of(way, OTHERS, noise(SMALL, 42));
         let mut file = [&sample.file[..sample.start], &other.payload].concat();
         file[64..68].copy_from_slice(&other.file[64..68]);
         assert!(!judge(
@@ -751,7 +804,7 @@ fn a_payload_that_brings_its_checksum_is_found_by_a_digest() {
     let sample = sample(KEYED, SMALL);
     for digest in [DigestKind::None, DigestKind::Blake3] {
         let way = Way { digest, ..CRC };
-        let forged = sample_of(way, TOKENS, noise(SMALL, 42));
+        let forged = sample_of(way, OURS, noise(SMALL, 42));
         assert!(!judge(
             &Place::new(),
             &sample,
@@ -831,7 +884,7 @@ fn holes_are_refused_and_replaced() {
                     | Error::Unauthenticated
             )
         );
-        assert!(refused, "{}: {:?}", way.name, result.map(|_| ()));
+        assert!(refused, "{way}: {:?}", result.map(|_| ()));
         assert_eq!(place.save(&sample, way), Outcome::Replaced);
         let payload = place.load(&sample.key, secret.as_ref()).unwrap().unwrap();
         assert_eq!(payload, sample.payload);
@@ -863,7 +916,7 @@ fn holes_that_hold_their_checks_are_loaded() {
 fn the_oracle_agrees() {
     let has_blake3 = python(&["-c", "import blake3"], None).status.success();
     let oracle = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proofs/oracle/kvc_oracle.py");
-    for way in [CRC, PLAIN, KEYED] {
+    for way in both([CRC, PLAIN, KEYED]) {
         let sample = sample(way, SMALL);
         let mut corpus = all_but_flips(&sample);
         // A megabyte takes the oracle a second.
@@ -904,22 +957,18 @@ fn the_oracle_agrees() {
             let ours = model::load(file, sample.key.as_bytes(), secret).is_some();
             if ours != theirs {
                 let why = why_only_ours(file, secret, has_blake3);
-                let why = why.unwrap_or_else(|| panic!("{}: {what}: {line}", way.name));
-                assert!(!ours, "{}: {what}: {line}", way.name);
+                let why = why.unwrap_or_else(|| panic!("{way}: {what}: {line}"));
+                assert!(!ours, "{way}: {what}: {line}");
                 *differences.entry(why).or_insert(0) += 1;
             }
         }
-        println!(
-            "{}: {} files, differences {differences:?}",
-            way.name,
-            corpus.len()
-        );
+        println!("{way}: {} files, differences {differences:?}", corpus.len());
     }
 }
 
 /// Why a file that the oracle takes is none for us.
 fn why_only_ours(file: &[u8], secret: Option<&[u8; 32]>, has_blake3: bool) -> Option<&'static str> {
-    if file[5] > 5 {
+    if file[5] > if file[3] == 1 { 5 } else { 6 } {
         return Some("a save reason that nobody knows");
     }
     match model::read(file) {

@@ -6,6 +6,8 @@ use sha2::{Digest as _, Sha256};
 /// What a whole file says, as far as it decides what a reader does with it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Model<'a> {
+    /// 1 or 2.
+    pub version: u8,
     pub payload: &'a [u8],
     pub key: [u8; 32],
     /// The save reason's byte, and the fingerprint mode's.
@@ -42,11 +44,14 @@ pub fn look(file: &[u8]) -> Look {
     if file.len() < 72 || file[..3] != *b"KVC" {
         return Look::Bad;
     }
-    if file[3] != 1 {
-        return Look::OtherVersion;
-    }
+    // A save reason more.
+    let last_reason = match file[3] {
+        1 => 5,
+        2 => 6,
+        _ => return Look::OtherVersion,
+    };
     let [bytes, offset, len] = [40, 48, 56].map(|at| number(&file[at..at + 8]));
-    let fits = file[5] <= 5
+    let fits = file[5] <= last_reason
         && bytes == len
         && (80..=64 << 20).contains(&offset)
         && offset + len == file.len() as u128;
@@ -95,10 +100,12 @@ pub fn read(file: &[u8]) -> Option<Model<'_>> {
         && of(0xB3).is_none_or(|record| record.value.len() == 33 && record.value[0] <= 1);
     let digest = of(0xB3).and_then(|record| Some((*record.value.first()?, record.at + 6)));
     let mut hash = Sha256::new();
-    for part in [fingerprint, quant, context, tokens] {
+    let keyed = if file[3] == 1 { tokens } else { prompt };
+    for part in [fingerprint, quant, context, keyed] {
         hash.update(part);
     }
     well_formed.then(|| Model {
+        version: file[3],
         payload,
         key: hash.finalize().into(),
         reason: file[5],

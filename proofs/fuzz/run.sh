@@ -32,11 +32,11 @@ out="$here/native/target/fuzz"
 # The committed files, as each target takes them: a prefix alone, or a file and a byte that says how
 # to read it.
 seed() {
-    for file in "$here"/test/vectors/*.kvc "$here"/native/fuzz/seeds/*.kvc; do
-        name=$(basename "$file" .kvc)
+    for file in "$here"/test/vectors*/*.kvc "$here"/native/fuzz/seeds/*.kvc; do
+        name=$(basename "$(dirname "$file")").$(basename "$file" .kvc)
         start=$(od -An -t u8 -j 48 -N 8 "$file" | tr -d ' ')
         head -c "$start" "$file" >"$out/corpus/prefix/$name"
-        for how in 0 1 3 5 7; do
+        for how in 0 1 3 5 7 21; do
             for target in whole root; do
                 { cat "$file" && printf '%b' "\\0$how"; } >"$out/corpus/$target/$name.$how"
             done

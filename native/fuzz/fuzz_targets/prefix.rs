@@ -40,6 +40,7 @@ fuzz_target!(|bytes: &[u8]| {
     };
     assert_eq!(parsed.as_bytes(), bytes);
     assert_eq!(*parsed.key().as_bytes(), read.key);
+    assert_eq!(parsed.header().version.number(), read.version);
     assert_eq!(parsed.header().save_reason as u8, read.reason);
     assert_eq!(parsed.fingerprint_mode() as u8, read.mode);
     assert_eq!(parsed.header().crc32c, read.crc);
@@ -61,6 +62,7 @@ fuzz_target!(|bytes: &[u8]| {
 fn again(parsed: &ParsedPrefix) {
     let header = parsed.header();
     let meta = Meta {
+        version: header.version,
         save_reason: header.save_reason,
         quant_bits: header.quant_bits,
         quant_byte: parsed.quant_byte(),
@@ -88,7 +90,9 @@ fn again(parsed: &ParsedPrefix) {
         prefix.set_digest(digest);
     }
     let again = ParsedPrefix::parse(prefix.as_bytes().to_vec(), prefix.file_len()).unwrap();
+    assert_eq!(meta.key(), parsed.key());
     assert_eq!(again.key(), parsed.key());
+    assert!(again.is_of_same_key(parsed));
     assert_eq!(again.digest(), parsed.digest());
     assert_eq!(again.prompt_text(), parsed.prompt_text());
     assert_eq!(again.tokens(), parsed.tokens());

@@ -12,7 +12,7 @@ use std::fs;
 use std::time::Duration;
 
 use erllama_cache_core::files::{Found, Options, Outcome, Scan, Slice, TmpFile};
-use erllama_cache_core::kvc::{DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason};
+use erllama_cache_core::kvc::{DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Version};
 use libfuzzer_sys::fuzz_target;
 use model::{Look, Model};
 use place::{Input, complete, load, put, root};
@@ -46,13 +46,18 @@ fn start(input: &Input) {
     }
 }
 
-/// Over a file that is good, and of the key that is saved, nothing is saved; anything else is replaced.
+/// Over a file that is good, and of the version and key that is saved, nothing is saved; anything else is
+/// replaced.
 fn save(input: &Input) {
     let secret = input.secret();
     let read = model::read(&input.file);
     let theirs = model::load(&input.file, &input.key, input.secret_bytes());
-    // With what the file says of itself where it can be read, so that it is of the same key.
-    let Some(prefix) = prefix(read.as_ref(), secret.is_some()) else {
+    // With what the file says of itself where it can be read, so that it is of the same key; or in the
+    // other version, so that it is not.
+    let theirs_is = read.as_ref().map_or(1, |read| read.version);
+    let is_same = input.how & 16 == 0;
+    let version = Version::from_byte(if is_same { theirs_is } else { 3 - theirs_is }).unwrap();
+    let Some(prefix) = prefix(version, read.as_ref(), secret.is_some()) else {
         return;
     };
     put(&input.key, &input.file);
@@ -68,7 +73,7 @@ fn save(input: &Input) {
     let stands = fs::read(place::path(&input.key)).unwrap();
     assert_eq!(published.file_len, stands.len() as u64);
     assert_eq!(published.header[..], stands[..48]);
-    if theirs.is_some() {
+    if theirs.is_some() && is_same {
         assert_eq!(published.outcome, Outcome::Adopted);
         assert!(stands == input.file);
     } else {
@@ -83,14 +88,14 @@ fn save(input: &Input) {
     }
 }
 
-
-fn prefix(read: Option<&Model<'_>>, keyed: bool) -> Option<Prefix> {
+fn prefix(version: Version, read: Option<&Model<'_>>, keyed: bool) -> Option<Prefix> {
     let of = |tag: u8| {
         read.and_then(|read| read.records.iter().find(|record| record.tag == tag))
             .map(|record| record.value)
     };
     let zeros = [0; 32];
     let meta = Meta {
+        version,
         save_reason: SaveReason::Cold,
         quant_bits: 4,
         quant_byte: of(3).map_or(7, |value| value[0]),
@@ -102,7 +107,7 @@ fn prefix(read: Option<&Model<'_>>, keyed: bool) -> Option<Prefix> {
         creation_time: 1,
         last_used_time: 1,
         hit_count: 0,
-        prompt_text: b"",
+        prompt_text: read.map_or(b"", |read| read.prompt),
         hostname: b"",
         erllama_version: b"",
         save_reason_detail: b"",

@@ -64,7 +64,7 @@ impl Place {
         let checked = self.check(key);
         let loaded = Loader::open(&self.open(), key, secret.as_ref()).and_then(|loader| {
             let mut loader = loader.unwrap();
-            complete(|| loader.vet(&Slice::unlimited()))?;
+            complete(|| loader.precheck(&Slice::unlimited()))?;
             let mut payload = vec![0; loader.payload_len() as usize];
             complete(|| loader.read(&mut payload, &Slice::unlimited()))?;
             Ok((loader.prefix().header().version, payload))

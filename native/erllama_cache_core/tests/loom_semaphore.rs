@@ -3,7 +3,7 @@
 #![cfg(loom)]
 
 use erllama_cache_core::semaphore::{
-    Attempt, End, Guard, Refusal, Semaphore, Verdict, Wakes, Want,
+    Attempt, End, Guard, Refusal, Request, Semaphore, Verdict, Wakes,
 };
 use loom::sync::atomic::{AtomicUsize, Ordering};
 use loom::sync::{Arc, Condvar, Mutex};
@@ -60,30 +60,30 @@ fn open(limit: u32) -> Arc<Sem> {
     semaphore
 }
 
-fn slots(weight: u32) -> Want {
-    Want { weight, bytes: 0 }
+fn slots(weight: u32) -> Request {
+    Request { weight, bytes: 0 }
 }
 
-fn holding(semaphore: &Arc<Sem>, want: Want) -> G {
+fn holding(semaphore: &Arc<Sem>, request: Request) -> G {
     let guard = Guard::new(semaphore, ());
-    assert_eq!(guard.try_acquire(want), Ok(()));
+    assert_eq!(guard.try_acquire(request), Ok(()));
     guard
 }
 
-fn queued(semaphore: &Arc<Sem>, want: Want) -> (G, Arc<Sleeper>) {
+fn queued(semaphore: &Arc<Sem>, request: Request) -> (G, Arc<Sleeper>) {
     let guard = Guard::new(semaphore, ());
     let sleeper = Arc::new(Sleeper::default());
     assert_eq!(
-        guard.acquire_or_queue(want, Arc::clone(&sleeper)),
+        guard.acquire_or_queue(request, Arc::clone(&sleeper)),
         Ok(Attempt::Queued)
     );
     (guard, sleeper)
 }
 
 /// Acquires, however long it takes.
-fn acquire(guard: &G, want: Want) -> Result<(), Verdict> {
+fn acquire(guard: &G, request: Request) -> Result<(), Verdict> {
     let sleeper = Arc::new(Sleeper::default());
-    match guard.acquire_or_queue(want, Arc::clone(&sleeper)) {
+    match guard.acquire_or_queue(request, Arc::clone(&sleeper)) {
         Ok(Attempt::Granted) => Ok(()),
         Ok(Attempt::Queued) => match sleeper.sleep() {
             Verdict::Granted => Ok(()),
@@ -123,7 +123,7 @@ fn two_take_turns_on_one_slot() {
         let inside = Arc::new(AtomicUsize::new(0));
         let turn = |semaphore: Arc<Sem>, inside: Arc<AtomicUsize>| {
             let guard = Guard::new(&semaphore, ());
-            acquire(&guard, Want::SLOT).unwrap();
+            acquire(&guard, Request::SLOT).unwrap();
             assert_eq!(
                 inside.fetch_add(1, Ordering::Relaxed),
                 0,
@@ -152,13 +152,13 @@ fn three_share_one_slot() {
                 let semaphore = Arc::clone(&semaphore);
                 thread::spawn(move || {
                     let guard = Guard::new(&semaphore, ());
-                    acquire(&guard, Want::SLOT).unwrap();
+                    acquire(&guard, Request::SLOT).unwrap();
                     release(&guard);
                 })
             })
             .collect();
         let guard = Guard::new(&semaphore, ());
-        acquire(&guard, Want::SLOT).unwrap();
+        acquire(&guard, Request::SLOT).unwrap();
         release(&guard);
         for other in others {
             other.join().unwrap();
@@ -171,11 +171,11 @@ fn three_share_one_slot() {
 fn a_slot_released_during_an_acquire_is_found() {
     model(None, || {
         let semaphore = open(1);
-        let holder = holding(&semaphore, Want::SLOT);
+        let holder = holding(&semaphore, Request::SLOT);
         let releaser = thread::spawn(move || release(&holder));
         let guard = Guard::new(&semaphore, ());
         // A lost wake-up would leave this asleep, which loom reports as a deadlock.
-        acquire(&guard, Want::SLOT).unwrap();
+        acquire(&guard, Request::SLOT).unwrap();
         releaser.join().unwrap();
         assert_eq!(semaphore.current(), 1);
         release(&guard);
@@ -187,10 +187,10 @@ fn a_slot_released_during_an_acquire_is_found() {
 fn one_try_fails_or_succeeds_but_never_waits() {
     model(None, || {
         let semaphore = open(1);
-        let holder = holding(&semaphore, Want::SLOT);
+        let holder = holding(&semaphore, Request::SLOT);
         let releaser = thread::spawn(move || release(&holder));
         let guard = Guard::new(&semaphore, ());
-        match guard.try_acquire(Want::SLOT) {
+        match guard.try_acquire(Request::SLOT) {
             Ok(()) => release(&guard),
             Err(refusal) => assert_eq!(refusal, Refusal::Busy),
         }
@@ -203,8 +203,8 @@ fn one_try_fails_or_succeeds_but_never_waits() {
 fn a_timeout_against_the_hand_over_ends_in_exactly_one() {
     model(None, || {
         let semaphore = open(1);
-        let holder = holding(&semaphore, Want::SLOT);
-        let (waiter, sleeper) = queued(&semaphore, Want::SLOT);
+        let holder = holding(&semaphore, Request::SLOT);
+        let (waiter, sleeper) = queued(&semaphore, Request::SLOT);
         let releaser = thread::spawn(move || release(&holder));
         let (gave_up, wakes) = waiter.give_up();
         deliver(waiter.semaphore(), wakes);
@@ -224,9 +224,9 @@ fn a_timeout_against_the_hand_over_ends_in_exactly_one() {
 fn a_waiter_that_dies_lets_the_next_in() {
     model(None, || {
         let semaphore = open(1);
-        let holder = holding(&semaphore, Want::SLOT);
-        let (dying, _) = queued(&semaphore, Want::SLOT);
-        let (next, sleeper) = queued(&semaphore, Want::SLOT);
+        let holder = holding(&semaphore, Request::SLOT);
+        let (dying, _) = queued(&semaphore, Request::SLOT);
+        let (next, sleeper) = queued(&semaphore, Request::SLOT);
         let death = thread::spawn(move || deliver(dying.semaphore(), dying.end(End::OwnerDied)));
         release(&holder);
         assert_eq!(sleeper.sleep(), Verdict::Granted);
@@ -242,8 +242,8 @@ fn a_release_for_two_lets_both_in() {
     model(None, || {
         let semaphore = open(2);
         let holder = holding(&semaphore, slots(2));
-        let (first, woken_first) = queued(&semaphore, Want::SLOT);
-        let (second, woken_second) = queued(&semaphore, Want::SLOT);
+        let (first, woken_first) = queued(&semaphore, Request::SLOT);
+        let (second, woken_second) = queued(&semaphore, Request::SLOT);
         let releaser = thread::spawn(move || release(&holder));
         assert_eq!(woken_first.sleep(), Verdict::Granted);
         assert_eq!(woken_second.sleep(), Verdict::Granted);
@@ -258,10 +258,10 @@ fn a_release_for_two_lets_both_in() {
 fn a_holder_that_dies_lets_the_next_in() {
     model(None, || {
         let semaphore = open(1);
-        let dying = holding(&semaphore, Want::SLOT);
+        let dying = holding(&semaphore, Request::SLOT);
         let death = thread::spawn(move || deliver(dying.semaphore(), dying.end(End::OwnerDied)));
         let guard = Guard::new(&semaphore, ());
-        acquire(&guard, Want::SLOT).unwrap();
+        acquire(&guard, Request::SLOT).unwrap();
         death.join().unwrap();
         release(&guard);
         nothing_left(&semaphore);
@@ -272,8 +272,8 @@ fn a_holder_that_dies_lets_the_next_in() {
 fn released_twice_from_two_threads_comes_back_once() {
     model(None, || {
         let semaphore = open(2);
-        let _other = holding(&semaphore, Want::SLOT);
-        let guard = Arc::new(holding(&semaphore, Want::SLOT));
+        let _other = holding(&semaphore, Request::SLOT);
+        let guard = Arc::new(holding(&semaphore, Request::SLOT));
         let first = {
             let guard = Arc::clone(&guard);
             thread::spawn(move || release_if_held(&guard))
@@ -288,8 +288,8 @@ fn released_twice_from_two_threads_comes_back_once() {
 fn death_and_drop_at_once_give_back_once() {
     model(None, || {
         let semaphore = open(2);
-        let _other = holding(&semaphore, Want::SLOT);
-        let guard = Arc::new(holding(&semaphore, Want::SLOT));
+        let _other = holding(&semaphore, Request::SLOT);
+        let guard = Arc::new(holding(&semaphore, Request::SLOT));
         let death = {
             let guard = Arc::clone(&guard);
             thread::spawn(move || deliver(guard.semaphore(), guard.end(End::OwnerDied)))
@@ -305,8 +305,8 @@ fn death_and_drop_at_once_give_back_once() {
 fn death_and_release_at_once_give_back_once() {
     model(None, || {
         let semaphore = open(2);
-        let _other = holding(&semaphore, Want::SLOT);
-        let guard = Arc::new(holding(&semaphore, Want::SLOT));
+        let _other = holding(&semaphore, Request::SLOT);
+        let guard = Arc::new(holding(&semaphore, Request::SLOT));
         let death = {
             let guard = Arc::clone(&guard);
             thread::spawn(move || deliver(guard.semaphore(), guard.end(End::OwnerDied)))
@@ -321,7 +321,7 @@ fn death_and_release_at_once_give_back_once() {
 fn running_io_keeps_a_dead_owners_slot_until_it_ends() {
     model(None, || {
         let semaphore = open(1);
-        let owner = Arc::new(holding(&semaphore, Want::SLOT));
+        let owner = Arc::new(holding(&semaphore, Request::SLOT));
         let running = Arc::new(AtomicUsize::new(1));
         owner.pin().unwrap();
         let io = {
@@ -336,7 +336,7 @@ fn running_io_keeps_a_dead_owners_slot_until_it_ends() {
             thread::spawn(move || deliver(owner.semaphore(), owner.end(End::OwnerDied)))
         };
         let guard = Guard::new(&semaphore, ());
-        acquire(&guard, Want::SLOT).unwrap();
+        acquire(&guard, Request::SLOT).unwrap();
         assert_eq!(
             running.load(Ordering::Acquire),
             0,
@@ -353,7 +353,7 @@ fn running_io_keeps_a_dead_owners_slot_until_it_ends() {
 fn no_io_begins_in_a_dead_owners_name() {
     model(None, || {
         let semaphore = open(1);
-        let owner = Arc::new(holding(&semaphore, Want::SLOT));
+        let owner = Arc::new(holding(&semaphore, Request::SLOT));
         let death = {
             let owner = Arc::clone(&owner);
             thread::spawn(move || deliver(owner.semaphore(), owner.end(End::OwnerDied)))
@@ -371,13 +371,13 @@ fn no_io_begins_in_a_dead_owners_name() {
 fn a_higher_limit_reaches_those_who_wait() {
     model(None, || {
         let semaphore = open(1);
-        let _holder = holding(&semaphore, Want::SLOT);
+        let _holder = holding(&semaphore, Request::SLOT);
         let resize = {
             let semaphore = Arc::clone(&semaphore);
             thread::spawn(move || deliver(&semaphore, semaphore.set_limit(2)))
         };
         let guard = Guard::new(&semaphore, ());
-        acquire(&guard, Want::SLOT).unwrap();
+        acquire(&guard, Request::SLOT).unwrap();
         resize.join().unwrap();
         assert_eq!((semaphore.current(), semaphore.limit()), (2, 2));
     });
@@ -387,18 +387,18 @@ fn a_higher_limit_reaches_those_who_wait() {
 fn a_lower_limit_is_kept_by_those_who_come_after() {
     model(None, || {
         let semaphore = open(2);
-        let holder = holding(&semaphore, Want::SLOT);
+        let holder = holding(&semaphore, Request::SLOT);
         let resize = {
             let semaphore = Arc::clone(&semaphore);
             thread::spawn(move || deliver(&semaphore, semaphore.set_limit(1)))
         };
         let early = Guard::new(&semaphore, ());
-        let came_before = early.try_acquire(Want::SLOT).is_ok();
+        let came_before = early.try_acquire(Request::SLOT).is_ok();
         resize.join().unwrap();
         let late = Guard::new(&semaphore, ());
-        assert_eq!(late.try_acquire(Want::SLOT), Err(Refusal::Busy));
+        assert_eq!(late.try_acquire(Request::SLOT), Err(Refusal::Busy));
         release(&holder);
-        assert_eq!(late.try_acquire(Want::SLOT).is_ok(), !came_before);
+        assert_eq!(late.try_acquire(Request::SLOT).is_ok(), !came_before);
     });
 }
 
@@ -406,7 +406,7 @@ fn a_lower_limit_is_kept_by_those_who_come_after() {
 fn limits_go_up_and_down_under_waiters() {
     model(Some(3), || {
         let semaphore = open(1);
-        let holder = holding(&semaphore, Want::SLOT);
+        let holder = holding(&semaphore, Request::SLOT);
         let resize = {
             let semaphore = Arc::clone(&semaphore);
             thread::spawn(move || {
@@ -416,7 +416,7 @@ fn limits_go_up_and_down_under_waiters() {
         };
         let releaser = thread::spawn(move || release(&holder));
         let guard = Guard::new(&semaphore, ());
-        acquire(&guard, Want::SLOT).unwrap();
+        acquire(&guard, Request::SLOT).unwrap();
         release(&guard);
         resize.join().unwrap();
         releaser.join().unwrap();
@@ -428,8 +428,8 @@ fn limits_go_up_and_down_under_waiters() {
 fn closing_tells_a_waiter_exactly_one_thing() {
     model(None, || {
         let semaphore = open(1);
-        let holder = holding(&semaphore, Want::SLOT);
-        let (waiter, sleeper) = queued(&semaphore, Want::SLOT);
+        let holder = holding(&semaphore, Request::SLOT);
+        let (waiter, sleeper) = queued(&semaphore, Request::SLOT);
         let closer = {
             let semaphore = Arc::clone(&semaphore);
             thread::spawn(move || deliver(&semaphore, semaphore.close()))
@@ -441,7 +441,7 @@ fn closing_tells_a_waiter_exactly_one_thing() {
         }
         closer.join().unwrap();
         assert!(!sleeper.was_told());
-        assert_eq!(waiter.try_acquire(Want::SLOT), Err(Refusal::Closed));
+        assert_eq!(waiter.try_acquire(Request::SLOT), Err(Refusal::Closed));
         nothing_left(&semaphore);
     });
 }
@@ -450,13 +450,13 @@ fn closing_tells_a_waiter_exactly_one_thing() {
 fn closing_leaves_nobody_asleep() {
     model(None, || {
         let semaphore = open(1);
-        let _holder = holding(&semaphore, Want::SLOT);
+        let _holder = holding(&semaphore, Request::SLOT);
         let closer = {
             let semaphore = Arc::clone(&semaphore);
             thread::spawn(move || deliver(&semaphore, semaphore.close()))
         };
         let guard = Guard::new(&semaphore, ());
-        assert_eq!(acquire(&guard, Want::SLOT), Err(Verdict::Closed));
+        assert_eq!(acquire(&guard, Request::SLOT), Err(Verdict::Closed));
         closer.join().unwrap();
     });
 }
@@ -465,8 +465,8 @@ fn closing_leaves_nobody_asleep() {
 fn a_server_that_crashes_and_comes_back_loses_nobody() {
     model(None, || {
         let semaphore = open(1);
-        let holder = holding(&semaphore, Want::SLOT);
-        let (waiter, sleeper) = queued(&semaphore, Want::SLOT);
+        let holder = holding(&semaphore, Request::SLOT);
+        let (waiter, sleeper) = queued(&semaphore, Request::SLOT);
         let restart = {
             let semaphore = Arc::clone(&semaphore);
             thread::spawn(move || {
@@ -487,8 +487,8 @@ fn a_heavy_waiter_gets_what_two_give_back() {
     model(None, || {
         let semaphore = open(2);
         let (one, two) = (
-            holding(&semaphore, Want::SLOT),
-            holding(&semaphore, Want::SLOT),
+            holding(&semaphore, Request::SLOT),
+            holding(&semaphore, Request::SLOT),
         );
         let (heavy, sleeper) = queued(&semaphore, slots(2));
         let first = thread::spawn(move || release(&one));
@@ -509,7 +509,7 @@ fn a_light_one_never_overtakes_a_heavy_waiter() {
         let (heavy, sleeper) = queued(&semaphore, slots(2));
         let releaser = thread::spawn(move || release(&holder));
         let light = Guard::new(&semaphore, ());
-        assert_eq!(light.try_acquire(Want::SLOT), Err(Refusal::Busy));
+        assert_eq!(light.try_acquire(Request::SLOT), Err(Refusal::Busy));
         releaser.join().unwrap();
         assert_eq!(sleeper.sleep(), Verdict::Granted);
         release(&heavy);
@@ -522,14 +522,14 @@ fn bytes_given_back_during_an_acquire_are_found() {
     model(None, || {
         let semaphore = Arc::new(Sem::new());
         deliver(&semaphore, semaphore.open(2, Some(10)));
-        let want = Want {
+        let request = Request {
             weight: 1,
             bytes: 10,
         };
-        let holder = holding(&semaphore, want);
+        let holder = holding(&semaphore, request);
         let releaser = thread::spawn(move || release(&holder));
         let guard = Guard::new(&semaphore, ());
-        acquire(&guard, want).unwrap();
+        acquire(&guard, request).unwrap();
         releaser.join().unwrap();
         assert_eq!(semaphore.info().bytes, 10);
         release(&guard);

@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 
 use erllama_cache_core::semaphore::{
-    Attempt, End, Ended, Guard, MAX_LIMIT, Refusal, Semaphore, Verdict, Wakes, Want,
+    Attempt, End, Ended, Guard, MAX_LIMIT, Refusal, Request, Semaphore, Verdict, Wakes,
 };
 
 type Sem = Semaphore<&'static str, &'static str>;
@@ -17,12 +17,12 @@ fn open(limit: u32) -> Arc<Sem> {
     semaphore
 }
 
-fn slots(weight: u32) -> Want {
-    Want { weight, bytes: 0 }
+fn slots(weight: u32) -> Request {
+    Request { weight, bytes: 0 }
 }
 
-fn bytes(bytes: u64) -> Want {
-    Want { weight: 1, bytes }
+fn bytes(bytes: u64) -> Request {
+    Request { weight: 1, bytes }
 }
 
 fn woken(wakes: Wakes<&'static str>) -> Vec<(&'static str, Verdict)> {
@@ -38,16 +38,16 @@ fn released(guard: &G) -> Vec<(&'static str, Verdict)> {
 }
 
 /// A guard that waits in the queue.
-fn queued(semaphore: &Arc<Sem>, name: &'static str, want: Want) -> G {
+fn queued(semaphore: &Arc<Sem>, name: &'static str, request: Request) -> G {
     let guard = Guard::new(semaphore, name);
-    assert_eq!(guard.acquire_or_queue(want, name), Ok(Attempt::Queued));
+    assert_eq!(guard.acquire_or_queue(request, name), Ok(Attempt::Queued));
     guard
 }
 
 /// A guard that holds.
-fn holding(semaphore: &Arc<Sem>, name: &'static str, want: Want) -> G {
+fn holding(semaphore: &Arc<Sem>, name: &'static str, request: Request) -> G {
     let guard = Guard::new(semaphore, name);
-    assert_eq!(guard.acquire_or_queue(want, name), Ok(Attempt::Granted));
+    assert_eq!(guard.acquire_or_queue(request, name), Ok(Attempt::Granted));
     guard
 }
 
@@ -59,12 +59,12 @@ fn takes_up_to_the_limit_and_gives_back() {
         Guard::new(&semaphore, "b"),
         Guard::new(&semaphore, "c"),
     );
-    assert_eq!(a.try_acquire(Want::SLOT), Ok(()));
-    assert_eq!(b.try_acquire(Want::SLOT), Ok(()));
-    assert_eq!(c.try_acquire(Want::SLOT), Err(Refusal::Busy));
+    assert_eq!(a.try_acquire(Request::SLOT), Ok(()));
+    assert_eq!(b.try_acquire(Request::SLOT), Ok(()));
+    assert_eq!(c.try_acquire(Request::SLOT), Err(Refusal::Busy));
     assert_eq!(semaphore.current(), 2);
     assert!(released(&a).is_empty());
-    assert_eq!(c.try_acquire(Want::SLOT), Ok(()));
+    assert_eq!(c.try_acquire(Request::SLOT), Ok(()));
     assert!(
         a.release().is_none(),
         "nothing is held, nothing is given back"
@@ -75,9 +75,9 @@ fn takes_up_to_the_limit_and_gives_back() {
 #[test]
 fn serves_waiters_in_their_order() {
     let semaphore = open(1);
-    let holder = holding(&semaphore, "holder", Want::SLOT);
-    let first = queued(&semaphore, "first", Want::SLOT);
-    let second = queued(&semaphore, "second", Want::SLOT);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let first = queued(&semaphore, "first", Request::SLOT);
+    let second = queued(&semaphore, "second", Request::SLOT);
     assert_eq!(released(&holder), granted(&["first"]));
     assert_eq!(
         semaphore.current(),
@@ -96,12 +96,12 @@ fn nobody_overtakes_the_queue() {
     let heavy = queued(&semaphore, "heavy", slots(2));
     let light = Guard::new(&semaphore, "light");
     assert_eq!(
-        light.try_acquire(Want::SLOT),
+        light.try_acquire(Request::SLOT),
         Err(Refusal::Busy),
         "one slot is free, but not for it"
     );
     assert_eq!(
-        light.acquire_or_queue(Want::SLOT, "light"),
+        light.acquire_or_queue(Request::SLOT, "light"),
         Ok(Attempt::Queued)
     );
     assert_eq!(released(&holder), granted(&["heavy", "light"]));
@@ -112,9 +112,9 @@ fn nobody_overtakes_the_queue() {
 #[test]
 fn a_waiter_that_gives_up_is_never_woken() {
     let semaphore = open(1);
-    let holder = holding(&semaphore, "holder", Want::SLOT);
-    let first = queued(&semaphore, "first", Want::SLOT);
-    let second = queued(&semaphore, "second", Want::SLOT);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let first = queued(&semaphore, "first", Request::SLOT);
+    let second = queued(&semaphore, "second", Request::SLOT);
     let (gave_up, wakes) = first.give_up();
     assert!(gave_up && wakes.is_empty());
     assert_eq!(released(&holder), granted(&["second"]));
@@ -127,9 +127,9 @@ fn a_waiter_that_gives_up_is_never_woken() {
 #[test]
 fn a_heavy_head_that_gives_up_lets_the_next_in() {
     let semaphore = open(2);
-    let _holder = holding(&semaphore, "holder", Want::SLOT);
+    let _holder = holding(&semaphore, "holder", Request::SLOT);
     let heavy = queued(&semaphore, "heavy", slots(2));
-    let _light = queued(&semaphore, "light", Want::SLOT);
+    let _light = queued(&semaphore, "light", Request::SLOT);
     let (gave_up, wakes) = heavy.give_up();
     assert!(gave_up);
     assert_eq!(woken(wakes), granted(&["light"]));
@@ -138,9 +138,9 @@ fn a_heavy_head_that_gives_up_lets_the_next_in() {
 #[test]
 fn a_dead_owner_gives_back_all_it_held() {
     let semaphore = open(2);
-    let owner = holding(&semaphore, "owner", Want::SLOT);
-    assert_eq!(owner.try_acquire(Want::SLOT), Ok(()));
-    let _next = queued(&semaphore, "next", Want::SLOT);
+    let owner = holding(&semaphore, "owner", Request::SLOT);
+    assert_eq!(owner.try_acquire(Request::SLOT), Ok(()));
+    let _next = queued(&semaphore, "next", Request::SLOT);
     assert_eq!(woken(owner.end(End::OwnerDied)), granted(&["next"]));
     assert_eq!(semaphore.current(), 1);
     assert!(
@@ -149,9 +149,9 @@ fn a_dead_owner_gives_back_all_it_held() {
     );
     assert_eq!(semaphore.current(), 1);
     assert_eq!(semaphore.info().owner_died, 2);
-    assert_eq!(owner.try_acquire(Want::SLOT), Err(Refusal::Ended));
+    assert_eq!(owner.try_acquire(Request::SLOT), Err(Refusal::Ended));
     assert_eq!(
-        owner.acquire_or_queue(Want::SLOT, "owner"),
+        owner.acquire_or_queue(Request::SLOT, "owner"),
         Err(Refusal::Ended)
     );
 }
@@ -159,9 +159,9 @@ fn a_dead_owner_gives_back_all_it_held() {
 #[test]
 fn a_dead_waiter_leaves_the_queue() {
     let semaphore = open(1);
-    let holder = holding(&semaphore, "holder", Want::SLOT);
-    let first = queued(&semaphore, "first", Want::SLOT);
-    let _second = queued(&semaphore, "second", Want::SLOT);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let first = queued(&semaphore, "first", Request::SLOT);
+    let _second = queued(&semaphore, "second", Request::SLOT);
     assert!(first.end(End::OwnerDied).is_empty());
     assert_eq!(released(&holder), granted(&["second"]));
     assert_eq!(semaphore.info().owner_died, 0, "it held nothing");
@@ -170,9 +170,9 @@ fn a_dead_waiter_leaves_the_queue() {
 #[test]
 fn a_waiter_that_dies_after_the_hand_over_passes_it_on() {
     let semaphore = open(1);
-    let holder = holding(&semaphore, "holder", Want::SLOT);
-    let first = queued(&semaphore, "first", Want::SLOT);
-    let _second = queued(&semaphore, "second", Want::SLOT);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let first = queued(&semaphore, "first", Request::SLOT);
+    let _second = queued(&semaphore, "second", Request::SLOT);
     assert_eq!(released(&holder), granted(&["first"]));
     assert_eq!(woken(first.end(End::OwnerDied)), granted(&["second"]));
 }
@@ -180,8 +180,8 @@ fn a_waiter_that_dies_after_the_hand_over_passes_it_on() {
 #[test]
 fn running_io_keeps_the_slot_of_a_dead_owner() {
     let semaphore = open(1);
-    let owner = holding(&semaphore, "owner", Want::SLOT);
-    let _next = queued(&semaphore, "next", Want::SLOT);
+    let owner = holding(&semaphore, "owner", Request::SLOT);
+    let _next = queued(&semaphore, "next", Request::SLOT);
     assert_eq!(owner.pin(), Ok(()));
     assert_eq!(owner.pin(), Ok(()));
     assert!(owner.end(End::OwnerDied).is_empty());
@@ -200,7 +200,7 @@ fn running_io_keeps_the_slot_of_a_dead_owner() {
 #[test]
 fn unpinning_a_living_owner_gives_nothing_back() {
     let semaphore = open(1);
-    let owner = holding(&semaphore, "owner", Want::SLOT);
+    let owner = holding(&semaphore, "owner", Request::SLOT);
     assert_eq!(owner.pin(), Ok(()));
     assert!(owner.unpin().is_empty());
     assert_eq!(semaphore.current(), 1);
@@ -209,10 +209,10 @@ fn unpinning_a_living_owner_gives_nothing_back() {
 #[test]
 fn a_higher_limit_is_handed_out_at_once() {
     let semaphore = open(1);
-    let _holder = holding(&semaphore, "holder", Want::SLOT);
-    let _first = queued(&semaphore, "first", Want::SLOT);
-    let _second = queued(&semaphore, "second", Want::SLOT);
-    let _third = queued(&semaphore, "third", Want::SLOT);
+    let _holder = holding(&semaphore, "holder", Request::SLOT);
+    let _first = queued(&semaphore, "first", Request::SLOT);
+    let _second = queued(&semaphore, "second", Request::SLOT);
+    let _third = queued(&semaphore, "third", Request::SLOT);
     assert_eq!(woken(semaphore.set_limit(3)), granted(&["first", "second"]));
     assert_eq!((semaphore.current(), semaphore.limit()), (3, 3));
 }
@@ -220,11 +220,11 @@ fn a_higher_limit_is_handed_out_at_once() {
 #[test]
 fn a_lower_limit_takes_nothing_away_and_lets_nobody_in() {
     let semaphore = open(3);
-    let a = holding(&semaphore, "a", Want::SLOT);
-    let b = holding(&semaphore, "b", Want::SLOT);
+    let a = holding(&semaphore, "a", Request::SLOT);
+    let b = holding(&semaphore, "b", Request::SLOT);
     assert!(semaphore.set_limit(1).is_empty());
     assert_eq!((semaphore.current(), semaphore.limit()), (2, 1));
-    let next = queued(&semaphore, "next", Want::SLOT);
+    let next = queued(&semaphore, "next", Request::SLOT);
     assert!(released(&a).is_empty());
     assert_eq!(released(&b), granted(&["next"]));
     drop(next);
@@ -242,9 +242,9 @@ fn what_can_never_be_granted_is_refused() {
         guard.acquire_or_queue(slots(4), "guard"),
         Err(Refusal::WeightExceedsLimit)
     );
-    let _holder = holding(&semaphore, "holder", Want::SLOT);
+    let _holder = holding(&semaphore, "holder", Request::SLOT);
     let _heavy = queued(&semaphore, "heavy", slots(3));
-    let _light = queued(&semaphore, "light", Want::SLOT);
+    let _light = queued(&semaphore, "light", Request::SLOT);
     assert_eq!(
         woken(semaphore.set_limit(2)),
         [
@@ -257,19 +257,19 @@ fn what_can_never_be_granted_is_refused() {
 #[test]
 fn closing_refuses_those_who_wait_and_those_who_come() {
     let semaphore = open(1);
-    let holder = holding(&semaphore, "holder", Want::SLOT);
-    let waiter = queued(&semaphore, "waiter", Want::SLOT);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let waiter = queued(&semaphore, "waiter", Request::SLOT);
     assert_eq!(woken(semaphore.close()), [("waiter", Verdict::Closed)]);
     assert!(!waiter.give_up().0);
-    assert_eq!(waiter.try_acquire(Want::SLOT), Err(Refusal::Closed));
+    assert_eq!(waiter.try_acquire(Request::SLOT), Err(Refusal::Closed));
     assert_eq!(
-        waiter.acquire_or_queue(Want::SLOT, "waiter"),
+        waiter.acquire_or_queue(Request::SLOT, "waiter"),
         Err(Refusal::Closed)
     );
     assert_eq!(semaphore.current(), 1, "who held still holds");
     assert!(semaphore.open(1, None).is_empty());
     assert_eq!(
-        waiter.acquire_or_queue(Want::SLOT, "waiter"),
+        waiter.acquire_or_queue(Request::SLOT, "waiter"),
         Ok(Attempt::Queued)
     );
     assert_eq!(released(&holder), granted(&["waiter"]));
@@ -278,14 +278,14 @@ fn closing_refuses_those_who_wait_and_those_who_come() {
 #[test]
 fn a_suspension_loses_nothing() {
     let semaphore = open(1);
-    let holder = holding(&semaphore, "holder", Want::SLOT);
-    let first = queued(&semaphore, "first", Want::SLOT);
-    let _second = queued(&semaphore, "second", Want::SLOT);
-    let _third = queued(&semaphore, "third", Want::SLOT);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let first = queued(&semaphore, "first", Request::SLOT);
+    let _second = queued(&semaphore, "second", Request::SLOT);
+    let _third = queued(&semaphore, "third", Request::SLOT);
     semaphore.suspend();
     let late = Guard::new(&semaphore, "late");
     assert_eq!(
-        late.acquire_or_queue(Want::SLOT, "late"),
+        late.acquire_or_queue(Request::SLOT, "late"),
         Err(Refusal::Closed)
     );
     assert_eq!(
@@ -300,14 +300,14 @@ fn a_suspension_loses_nothing() {
 #[test]
 fn what_nobody_opens_again_is_abandoned() {
     let semaphore = open(1);
-    let holder = holding(&semaphore, "holder", Want::SLOT);
-    let _waiter = queued(&semaphore, "waiter", Want::SLOT);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let _waiter = queued(&semaphore, "waiter", Request::SLOT);
     assert!(semaphore.abandon().is_empty(), "it is open");
     semaphore.suspend();
     assert_eq!(woken(semaphore.abandon()), [("waiter", Verdict::Closed)]);
     assert!(released(&holder).is_empty());
     assert!(semaphore.open(1, None).is_empty());
-    assert_eq!(holder.try_acquire(Want::SLOT), Ok(()));
+    assert_eq!(holder.try_acquire(Request::SLOT), Ok(()));
 }
 
 #[test]
@@ -351,21 +351,21 @@ fn tells_who_holds_and_who_waits() {
     let _b = queued(
         &semaphore,
         "b",
-        Want {
+        Request {
             weight: 1,
             bytes: 7,
         },
     );
     let holders = semaphore.holders();
     assert_eq!(
-        (holders.len(), holders[0].owner, holders[0].want),
+        (holders.len(), holders[0].owner, holders[0].request),
         (1, "a", slots(2))
     );
     let waiters = semaphore.waiters();
     assert_eq!((waiters.len(), waiters[0].owner), (1, "b"));
     assert_eq!(
-        waiters[0].want,
-        Want {
+        waiters[0].request,
+        Request {
             weight: 1,
             bytes: 7
         }
@@ -380,7 +380,7 @@ fn tells_who_holds_and_who_waits() {
 #[test]
 fn counts_outlive_the_guards() {
     let semaphore = open(2);
-    let guard = holding(&semaphore, "guard", Want::SLOT);
+    let guard = holding(&semaphore, "guard", Request::SLOT);
     assert!(guard.end(End::Dropped).is_empty());
     drop(guard);
     assert_eq!(semaphore.info().granted, 1);
@@ -396,7 +396,7 @@ fn limits_are_kept_in_bounds() {
     assert_eq!(semaphore.limit(), MAX_LIMIT);
     let _all = holding(&semaphore, "all", slots(MAX_LIMIT));
     assert_eq!(
-        Guard::new(&semaphore, "one").try_acquire(Want::SLOT),
+        Guard::new(&semaphore, "one").try_acquire(Request::SLOT),
         Err(Refusal::Busy)
     );
 }
@@ -405,9 +405,9 @@ fn limits_are_kept_in_bounds() {
 /// More than one call decides for.
 const CROWD: usize = 1000;
 
-fn crowd(semaphore: &Arc<Sem>, want: Want) -> Vec<G> {
+fn crowd(semaphore: &Arc<Sem>, request: Request) -> Vec<G> {
     (0..CROWD)
-        .map(|_| queued(semaphore, "one of many", want))
+        .map(|_| queued(semaphore, "one of many", request))
         .collect()
 }
 
@@ -434,20 +434,20 @@ fn assert_a_few_at_a_time(calls: &[Vec<Verdict>], verdict: Verdict, all: usize) 
 fn a_crowd_is_let_in_a_few_at_a_time() {
     let semaphore = open(CROWD as u32);
     let heavy = holding(&semaphore, "heavy", slots(CROWD as u32));
-    let guards = crowd(&semaphore, Want::SLOT);
+    let guards = crowd(&semaphore, Request::SLOT);
     let calls = decided(&semaphore, heavy.release().unwrap());
     assert_a_few_at_a_time(&calls, Verdict::Granted, CROWD);
     assert_eq!(semaphore.current() as usize, guards.len());
     // Nobody waits, and whoever comes meets a semaphore that knows it.
     assert!(woken(guards[0].release().unwrap()).is_empty());
-    assert_eq!(heavy.try_acquire(Want::SLOT), Ok(()));
+    assert_eq!(heavy.try_acquire(Request::SLOT), Ok(()));
 }
 
 #[test]
 fn a_crowd_is_sent_away_a_few_at_a_time() {
     let semaphore = open(2);
     let holder = holding(&semaphore, "holder", slots(2));
-    let _guards = crowd(&semaphore, Want::SLOT);
+    let _guards = crowd(&semaphore, Request::SLOT);
     let calls = decided(&semaphore, semaphore.close());
     assert_a_few_at_a_time(&calls, Verdict::Closed, CROWD);
     assert!(released(&holder).is_empty());
@@ -457,8 +457,8 @@ fn a_crowd_is_sent_away_a_few_at_a_time() {
 #[test]
 fn a_crowd_that_is_being_sent_away_gets_no_slot() {
     let semaphore = open(1);
-    let holder = holding(&semaphore, "holder", Want::SLOT);
-    let _guards = crowd(&semaphore, Want::SLOT);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let _guards = crowd(&semaphore, Request::SLOT);
     let first = semaphore.close();
     assert!(first.are_unfinished());
     assert!(woken(first).len() < CROWD);
@@ -468,7 +468,7 @@ fn a_crowd_that_is_being_sent_away_gets_no_slot() {
             .iter()
             .all(|(_, verdict)| *verdict == Verdict::Closed)
     );
-    let _late = queued(&semaphore, "late", Want::SLOT);
+    let _late = queued(&semaphore, "late", Request::SLOT);
     let told: Vec<_> = decided(&semaphore, holder.release().unwrap()).concat();
     let (last, others) = told.split_last().unwrap();
     assert!(others.iter().all(|verdict| *verdict == Verdict::Closed));
@@ -481,12 +481,12 @@ fn a_crowd_that_is_too_heavy_is_refused_a_few_at_a_time() {
     let semaphore = open(2);
     let holder = holding(&semaphore, "holder", slots(2));
     let _heavy = crowd(&semaphore, slots(2));
-    let _light = queued(&semaphore, "light", Want::SLOT);
+    let _light = queued(&semaphore, "light", Request::SLOT);
     let calls = decided(&semaphore, semaphore.set_limit(1));
     assert_a_few_at_a_time(&calls, Verdict::WeightExceedsLimit, CROWD);
     assert_eq!(released(&holder), granted(&["light"]));
     // A crowd that is not is looked at, and left alone.
-    let _heavy = crowd(&semaphore, Want::SLOT);
+    let _heavy = crowd(&semaphore, Request::SLOT);
     assert!(
         decided(&semaphore, semaphore.set_limit(1))
             .concat()
@@ -499,7 +499,7 @@ fn a_crowd_that_is_too_heavy_is_refused_a_few_at_a_time() {
 fn another_thread_goes_on() {
     let semaphore = open(CROWD as u32);
     let heavy = holding(&semaphore, "heavy", slots(CROWD as u32));
-    let _guards = crowd(&semaphore, Want::SLOT);
+    let _guards = crowd(&semaphore, Request::SLOT);
     let first = heavy.release().unwrap();
     assert!(first.are_unfinished());
     let (tell, told) = mpsc::channel();
@@ -537,7 +537,7 @@ fn threads_share_it() {
                 let guard = Guard::new(semaphore, name);
                 let (sender, receiver) = mpsc::channel();
                 for turn in 0..TURNS {
-                    match guard.acquire_or_queue(Want::SLOT, sender.clone()) {
+                    match guard.acquire_or_queue(Request::SLOT, sender.clone()) {
                         Ok(Attempt::Granted) => {}
                         Ok(Attempt::Queued) if turn % 5 == 0 => {
                             let (gave_up, wakes) = guard.give_up();

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use erllama_cache_core::semaphore as core;
-use erllama_cache_core::semaphore::{Attempt, End, MAX_LIMIT, Refusal, Want};
+use erllama_cache_core::semaphore::{Attempt, End, MAX_LIMIT, Refusal, Request};
 use erllama_cache_core::unpoisoned;
 use rustler::{
     Atom, Encoder, Env, Error, LocalPid, Monitor, NifResult, Reference, Resource, ResourceArc, Term,
@@ -96,11 +96,11 @@ fn limit_in_bounds(limit: u32) -> NifResult<u32> {
     }
 }
 
-fn want(weight: u32, bytes: u64) -> NifResult<Want> {
+fn request(weight: u32, bytes: u64) -> NifResult<Request> {
     if weight == 0 {
         Err(Error::BadArg)
     } else {
-        Ok(Want { weight, bytes })
+        Ok(Request { weight, bytes })
     }
 }
 
@@ -233,11 +233,11 @@ fn semaphore_info<'a>(env: Env<'a>, semaphore: &Semaphore) -> NifResult<Term<'a>
 /// Pid, weight, bytes, milliseconds.
 type Row = (LocalPid, u32, u64, u64);
 
-fn row(owner: LocalPid, want: Want, age: std::time::Duration) -> Row {
+fn row(owner: LocalPid, request: Request, age: std::time::Duration) -> Row {
     (
         owner,
-        want.weight,
-        want.bytes,
+        request.weight,
+        request.bytes,
         u64::try_from(age.as_millis()).unwrap_or(u64::MAX),
     )
 }
@@ -247,7 +247,7 @@ fn semaphore_holders(semaphore: &Semaphore) -> Vec<Row> {
     let holders = semaphore.core.holders();
     holders
         .into_iter()
-        .map(|holder| row(holder.owner, holder.want, holder.held_for))
+        .map(|holder| row(holder.owner, holder.request, holder.held_for))
         .collect()
 }
 
@@ -256,7 +256,7 @@ fn semaphore_waiters(semaphore: &Semaphore) -> Vec<Row> {
     let waiters = semaphore.core.waiters();
     waiters
         .into_iter()
-        .map(|waiter| row(waiter.owner, waiter.want, waiter.waited))
+        .map(|waiter| row(waiter.owner, waiter.request, waiter.waited))
         .collect()
 }
 
@@ -279,7 +279,7 @@ fn guard_new(env: Env<'_>, semaphore: &Semaphore) -> ResourceArc<Guard> {
 fn try_acquire(guard: &Guard, weight: u32, bytes: u64) -> NifResult<Atom> {
     Ok(guard
         .core
-        .try_acquire(want(weight, bytes)?)
+        .try_acquire(request(weight, bytes)?)
         .map_or_else(refusal, |()| atoms::ok()))
 }
 
@@ -288,7 +288,7 @@ fn try_acquire(guard: &Guard, weight: u32, bytes: u64) -> NifResult<Atom> {
 fn try_acquire_slot(guard: &Guard) -> Atom {
     guard
         .core
-        .try_acquire(Want::SLOT)
+        .try_acquire(Request::SLOT)
         .map_or_else(refusal, |()| atoms::ok())
 }
 
@@ -302,7 +302,7 @@ fn acquire_or_queue(
 ) -> NifResult<Atom> {
     let waker = Waker::new(env.pid(), reference, &guard.spare_env);
     Ok(
-        match guard.core.acquire_or_queue(want(weight, bytes)?, waker) {
+        match guard.core.acquire_or_queue(request(weight, bytes)?, waker) {
             Ok(Attempt::Granted) => atoms::ok(),
             Ok(Attempt::Queued) => atoms::queued(),
             Err(reason) => refusal(reason),

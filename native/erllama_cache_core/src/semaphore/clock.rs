@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-/// Time since an arbitrary start, exact to the nanosecond: what waits are measured with.
+/// Time since an arbitrary start, exact to the nanosecond: for measuring waits.
 pub(super) fn precise() -> Duration {
     read(Clock::Precise)
 }
 
-/// Time since the same start, exact to a few milliseconds. It costs a fifth of [`precise`] and is
-/// read on each acquire, where all it serves is "held since when".
+/// Time since the same start, exact to a few milliseconds. It costs a fifth of [`precise`], and every
+/// acquire reads it, only to know since when a slot is held.
 #[inline]
 pub(super) fn coarse() -> Duration {
     read(Clock::Coarse)

@@ -27,8 +27,8 @@ pub enum Error {
     /// What was written is not what came back from the page cache.
     #[error("the written file does not read back: {0}")]
     ReadBack(Corrupt),
-    /// The file system knows no way to give a file a name only if that is free: neither links, nor a
-    /// rename that replaces nothing.
+    /// The file system knows no way to give a file a name only if that is free: neither links, nor
+    /// a rename that replaces nothing.
     #[error("the file system has neither links nor a rename that replaces nothing")]
     NoLinks,
     /// A slice was called for out of its turn, or with another payload than the first.
@@ -37,8 +37,9 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether it proves that this library cannot use the file, as against telling that nothing could be
-    /// found out. A save, which has the state of that very key in hand, replaces such a file.
+    /// Whether it proves that this library cannot use the file, as against telling that nothing
+    /// could be found out. A save, which has the state of that very key in hand, replaces such a
+    /// file.
     pub fn proves_corrupt(&self) -> bool {
         matches!(
             self,
@@ -46,13 +47,14 @@ impl Error {
         )
     }
 
-    /// Whether a later version of this library could have written the file. Who has nothing to put in
-    /// its place leaves it alone.
+    /// Whether a later version of this library could have written the file. Who has nothing to put
+    /// in its place leaves it alone.
     pub fn may_be_newer(&self) -> bool {
         matches!(self, Error::Corrupt(Corrupt::UnsupportedVersion))
     }
 
-    /// Whether it is a sync that failed: of a file, of a directory, or the wait for write-back before.
+    /// Whether it is a sync that failed: of a file, of a directory, or the wait for write-back
+    /// before.
     pub fn is_failed_sync(&self) -> bool {
         matches!(
             self,

@@ -4,7 +4,8 @@
 //! [`join`] runs two things at once and returns when both have ended. What the pool has no idle
 //! thread for runs on the caller's: many saves at once keep all processors busy as it is, and
 //! nobody ever waits for a thread. [`ask_waiter`] is for what takes time and no processor,
-//! [`Errands`] for what may not be done where it comes up, [`reap`] for what takes long to be dropped.
+//! [`Errands`] for what may not be done where it comes up, [`reap`] for what takes long to be
+//! dropped.
 
 use std::io;
 use std::mem;
@@ -23,8 +24,8 @@ const WAITERS: usize = 4;
 
 type Task = Box<dyn FnOnce() + Send>;
 
-/// Runs `theirs` on another thread, if one is idle, while `ours` runs on this one. A panic of either
-/// goes on here, after both have ended.
+/// Runs `theirs` on another thread, if one is idle, while `ours` runs on this one. A panic of
+/// either goes on here, after both have ended.
 pub(crate) fn join<A: Send, B>(
     theirs: impl FnOnce() -> A + Send,
     ours: impl FnOnce() -> B,
@@ -35,9 +36,9 @@ pub(crate) fn join<A: Send, B>(
         // The caller is there: it waits for this.
         let _ = tell.send(result);
     });
-    // SAFETY: the task borrows from this function's caller. It is run or dropped before this returns
-    // or unwinds: on this thread, or on another, which `Ended` waits for. Once `tell` has been used
-    // or dropped, `theirs` is gone with all that it borrowed.
+    // SAFETY: the task borrows from this function's caller. It is run or dropped before this
+    // returns or unwinds: on this thread, or on another, which `Ended` waits for. Once `tell` has
+    // been used or dropped, `theirs` is gone with all that it borrowed.
     let task: Task = unsafe { mem::transmute(task) };
     let mut result = None;
     let ours = match hand_over(task) {
@@ -229,8 +230,8 @@ mod tests {
         assert_eq!(sum.into_inner(), 4 * MOST_THREADS * 3 * 4950);
     }
 
-    /// Theirs has begun when ours panics, and goes on once ours unwinds: were it not waited for, it would
-    /// be found in the middle of its work.
+    /// Theirs has begun when ours panics, and goes on once ours unwinds: were it not waited for, it
+    /// would be found in the middle of its work.
     #[test]
     fn a_panic_of_ours_comes_out_only_after_theirs_has_ended() {
         struct Opens<'a>(&'a AtomicBool);

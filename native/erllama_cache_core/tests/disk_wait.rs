@@ -1,5 +1,6 @@
-//! What becomes of a save when the disk fails while another thread waits for it. In a process of its own:
-//! the threads that wait are started where the call fails, and fail it for as long as they live.
+//! What becomes of a save when the disk fails while another thread waits for it. In a process of
+//! its own: the threads that wait are started where the call fails, and fail it for as long as they
+//! live.
 #![cfg(target_os = "linux")]
 
 // Of which this needs a part.

@@ -79,8 +79,9 @@ fn payload(len: usize) -> Vec<u8> {
 
 // What is done with it.
 
-/// A directory of which nothing is known yet. What is learnt of one is remembered by its number, and
-/// a test may have had another of this number, and let its file system seem to be what it is not.
+/// A directory of which nothing is known yet. What is learnt of one is remembered by its number,
+/// and a test may have had another of this number, and let its file system seem to be what it is
+/// not.
 fn root() -> TempDir {
     let mut spoilt = Vec::new();
     loop {
@@ -422,8 +423,8 @@ fn a_load_changes_nothing_in_the_file() {
     assert!(fs::read(path(dir.path(), 1)).unwrap() == bytes);
 }
 
-/// A text-keyed host's prompt may be as long as its state. Around the lengths at which another block
-/// begins, the digest must not be cut in two.
+/// A text-keyed host's prompt may be as long as its state. Around the lengths at which another
+/// block begins, the digest must not be cut in two.
 #[test]
 fn a_long_prefix_is_written_as_any_other() {
     const BLOCK: usize = 2 << 20;
@@ -799,21 +800,21 @@ fn temporary_name(random: u64) -> String {
     format!("{}.{random:016x}.tmp", key(1).to_hex())
 }
 
-#[test]
-fn a_scan_tells_what_is_there_and_removes_what_is_nothing() {
-    let dir = root();
+/// Fills a root with files 0 to 29, entries of every other kind under the names of 30 to 34, and
+/// two temporary names. Returns the names that are none of the library's.
+fn fill_with_everything(dir: &Path) -> [String; 5] {
     for n in 0..30 {
-        save(dir.path(), n, &payload(n as usize)).unwrap();
+        save(dir, n, &payload(n as usize)).unwrap();
     }
     // Its header is right, and more is not read.
-    flip_last_byte(&path(dir.path(), 3));
-    fs::write(path(dir.path(), 30), b"").unwrap();
-    fs::write(path(dir.path(), 31), vec![0; 1000]).unwrap();
-    fs::create_dir(path(dir.path(), 32)).unwrap();
-    symlink("/dev/zero", path(dir.path(), 33)).unwrap();
-    let mut later = fs::read(path(dir.path(), 0)).unwrap();
+    flip_last_byte(&path(dir, 3));
+    fs::write(path(dir, 30), b"").unwrap();
+    fs::write(path(dir, 31), vec![0; 1000]).unwrap();
+    fs::create_dir(path(dir, 32)).unwrap();
+    symlink("/dev/zero", path(dir, 33)).unwrap();
+    let mut later = fs::read(path(dir, 0)).unwrap();
     later[3] = 2;
-    fs::write(path(dir.path(), 34), later).unwrap();
+    fs::write(path(dir, 34), later).unwrap();
     let others = [
         "README".to_owned(),
         "x.tmp".to_owned(),
@@ -822,11 +823,17 @@ fn a_scan_tells_what_is_there_and_removes_what_is_nothing() {
         temporary_name(1).replace('.', "-"),
     ];
     for other in &others {
-        fs::write(dir.path().join(other), b"").unwrap();
+        fs::write(dir.join(other), b"").unwrap();
     }
-    fs::write(dir.path().join(temporary_name(1)), b"half a fi").unwrap();
-    fs::create_dir(dir.path().join(temporary_name(2))).unwrap();
+    fs::write(dir.join(temporary_name(1)), b"half a fi").unwrap();
+    fs::create_dir(dir.join(temporary_name(2))).unwrap();
+    others
+}
 
+#[test]
+fn a_scan_reports_files_and_removes_what_is_proven_not_to_be_one() {
+    let dir = root();
+    let others = fill_with_everything(dir.path());
     let (mut files, mut removed, mut swept, mut skipped) = (vec![], vec![], 0, vec![]);
     for found in scan(dir.path()) {
         match found {
@@ -878,8 +885,8 @@ fn a_scan_tells_what_is_there_and_removes_what_is_nothing() {
     assert_eq!(left, kept.collect());
 }
 
-/// Whoever copies a file here writes under its final name: only when nobody has written for a while is
-/// it what it is.
+/// Whoever copies a file here writes under its final name: only when nobody has written for a while
+/// is it what it is.
 #[test]
 fn a_scan_leaves_what_is_being_copied_in() {
     let dir = root();
@@ -1713,7 +1720,8 @@ mod failures {
         drop(tmp);
     }
 
-    /// Somebody writes into the file all the time, so what is read back is soon not what was written.
+    /// Somebody writes into the file all the time, so what is read back is soon not what was
+    /// written.
     #[test]
     fn what_does_not_read_back_is_not_published() {
         let dir = root();

@@ -80,8 +80,8 @@ const POSIX: &[(i32, &str)] = posix! {
     ETXTBSY "etxtbsy" EXDEV "exdev"
 };
 
-/// What Linux answers for damage that a file system has found, for a device that does not answer, and
-/// for a directory whose encryption key is not loaded.
+/// What Linux answers for damage that a file system has found, for a device that does not answer,
+/// and for a directory whose encryption key is not loaded.
 #[cfg(target_os = "linux")]
 const OF_DAMAGED_DISKS: &[(i32, &str)] = posix! {
     EBADMSG "ebadmsg" EHOSTDOWN "ehostdown" ENODATA "enodata" ENOKEY "enokey" EREMOTEIO "eremoteio"

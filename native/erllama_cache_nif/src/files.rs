@@ -1,8 +1,8 @@
 //! Files, on dirty I/O schedulers, a slice at a time. A call that answers `more` is called again:
 //! between two slices a kill takes effect and other dirty work gets its turn.
 //!
-//! Each call is made in a turn, whose guard it takes: the turn is over when the call is, also when the
-//! process that made it is killed meanwhile.
+//! Each call is made in a turn, whose guard it takes: the turn is over when the call is, also when
+//! the process that made it is killed meanwhile.
 
 use std::ffi::CString;
 use std::sync::Mutex;
@@ -28,8 +28,8 @@ use crate::semaphore::Guard;
 /// How long one call works. A piece in it may wait for the disk and overrun.
 const SLICE: Duration = Duration::from_millis(10);
 
-/// How long a file that is not what its name says must not have changed for a start to remove it: it may
-/// be on its way, from a backup or by a copy.
+/// How long a file that is not what its name says must not have changed for a start to remove it:
+/// it may be on its way, from a backup or by a copy.
 const SETTLED: Duration = Duration::from_secs(600);
 
 /// Something that is worked on in slices and gone when it is finished, has failed, or is dropped.

@@ -179,13 +179,15 @@ fn cell(list: Term<'_>) -> Option<(Term<'_>, Term<'_>)> {
 #[inline]
 fn integer(term: Term<'_>) -> Option<i64> {
     let mut value = 0;
-    // SAFETY: `term` is a term of its own environment; `value` is a number with or without the call.
+    // SAFETY: `term` is a term of its own environment; `value` is a number with or without the
+    // call.
     let is_integer =
         unsafe { enif_get_int64(term.get_env().as_c_arg(), term.as_c_arg(), &mut value) };
     (is_integer != 0).then_some(value)
 }
 
-/// The key of a state with few tokens: for more than some ten thousand, [`key_of_many`] is the call.
+/// The key of a state with few tokens: for more than some ten thousand, [`key_of_many`] is the
+/// call.
 #[rustler::nif(name = "key")]
 fn key_nif<'a>(
     env: Env<'a>,
@@ -225,8 +227,8 @@ fn hash<'a>(
     Ok(binary(env, key.as_bytes()))
 }
 
-/// Bytes of tokens that take a percent of a millisecond, which is how schedulers count, on a processor
-/// without instructions for SHA-256.
+/// Bytes of tokens that take a percent of a millisecond, which is how schedulers count, on a
+/// processor without instructions for SHA-256.
 const BYTES_PER_PERCENT: usize = 2 * 1024;
 
 /// Has a call of this many bytes count as the work that it is: otherwise a process that makes many

@@ -1,5 +1,5 @@
-//! How a waiter is woken: by one message, `{Ref, granted | closed | weight_exceeds_limit}`, whatever
-//! becomes of the process that gives the slot back.
+//! How a waiter is woken: by one message, `{Ref, granted | closed | weight_exceeds_limit}`,
+//! whatever becomes of the process that gives the slot back.
 
 use std::mem;
 use std::ptr;
@@ -61,8 +61,8 @@ impl Waker {
         }
     }
 
-    /// Sends in the name of `env`, which is that of the NIF or callback that runs, or of nobody. Comes
-    /// back when the receiver is dead, or when the sender is: see [`deliver`].
+    /// Sends in the name of `env`, which is that of the NIF or callback that runs, or of nobody.
+    /// Comes back when the receiver is dead, or when the sender is: see [`deliver`].
     fn send(self, env: Option<Env<'_>>, verdict: Verdict) -> Result<(), Waker> {
         let Some(own) = &self.env else {
             return Ok(());

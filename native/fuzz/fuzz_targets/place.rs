@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use erllama_cache_core::Error;
-use erllama_cache_core::kvc::{Key, Secret};
 use erllama_cache_core::files::{Check, Loader, Progress, Root, Slice};
+use erllama_cache_core::kvc::{Key, Secret};
 use tempfile::TempDir;
 
 use crate::model;

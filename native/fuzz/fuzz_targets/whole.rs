@@ -1,7 +1,8 @@
-//! Any bytes as a whole file: what a load and a check take of it is what the second reader takes, with a
-//! secret and without one, under its own key and under another.
+//! Any bytes as a whole file: what a load and a check take of it is what the second reader takes,
+//! with a secret and without one, under its own key and under another.
 //!
-//! The sums of what the fuzzer makes are put right for half of the inputs, so that it gets past them.
+//! The sums of what the fuzzer makes are put right for half of the inputs, so that it gets past
+//! them.
 
 #![no_main]
 
@@ -34,7 +35,10 @@ fuzz_target!(|input: &[u8]| {
             (Err(Error::Unauthenticated), None) => assert!(secret.is_some()),
             (loaded, expected) => panic!("{loaded:?}, but {expected:?}"),
         }
-        assert_eq!(check(&root(), &key, secret.as_ref()).is_ok(), loaded.is_ok());
+        assert_eq!(
+            check(&root(), &key, secret.as_ref()).is_ok(),
+            loaded.is_ok()
+        );
         place::remove(&key);
     }
 });

@@ -22,8 +22,8 @@ pub struct Check {
 }
 
 impl Check {
-    /// Begins with all that comes before the payload, the key included. `None` when there is no such
-    /// file. With a `secret`, the file has to prove that its maker knew it.
+    /// Begins with all that comes before the payload, the key included. `None` when there is no
+    /// such file. With a `secret`, the file has to prove that its maker knew it.
     ///
     /// # Errors
     /// [`Error::Corrupt`], [`Error::NotRegular`] and [`Error::Unauthenticated`] on proof,
@@ -39,9 +39,9 @@ impl Check {
         Ok(Some(check))
     }
 
-    /// Begins as [`Check::open`] does, with a file that is open already. Where a digest can be checked,
-    /// the checksum is checked as well: this serves inspection by hand, which has to find what any reader
-    /// would find, also one that does not know the digest.
+    /// Begins as [`Check::open`] does, with a file that is open already. Where a digest can be
+    /// checked, the checksum is checked as well: this serves inspection by hand, which has to find
+    /// what any reader would find, also one that does not know the digest.
     ///
     /// # Errors
     /// As [`Check::open`].
@@ -75,8 +75,8 @@ impl Check {
         })
     }
 
-    /// The next piece of the payload, of some megabytes; `None` when there are no more and all of them
-    /// together are what was saved. None of them may be trusted before that. An alternative to
+    /// The next piece of the payload, of some megabytes; `None` when there are no more and all of
+    /// them together are what was saved. None of them may be trusted before that. An alternative to
     /// [`Check::step`].
     ///
     /// # Errors

@@ -39,8 +39,8 @@ impl Name {
     }
 }
 
-/// How many names are tried for a temporary file. They are random, so a second try is never needed unless
-/// somebody makes such names on purpose.
+/// How many names are tried for a temporary file. They are random, so a second try is never needed
+/// unless somebody makes such names on purpose.
 const NAME_TRIES: usize = 16;
 
 /// The name that a key's file is published under.
@@ -126,8 +126,9 @@ impl ReadAt for File {
     }
 }
 
-/// Opens what stands under a name, if it is a regular file; `None` when nothing does. Nothing else is
-/// ever opened: not a link, and not a FIFO or a device, where opening alone can block or do something.
+/// Opens what stands under a name, if it is a regular file; `None` when nothing does. Nothing else
+/// is ever opened: not a link, and not a FIFO or a device, where opening alone can block or do
+/// something.
 pub(super) fn open_regular(
     root: &Root,
     name: &CStr,
@@ -180,8 +181,8 @@ pub(super) enum Claim {
 }
 
 impl Stored {
-    /// Opens `name`, without following a link and without waiting for the writer of a FIFO. `None` when
-    /// there is no such name.
+    /// Opens `name`, without following a link and without waiting for the writer of a FIFO. `None`
+    /// when there is no such name.
     ///
     /// # Errors
     /// [`Error::NotRegular`], [`Error::Io`].
@@ -225,8 +226,8 @@ impl Stored {
         read_prefix(&self.file, self.stat.len).map_err(ReadError::into)
     }
 
-    /// Removes the name by which it was opened, if it still is this file's; `false` if not, and when
-    /// another process is about to replace it.
+    /// Removes the name by which it was opened, if it still is this file's; `false` if not, and
+    /// when another process is about to replace it.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -241,9 +242,10 @@ impl Stored {
         }
     }
 
-    /// Takes the file's lock, which is held for as long as this value lives. A file is removed or replaced
-    /// only under its lock, because no system call unlinks a name, or renames over it, on the condition
-    /// that it still is a certain file's: a save in another node could have put a good file there.
+    /// Takes the file's lock, which is held for as long as this value lives. A file is removed or
+    /// replaced only under its lock, because no system call unlinks a name, or renames over it, on
+    /// the condition that it still is a certain file's: a save in another node could have put a
+    /// good file there.
     pub(super) fn claim(&self, root: &Root) -> Claim {
         // Where there are no locks, the comparison below has to do.
         if self.lock(root).is_ok_and(|lock| lock == Lock::Others) {
@@ -294,8 +296,8 @@ pub(super) fn is_older_than(modified: u64, age: Duration) -> bool {
     }
 }
 
-/// A temporary file that no save works on any more. Its lock is held for as long as this value lives, so
-/// that none begins to.
+/// A temporary file that no save works on any more. Its lock is held for as long as this value
+/// lives, so that none begins to.
 #[derive(Debug)]
 pub struct StaleTemp {
     name: CString,
@@ -305,8 +307,8 @@ pub struct StaleTemp {
 }
 
 impl StaleTemp {
-    /// Opens the temporary file `name`. `None` when it is gone, or when its lock is taken: then it is
-    /// being written. Where there are no locks, it is left alone for a day.
+    /// Opens the temporary file `name`. `None` when it is gone, or when its lock is taken: then it
+    /// is being written. Where there are no locks, it is left alone for a day.
     ///
     /// # Errors
     /// [`Error::NotRegular`], [`Error::Io`].

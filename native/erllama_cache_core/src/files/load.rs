@@ -20,8 +20,9 @@ const LOAD_BLOCK: usize = 16 * 1024 * 1024;
 /// checked.
 const UNBACKED: u64 = 64 * 1024 * 1024;
 
-/// Whether `len` bytes fit at all into the memory that this machine has and that this process's control
-/// group may use. Where the kernel overcommits, nothing else says no before the memory is used up.
+/// Whether `len` bytes fit at all into the memory that this machine has and that this process's
+/// control group may use. Where the kernel overcommits, nothing else says no before the memory is
+/// used up.
 pub fn fits_memory(len: u64) -> bool {
     let fits = |memory: Option<u64>| memory.is_none_or(|memory| len <= memory);
     // Each call looks up both limits anew, so not for what any machine can hold.
@@ -57,9 +58,10 @@ fn group_memory(machine: &Path) -> Option<u64> {
 
 /// A load in slices, straight into the caller's memory.
 ///
-/// A file of a terabyte costs its maker nothing if it is all holes. So a file that is much longer than the
-/// room it takes on its device is first read through a small buffer ([`Loader::precheck`]): only a file
-/// that passes its checks gets as much memory as it claims to need.
+/// A file of a terabyte costs its maker nothing if it is all holes. So a file that is much longer
+/// than the room it takes on its device is first read through a small buffer
+/// ([`Loader::precheck`]): only a file that passes its checks gets as much memory as it claims to
+/// need.
 #[derive(Debug)]
 pub struct Loader {
     payload: Payload,
@@ -74,8 +76,8 @@ impl Loader {
     /// # Errors
     /// As [`Check::open`].
     pub fn open(root: &Root, key: &Key, secret: Option<&Secret>) -> Result<Option<Loader>, Error> {
-        // For reading only: opening a file for writing can copy it, and blocks while a file system is
-        // frozen.
+        // For reading only: opening a file for writing can copy it, and blocks while a file system
+        // is frozen.
         let Some((file, stat)) = open_regular(root, &final_name(key), libc::O_RDONLY)? else {
             return Ok(None);
         };
@@ -110,8 +112,8 @@ impl Loader {
         Ok(Progress::Done(()))
     }
 
-    /// The payload's length in bytes: no more than the file has. Once [`Loader::precheck`] has returned
-    /// `Done`, those bytes are known not to be holes that anybody could have made.
+    /// The payload's length in bytes: no more than the file has. Once [`Loader::precheck`] has
+    /// returned `Done`, those bytes are known not to be holes that anybody could have made.
     pub fn payload_len(&self) -> u64 {
         self.payload.len()
     }

@@ -1,8 +1,8 @@
 //! Noting in a file that it was used, for those who evict by last use after a restart.
 //!
-//! It is a hint, and a load must not pay for it, nor wait: on a frozen or hung file system a write may
-//! take for ever. So notes are made by one thread, later, and what comes when too many wait already is
-//! let go.
+//! It is a hint, and a load must not pay for it, nor wait: on a frozen or hung file system a write
+//! may take for ever. So notes are made by one thread, later, and what comes when too many wait
+//! already is let go.
 
 use std::ffi::CString;
 use std::os::unix::fs::FileExt;
@@ -21,8 +21,8 @@ use crate::kvc::{FIXED_LEN, Header, Key, read_exact_at};
 /// So many notes may wait.
 const WAITING: usize = 1024;
 
-/// What is written at one go: from the count of hits to the time of last use. No checksum covers the
-/// two, and what stands between them is written as it was read.
+/// What is written at one go: from the count of hits to the time of last use. No checksum covers
+/// the two, and what stands between them is written as it was read.
 const HITS_AT: usize = 12;
 const LAST_USED_AT: usize = 32;
 const END: usize = 40;
@@ -61,8 +61,8 @@ impl Use {
     }
 
     /// Notes it now. `false` where that is not to be done: there is no such file, or it is somebody
-    /// else's, or has a second name somewhere, so that its bytes may not be ours to write; or the file
-    /// system would copy it first.
+    /// else's, or has a second name somewhere, so that its bytes may not be ours to write; or the
+    /// file system would copy it first.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`] when it has no header.

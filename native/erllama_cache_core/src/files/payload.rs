@@ -11,8 +11,8 @@ use crate::kvc::{
 };
 use crate::pool;
 
-/// How much is read at a time: enough to make the cost of the call negligible, little enough for the
-/// checksum to find it in the processor's cache.
+/// How much is read at a time: enough to make the cost of the call negligible, little enough for
+/// the checksum to find it in the processor's cache.
 pub const READ_PIECE: usize = 256 * 1024;
 
 /// A file's payload on its way in.
@@ -27,8 +27,8 @@ pub(super) struct Payload {
     pub(super) done: u64,
 }
 
-/// The sum of what was read so far. A digest covers everything that the checksum covers, and the checksum
-/// itself, so a file with a digest that can be checked needs only that.
+/// The sum of what was read so far. A digest covers everything that the checksum covers, and the
+/// checksum itself, so a file with a digest that can be checked needs only that.
 #[derive(Debug)]
 #[allow(
     clippy::large_enum_variant,
@@ -76,10 +76,10 @@ impl Payload {
         self.prefix.header().payload_len
     }
 
-    /// Reads what stands at `offset` into `block` and adds it to the sum, until the slice is used up.
-    /// Returns how many bytes that was, at least some. A digest takes longer than the reading, so another
-    /// thread helps with it, provided that there are parts for two: waking a thread takes longer than a
-    /// small load.
+    /// Reads what stands at `offset` into `block` and adds it to the sum, until the slice is used
+    /// up. Returns how many bytes that was, at least some. A digest takes longer than the reading,
+    /// so another thread helps with it, provided that there are parts for two: waking a thread
+    /// takes longer than a small load.
     pub(super) fn read_block(
         &mut self,
         block: &mut [u8],

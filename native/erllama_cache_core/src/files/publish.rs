@@ -1,5 +1,5 @@
-//! Giving a file that is written its final name: by a link if the name is free; otherwise by adopting the
-//! file that stands there, if that is valid, or by replacing it.
+//! Giving a file that is written its final name: by a link if the name is free; otherwise by
+//! adopting the file that stands there, if that is valid, or by replacing it.
 
 use std::os::unix::fs::FileExt;
 use std::thread;
@@ -13,8 +13,8 @@ use super::unpublished::Unpublished;
 use crate::error::{Context, Error};
 use crate::kvc::{ParsedPrefix, Prefix, Secret};
 
-/// The lock of a corrupt file is needed for a system call or two. A holder that keeps it longer is faulty
-/// or hostile; do not wait for it.
+/// The lock of a corrupt file is needed for a system call or two. A holder that keeps it longer is
+/// faulty or hostile; do not wait for it.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long between two tries to take a lock that another process holds.
@@ -110,8 +110,8 @@ impl Publication {
         self.existing.as_ref().map(begin).transpose()
     }
 
-    /// Takes the place of what stands under the name, unless another process is about to remove or replace
-    /// that, or has done so.
+    /// Takes the place of what stands under the name, unless another process is about to remove or
+    /// replace that, or has done so.
     fn replace(&mut self, file: &mut Unpublished, prefix: &Prefix) -> Result<Step, Error> {
         let to = final_name(file.key());
         let claim = match &self.existing {
@@ -143,16 +143,16 @@ impl Publication {
     }
 }
 
-/// Two files are of one key when all that makes a key is the same in both. The key that the host gave is
-/// not compared: its formula is the host's.
+/// Two files are of one key when all that makes a key is the same in both. The key that the host
+/// gave is not compared: its formula is the host's.
 fn is_of_same_key(prefix: &Prefix, check: &Check) -> bool {
     ParsedPrefix::parse(prefix.as_bytes().to_vec(), prefix.file_len())
         .is_ok_and(|ours| ours.is_of_same_key(check.prefix()))
 }
 
 /// Leaves the existing file under the name. It may be so fresh that its writer has not synced the
-/// directory yet, and this save's success is a promise too. When the name is not that file's any more,
-/// because it was deleted or evicted during the check, ours is still in hand: begin again.
+/// directory yet, and this save's success is a promise too. When the name is not that file's any
+/// more, because it was deleted or evicted during the check, ours is still in hand: begin again.
 fn adopt(file: &mut Unpublished, check: &Check) -> Result<Step, Error> {
     let root = file.root();
     check.file().sync_all().call("fsync")?;
@@ -195,7 +195,8 @@ fn withdraw(file: &Unpublished) {
         _ => false,
     };
     if is_ours {
-        // On a disk that has just failed this can fail too: the caller gets the error that led here.
+        // On a disk that has just failed this can fail too: the caller gets the error that led
+        // here.
         let _ = sys::unlink_at(dir, &name);
     }
 }

@@ -41,8 +41,8 @@ struct Capabilities {
 /// directories from remembering them all.
 const REMEMBERED: usize = 256;
 
-/// A directory, by device and inode and by what is mounted there: the first two are used again for the
-/// next file system that is mounted.
+/// A directory, by device and inode and by what is mounted there: the first two are used again for
+/// the next file system that is mounted.
 type Place = (u64, u64, FileSystem);
 
 /// What has been seen of directories and paths.
@@ -102,9 +102,9 @@ impl Root {
         })
     }
 
-    /// A number that changes when opening this path has led to another directory than the time before:
-    /// it was made anew, or something was mounted or unmounted there. `None` when it was never opened.
-    /// It asks what is remembered, not the system.
+    /// A number that changes when opening this path has led to another directory than the time
+    /// before: it was made anew, or something was mounted or unmounted there. `None` when it was
+    /// never opened. It asks what is remembered, not the system.
     pub fn generation(path: &CStr) -> Option<u64> {
         known().paths.get(path).map(|seen| seen.generation)
     }

@@ -8,8 +8,8 @@
 //!                                                           └─► invalid: rename over it ► replaced
 //! ```
 //!
-//! Everything that is written is read back, and no file is ever linked that did not read back as it was
-//! written.
+//! Everything that is written is read back, and no file is ever linked that did not read back as it
+//! was written.
 
 use std::mem;
 
@@ -126,8 +126,8 @@ impl TmpFile {
         Ok(match phase {
             Phase::Write(writing) if self.file.is_small() => {
                 writing.small(file, &mut self.prefix, payload)?;
-                // Its sync is left to `publish`: the disk takes the same time, and a small save changes
-                // threads once less while the disk works.
+                // Its sync is left to `publish`: the disk takes the same time, and a small save
+                // changes threads once less while the disk works.
                 Phase::Sync
             }
             Phase::Write(mut writing) => {

@@ -71,9 +71,9 @@ pub struct Scan {
 
 impl Scan {
     /// Begins at the root's first name. If `keyed_only`, a file without a keyed digest is skipped:
-    /// no load would take it. Whether the digest is right is left to that load. What is no file of its
-    /// key is removed only if it has not changed for as long as `settled`: before that somebody may be
-    /// copying it here. Without `settled` nothing is removed, temporary files included.
+    /// no load would take it. Whether the digest is right is left to that load. What is no file of
+    /// its key is removed only if it has not changed for as long as `settled`: before that somebody
+    /// may be copying it here. Without `settled` nothing is removed, temporary files included.
     ///
     /// # Errors
     /// [`Error::Io`].

@@ -21,8 +21,8 @@ impl Root {
         file.sync_data().call("fdatasync")
     }
 
-    /// Makes a file durable under the name that it has here. `is_first` says that it never had another
-    /// name: only then does the sync of a file include its directory entry.
+    /// Makes a file durable under the name that it has here. `is_first` says that it never had
+    /// another name: only then does the sync of a file include its directory entry.
     pub(super) fn sync_named(&self, file: &File, is_first: bool) -> Result<(), Error> {
         match self.sync_plan() {
             SyncPlan::OneCommit | SyncPlan::OneLink => {}
@@ -47,8 +47,8 @@ impl Root {
         self.directory_syncs().run(sync).call("fsync")
     }
 
-    /// Syncs a file. `false` when that need not have included its directory entry, because another file
-    /// was being synced here at the same time.
+    /// Syncs a file. `false` when that need not have included its directory entry, because another
+    /// file was being synced here at the same time.
     fn sync_alone_or_together(&self, file: &File) -> Result<bool, Error> {
         // Held until this returns, even if it is poisoned.
         let alone = self.name_syncs().try_write();

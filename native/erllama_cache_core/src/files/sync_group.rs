@@ -2,8 +2,8 @@
 //!
 //! A directory sync makes every name in the directory durable, not only the caller's. So whoever
 //! comes while one runs waits for the next one, together with all others who come until it begins,
-//! and only one of them runs it. The one that is running may have begun before the caller's name was
-//! there: it proves nothing and is never joined.
+//! and only one of them runs it. The one that is running may have begun before the caller's name
+//! was there: it proves nothing and is never joined.
 
 use std::io;
 
@@ -38,8 +38,8 @@ impl SyncGroup {
         let mut state = lock(&self.state);
         if !state.running {
             state.running = true;
-            // Those who wait for the next run may not have woken yet: this is the next run, and it is
-            // theirs too. Otherwise one caller after another could get in ahead of them.
+            // Those who wait for the next run may not have woken yet: this is the next run, and it
+            // is theirs too. Otherwise one caller after another could get in ahead of them.
             let batch = state.next.take().unwrap_or_default();
             drop(state);
             return self.lead_for(&batch, work);

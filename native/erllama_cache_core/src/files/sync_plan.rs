@@ -1,26 +1,27 @@
 //! Which syncs make a new file and its name durable, by the file system that a directory is on.
 //!
-//! A file that was created without a name becomes durable in three parts: its content; its inode, which
-//! gets its first link; and the directory's entry. Which syncs that takes depends on the file system:
+//! A file that was created without a name becomes durable in three parts: its content; its inode,
+//! which gets its first link; and the directory's entry. Which syncs that takes depends on the file
+//! system:
 //!
-//! - Everywhere: sync the data, link, sync the file once more, sync the directory. The file too, because
-//!   a directory's sync need not cover the inode that its new entry refers to.
-//! - ext4 with its journal on the same device: a commit makes everything that was written to the device
-//!   before durable, ahead of itself, and link and inode are in one transaction. So data whose write-back
-//!   has been waited for needs no sync of its own, and one commit makes content, inode and name durable,
-//!   or none of them. It is the directory that is synced: that forces a whole commit, while the sync of
-//!   a file may be a fast commit, whose replay drops the first link of an inode that it has not seen
-//!   before.
-//! - xfs: link, inode and entry are in one transaction of the log, and a directory's sync forces the
-//!   log. So after the sync of the data, the directory's is enough.
-//! - ext4 without a journal: the sync of a file includes the directory entry that it has just got. But it
-//!   skips an inode in which nothing but the link count has changed, so something else in the inode is
-//!   changed as well. And of two concurrent syncs in one directory, the second does not wait for what the
-//!   first is writing, so a save that syncs beside another one also syncs the directory, at a moment when
-//!   no file is being synced.
+//! - Everywhere: sync the data, link, sync the file once more, sync the directory. The file too,
+//!   because a directory's sync need not cover the inode that its new entry refers to.
+//! - ext4 with its journal on the same device: a commit makes everything that was written to the
+//!   device before durable, ahead of itself, and link and inode are in one transaction. So data
+//!   whose write-back has been waited for needs no sync of its own, and one commit makes content,
+//!   inode and name durable, or none of them. It is the directory that is synced: that forces a
+//!   whole commit, while the sync of a file may be a fast commit, whose replay drops the first link
+//!   of an inode that it has not seen before.
+//! - xfs: link, inode and entry are in one transaction of the log, and a directory's sync forces
+//!   the log. So after the sync of the data, the directory's is enough.
+//! - ext4 without a journal: the sync of a file includes the directory entry that it has just got.
+//!   But it skips an inode in which nothing but the link count has changed, so something else in
+//!   the inode is changed as well. And of two concurrent syncs in one directory, the second does
+//!   not wait for what the first is writing, so a save that syncs beside another one also syncs the
+//!   directory, at a moment when no file is being synced.
 //!
-//! An inode that is skipped has no link on the disk yet. After a power cut, the file system's check takes
-//! it for deleted and drops the entry.
+//! An inode that is skipped has no link on the disk yet. After a power cut, the file system's check
+//! takes it for deleted and drops the entry.
 //!
 //! Sources: `ext4_link`, `ext4_sync_file`, `ext4_sync_parent` and `ext4_fc_replay_link` in Linux's
 //! fs/ext4, `xfs_link` and `xfs_dir_fsync` in fs/xfs, `jbd2_journal_commit_transaction` in fs/jbd2,
@@ -39,8 +40,8 @@ pub enum SyncPlan {
     Everything,
     /// The file's, before it gets its name and after: ext4 without a journal.
     NoJournal,
-    /// The directory's. The data's write-back is waited for before the file gets its name: ext4 with a
-    /// journal.
+    /// The directory's. The data's write-back is waited for before the file gets its name: ext4
+    /// with a journal.
     OneCommit,
     /// The file's before it gets its name, the directory's after: xfs.
     OneLink,
@@ -59,8 +60,8 @@ impl SyncPlan {
         })
     }
 
-    /// The plan for directories on the device with these numbers. `/sys` names the device as `/proc` does.
-    /// Anything that cannot be found out is assumed not to be so.
+    /// The plan for directories on the device with these numbers. `/sys` names the device as
+    /// `/proc` does. Anything that cannot be found out is assumed not to be so.
     fn of_device(sys: &Path, proc: &Path, major: u32, minor: u32) -> SyncPlan {
         let Ok(device) = fs::read_link(sys.join(format!("dev/block/{major}:{minor}"))) else {
             return SyncPlan::Everything;
@@ -73,10 +74,11 @@ impl SyncPlan {
         let Ok(options) = fs::read_to_string(options) else {
             return SyncPlan::Everything;
         };
-        // With this option there is a journal, somewhere: without a journal no `data=` mode applies.
+        // With this option there is a journal, somewhere: without a journal no `data=` mode
+        // applies.
         let journals = options.lines().any(|option| option.starts_with("data="));
-        // A journal inside the file system is the file with inode 8, as mkfs makes it. An external one
-        // has its device's name here, and its commits do not wait for this device's cache.
+        // A journal inside the file system is the file with inode 8, as mkfs makes it. An external
+        // one has its device's name here, and its commits do not wait for this device's cache.
         let journal = proc.join("fs/jbd2").join(format!("{name}-8"));
         let journal = match fs::symlink_metadata(journal) {
             Ok(_) => Some(true),

@@ -147,14 +147,15 @@ pub(crate) fn unlink_at(dir: &File, name: &CStr) -> io::Result<()> {
     uninterrupted(|| unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), 0) }).map(drop)
 }
 
-/// Gives the file `from` the name `to` in the place of its own; fails with `EEXIST` when that is taken, and
-/// with `EINVAL` or `ENOSYS` where the file system or the system cannot do that.
+/// Gives the file `from` the name `to` in the place of its own; fails with `EEXIST` when that is
+/// taken, and with `EINVAL` or `ENOSYS` where the file system or the system cannot do that.
 #[cfg(target_os = "linux")]
 pub(crate) fn rename_new(dir: &File, from: &CStr, to: &CStr) -> io::Result<()> {
     let fd = dir.as_raw_fd();
     // The C library's own function is younger than the call.
     let rename = || {
-        // SAFETY: both names are NUL-terminated and live through the call, whose arguments these are.
+        // SAFETY: both names are NUL-terminated and live through the call, whose arguments these
+        // are.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_renameat2,
@@ -263,8 +264,9 @@ pub(crate) fn effective_user() -> u32 {
     unsafe { libc::geteuid() }
 }
 
-/// What kind of file system something is on, and which one. Unlike the numbers of a device, which are
-/// given to the next file system as soon as one is unmounted, the two together are not used again.
+/// What kind of file system something is on, and which one. Unlike the numbers of a device, which
+/// are given to the next file system as soon as one is unmounted, the two together are not used
+/// again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct FileSystem {
     kind: u64,
@@ -323,8 +325,8 @@ pub(crate) fn file_system(_file: &File) -> io::Result<FileSystem> {
 
 /// Whether a file may become this long: `EFBIG` if not.
 ///
-/// A write or a reservation beyond `RLIMIT_FSIZE` would end the process: SIGXFSZ, which the VM does not
-/// handle. So it is never tried.
+/// A write or a reservation beyond `RLIMIT_FSIZE` would end the process: SIGXFSZ, which the VM does
+/// not handle. So it is never tried.
 pub(crate) fn may_be_as_long_as(len: u64) -> io::Result<()> {
     let mut limit = MaybeUninit::<libc::rlimit>::uninit();
     // SAFETY: `limit` has room for what the call writes.
@@ -387,9 +389,9 @@ pub(crate) fn start_writeback(file: &File, offset: u64, len: u64) {
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn start_writeback(_file: &File, _offset: u64, _len: u64) {}
 
-/// Waits until a range has gone to the disk, whose own cache may still have it; a length of 0 is all
-/// up to the end. `Ok(false)` where there is no such call, or not for this file. An error is as final
-/// as a sync's, for the kernel tells it once.
+/// Waits until a range has gone to the disk, whose own cache may still have it; a length of 0 is
+/// all up to the end. `Ok(false)` where there is no such call, or not for this file. An error is as
+/// final as a sync's, for the kernel tells it once.
 #[cfg(target_os = "linux")]
 pub(crate) fn await_writeback(file: &File, offset: u64, len: u64) -> io::Result<bool> {
     let big = |_| io::Error::from_raw_os_error(libc::EFBIG);

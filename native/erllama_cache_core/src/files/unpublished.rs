@@ -77,8 +77,8 @@ impl Unpublished {
         self.len <= SMALL_FILE
     }
 
-    /// Gives the file the name `to`; `false` when that is taken. A temporary name stays, or becomes `to`
-    /// where the file system has no links.
+    /// Gives the file the name `to`; `false` when that is taken. A temporary name stays, or becomes
+    /// `to` where the file system has no links.
     pub(super) fn link(&mut self, to: &CStr) -> Result<bool, Error> {
         let Some(name) = &self.name else {
             return match sys::link_unnamed(self.file(), self.root.dir(), to) {
@@ -140,8 +140,8 @@ impl Unpublished {
 
 impl Drop for Unpublished {
     fn drop(&mut self) {
-        // A name that cannot be removed now is swept at the next start: the file's lock goes with its
-        // descriptor.
+        // A name that cannot be removed now is swept at the next start: the file's lock goes with
+        // its descriptor.
         let _ = self.remove_name();
         // Closing a large file that has no name frees its pages and blocks. That takes long, and
         // this may be a thread that runs processes.
@@ -151,8 +151,8 @@ impl Drop for Unpublished {
     }
 }
 
-/// Creates a file without a name, or, where that cannot be published, with a temporary one and a lock
-/// on it.
+/// Creates a file without a name, or, where that cannot be published, with a temporary one and a
+/// lock on it.
 fn create_file(root: &Root, key: &Key, mode: u32) -> Result<(File, Option<CString>), Error> {
     if let Some(file) = create_unnamed(root, key, mode)? {
         return Ok((file, None));
@@ -211,8 +211,8 @@ fn under_free_name(key: &Key, make: impl Fn(&CStr) -> io::Result<()>) -> io::Res
     Err(taken)
 }
 
-/// Whether an error says that the system does not let a file without a name be linked, and not that the
-/// disk fails.
+/// Whether an error says that the system does not let a file without a name be linked, and not that
+/// the disk fails.
 fn cannot_link(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -230,8 +230,8 @@ fn cannot_link(error: &io::Error) -> bool {
 }
 
 impl Root {
-    /// Tries whether files without a name can be saved here. If not, remembers that, and tries whether
-    /// files with a temporary name can.
+    /// Tries whether files without a name can be saved here. If not, remembers that, and tries
+    /// whether files with a temporary name can.
     ///
     /// # Errors
     /// [`Error::NoLinks`] when nothing can be saved here; [`Error::Io`].
@@ -269,8 +269,8 @@ enum Named {
     Taken,
 }
 
-/// Gives a file with a temporary name the name `to`, if that is free: by a link, or where there are no
-/// links by a rename that replaces nothing.
+/// Gives a file with a temporary name the name `to`, if that is free: by a link, or where there are
+/// no links by a rename that replaces nothing.
 fn link_or_rename(root: &Root, name: &CStr, to: &CStr) -> Result<Named, Error> {
     let linked = match sys::link_at(root.dir(), name, to) {
         Ok(()) => return Ok(Named::Too),
@@ -291,9 +291,9 @@ fn link_or_rename(root: &Root, name: &CStr, to: &CStr) -> Result<Named, Error> {
     }
 }
 
-/// Whether an error says that there are no files without a name here. There are three such errors: the
-/// file system refuses it, an old kernel opens the directory itself for writing, or it takes the flag
-/// for a missing `O_CREAT`.
+/// Whether an error says that there are no files without a name here. There are three such errors:
+/// the file system refuses it, an old kernel opens the directory itself for writing, or it takes
+/// the flag for a missing `O_CREAT`.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -317,7 +317,8 @@ fn create_named(root: &Root, key: &Key, mode: u32) -> Result<(File, CString), Er
             Ok(true) => return Ok((file, name)),
             Ok(false) => {}
             Err(error) => {
-                // Nobody else picks this name. If it cannot be unlinked now, it is swept at the next start.
+                // Nobody else picks this name. If it cannot be unlinked now, it is swept at the
+                // next start.
                 let _ = sys::unlink_at(root.dir(), &name);
                 return Err(error);
             }
@@ -326,8 +327,8 @@ fn create_named(root: &Root, key: &Key, mode: u32) -> Result<(File, CString), Er
     Err(taken).call("openat")
 }
 
-/// Locks a file that was just created; `false` when a scan was faster: it may have locked or removed the
-/// file between the two calls, and then the file is the scan's.
+/// Locks a file that was just created; `false` when a scan was faster: it may have locked or
+/// removed the file between the two calls, and then the file is the scan's.
 fn lock_named(root: &Root, file: &File, name: &CStr) -> Result<bool, Error> {
     if sys::try_lock(file).call("flock")? == Lock::Others {
         return Ok(false);

@@ -1,8 +1,8 @@
 //! Writing a file's bytes: in pieces, summed up, read back, and put on the disk as they come.
 //!
-//! Everything that is written is read back right after the write, while the processor's cache still has
-//! it, and *before* the sync: what is read is the page cache's content either way. Another thread takes
-//! its share of checksum, digest and reading.
+//! Everything that is written is read back right after the write, while the processor's cache still
+//! has it, and *before* the sync: what is read is the page cache's content either way. Another
+//! thread takes its share of checksum, digest and reading.
 
 use std::fs::File;
 use std::io;
@@ -21,8 +21,8 @@ use crate::kvc::{
 };
 use crate::pool::{self, Answer};
 
-/// How much is written while another thread does its share: enough to make the hand-over negligible,
-/// little enough for a slice not to overrun by much and for the disk to begin early.
+/// How much is written while another thread does its share: enough to make the hand-over
+/// negligible, little enough for a slice not to overrun by much and for the disk to begin early.
 const WRITE_BLOCK: usize = 2 * 1024 * 1024;
 
 /// How much is written by one call. For more at once, the kernel takes its pages in larger pieces
@@ -38,13 +38,13 @@ const SMALL_READ_PIECE: usize = 16 * 1024;
 /// started when all is written is time in which the disk had nothing to do.
 pub const WRITEBACK: u64 = 2 * 1024 * 1024;
 
-/// How much write-back is waited for at a time, and how much where the wait keeps a scheduler from other
-/// work.
+/// How much write-back is waited for at a time, and how much where the wait keeps a scheduler from
+/// other work.
 const AWAITED: u64 = 8 * 1024 * 1024;
 const AWAITED_HERE: u64 = 1024 * 1024;
 
-/// How far the writing may be ahead of the disk. The kernel throttles writers that dirty too many pages,
-/// and puts them to sleep for longer than a slice.
+/// How far the writing may be ahead of the disk. The kernel throttles writers that dirty too many
+/// pages, and puts them to sleep for longer than a slice.
 const AHEAD: u64 = 1024 * 1024 * 1024;
 
 /// How far the bytes are.
@@ -114,8 +114,8 @@ impl Writing {
         self.back.compare(file, prefix.len() as u64, payload)
     }
 
-    /// Writes the payload's next block, sums it up and reads it back. Another thread makes the digest
-    /// meanwhile; without a digest, it reads back what was written before.
+    /// Writes the payload's next block, sums it up and reads it back. Another thread makes the
+    /// digest meanwhile; without a digest, it reads back what was written before.
     pub(super) fn block(
         &mut self,
         file: &File,
@@ -160,8 +160,8 @@ impl Writing {
         Ok(())
     }
 
-    /// Writes the next block of the prefix, once all of the payload is written. `true` when that was the
-    /// last.
+    /// Writes the next block of the prefix, once all of the payload is written. `true` when that
+    /// was the last.
     pub(super) fn prefix(&mut self, file: &File, prefix: &mut Prefix) -> Result<bool, Error> {
         if self.prefix_pos == 0 {
             self.finish_payload(file, prefix)?;
@@ -184,8 +184,8 @@ impl Writing {
         Ok(())
     }
 
-    /// Writes the next block of the prefix, sums it up and reads it back. The last block, which is the
-    /// only one of most files, contains the digest, so it is written when that is known.
+    /// Writes the next block of the prefix, sums it up and reads it back. The last block, which is
+    /// the only one of most files, contains the digest, so it is written when that is known.
     fn prefix_block(&mut self, file: &File, prefix: &mut Prefix) -> Result<(), Error> {
         let Writing {
             prefix_pos,
@@ -245,8 +245,8 @@ fn write_pieces(
     Ok(())
 }
 
-/// Reads back what was written. It is either compared with the payload at once, or followed by a checksum
-/// of its own.
+/// Reads back what was written. It is either compared with the payload at once, or followed by a
+/// checksum of its own.
 #[derive(Debug)]
 struct ReadBack {
     /// Its length is how much is read at a time.
@@ -306,8 +306,8 @@ impl ReadBack {
     }
 }
 
-/// How far the kernel's write-back is. Other threads start it and wait for it, so that a slow disk makes
-/// no slice longer.
+/// How far the kernel's write-back is. Other threads start it and wait for it, so that a slow disk
+/// makes no slice longer.
 #[derive(Debug, Default)]
 pub(super) struct WriteBack {
     /// Another thread asks the kernel to start.
@@ -321,9 +321,9 @@ pub(super) struct WriteBack {
 }
 
 impl WriteBack {
-    /// Asks the kernel to start with what is written up to `end`, if that is enough to be worth it: by
-    /// another thread, because a busy disk takes more only when it has done some of its work. Until that
-    /// thread is done, the kernel is not asked again.
+    /// Asks the kernel to start with what is written up to `end`, if that is enough to be worth it:
+    /// by another thread, because a busy disk takes more only when it has done some of its work.
+    /// Until that thread is done, the kernel is not asked again.
     pub(super) fn start_up_to(&mut self, file: &Arc<File>, end: u64) {
         let from = self.started;
         let len = end - from;
@@ -334,9 +334,9 @@ impl WriteBack {
         self.started += len;
     }
 
-    /// Asks the kernel to start with the whole file: all that is left, and the first pages once more for
-    /// the prefix. `false` when the slice ends before the request before is done. A short file needs no
-    /// request, because a wait begins with one.
+    /// Asks the kernel to start with the whole file: all that is left, and the first pages once
+    /// more for the prefix. `false` when the slice ends before the request before is done. A short
+    /// file needs no request, because a wait begins with one.
     pub(super) fn start_all(&mut self, file: &Arc<File>, len: u64, slice: &Slice) -> bool {
         if len > AWAITED {
             if !self.has_started(slice.left()) {
@@ -372,8 +372,8 @@ impl WriteBack {
         self.written_back >= len
     }
 
-    /// Waits for the disk to have the next part of the file: another thread waits, or if none is idle,
-    /// this one waits for a small part. The wait may go on in the next slice.
+    /// Waits for the disk to have the next part of the file: another thread waits, or if none is
+    /// idle, this one waits for a small part. The wait may go on in the next slice.
     pub(super) fn wait(&mut self, file: &Arc<File>, slice: &Slice) -> Result<(), Error> {
         if !self.has_started(slice.left()) {
             return Ok(());

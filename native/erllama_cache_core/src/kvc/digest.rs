@@ -36,8 +36,8 @@ impl fmt::Debug for Secret {
 /// tree, and a piece that a processor's cache holds.
 pub(crate) const PART: usize = 256 * 1024;
 
-/// Up to how many bytes of a view are hashed in one go. A view comes in pieces, most of them short, and
-/// the hash, which takes many blocks at once, would take one at a time.
+/// Up to how many bytes of a view are hashed in one go. A view comes in pieces, most of them short,
+/// and the hash, which takes many blocks at once, would take one at a time.
 const GATHERED: usize = 64 * 1024;
 
 /// A digest in the making. Feed it the payload, then the prefix's
@@ -173,8 +173,8 @@ impl<'a> Parts<'a> {
         }
     }
 
-    /// Fetches and hashes parts, one at least, until there are no more or it `is_enough`. `fetch` fills a
-    /// piece of the buffer, given how far from its start that is.
+    /// Fetches and hashes parts, one at least, until there are no more or it `is_enough`. `fetch`
+    /// fills a piece of the buffer, given how far from its start that is.
     pub(crate) fn work<E>(
         &self,
         fetch: impl Fn(usize, &mut [u8]) -> Result<(), E>,
@@ -201,9 +201,9 @@ impl<'a> Parts<'a> {
         unpoisoned(self.rest.lock()).next()
     }
 
-    /// Adds to `digester` what was hashed, once everybody's [`Parts::work`] has returned well, and says
-    /// how many bytes from the buffer's start that is: parts are taken in their order, and each that
-    /// was taken is done.
+    /// Adds to `digester` what was hashed, once everybody's [`Parts::work`] has returned well, and
+    /// says how many bytes from the buffer's start that is: parts are taken in their order, and
+    /// each that was taken is done.
     pub(crate) fn finish(self, digester: &mut Digester) -> usize {
         let mut parts = 0;
         for value in self.done.into_iter().map_while(OnceLock::into_inner) {

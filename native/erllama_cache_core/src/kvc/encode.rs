@@ -234,8 +234,8 @@ impl Prefix {
         }
     }
 
-    /// The bytes as the digest takes them after the payload, in pieces: hit_count, last_used_time and
-    /// the digest itself as zero. Call it after [`set_crc`](Prefix::set_crc).
+    /// The bytes as the digest takes them after the payload, in pieces: hit_count, last_used_time
+    /// and the digest itself as zero. Call it after [`set_crc`](Prefix::set_crc).
     #[must_use]
     pub fn digest_view(&self) -> Vec<&[u8]> {
         self.digest_view_of(0..self.len())

@@ -52,8 +52,8 @@ pub(super) const TAG_TOKEN_COUNT: u8 = 0x08;
 pub(super) const TAG_TOKENS: u8 = 0x09;
 pub(super) const TAG_DIGEST: u8 = 0xB3;
 
-/// The bytes of a prefix in `range` as the digest takes them, in pieces: without what changes while the
-/// file lives, and without the digest itself, whose 32 bytes begin at `digest_at`.
+/// The bytes of a prefix in `range` as the digest takes them, in pieces: without what changes while
+/// the file lives, and without the digest itself, whose 32 bytes begin at `digest_at`.
 pub(super) fn digest_view(
     prefix: &[u8],
     digest_at: Option<usize>,

@@ -1,8 +1,8 @@
 //! KVC versions 1 and 2: one file that holds the saved KV state of one sequence of tokens.
 //!
 //! This module knows the bytes and no file system. It writes everything that stands before the
-//! payload ([`Prefix`]) and reads it back with distrust ([`Header`], [`ParsedPrefix`]), through the small
-//! trait [`ReadAt`]. Whole files are checked in [`files`](crate::files).
+//! payload ([`Prefix`]) and reads it back with distrust ([`Header`], [`ParsedPrefix`]), through the
+//! small trait [`ReadAt`]. Whole files are checked in [`files`](crate::files).
 //!
 //! # Versions
 //!

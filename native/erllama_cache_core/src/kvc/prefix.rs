@@ -248,8 +248,8 @@ impl ParsedPrefix {
         self.digest.as_ref().map(|(mode, digest)| (*mode, digest))
     }
 
-    /// The bytes as the digest takes them after the payload, in pieces: hit_count, last_used_time and
-    /// the digest itself as zero.
+    /// The bytes as the digest takes them after the payload, in pieces: hit_count, last_used_time
+    /// and the digest itself as zero.
     #[must_use]
     pub fn digest_view(&self) -> Vec<&[u8]> {
         digest_view(&self.bytes, self.digest_at, 0..self.bytes.len())

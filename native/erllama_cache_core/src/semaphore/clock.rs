@@ -7,8 +7,8 @@ pub(super) fn precise() -> Duration {
     read(Clock::Precise)
 }
 
-/// Time since the same start, exact to a few milliseconds. It costs a fifth of [`precise`], and every
-/// acquire reads it, only to know since when a slot is held.
+/// Time since the same start, exact to a few milliseconds. It costs a fifth of [`precise`], and
+/// every acquire reads it, only to know since when a slot is held.
 #[inline]
 pub(super) fn coarse() -> Duration {
     read(Clock::Coarse)

@@ -51,9 +51,9 @@ impl<O: Clone, W> Guard<O, W> {
         }
     }
 
-    /// Takes what is requested, or queues for it. If it queues, exactly one of the [`Wakes`] that this
-    /// semaphore ever returns carries `waker`, unless [`Guard::give_up`] or the guard's end takes it back
-    /// first.
+    /// Takes what is requested, or queues for it. If it queues, exactly one of the [`Wakes`] that
+    /// this semaphore ever returns carries `waker`, unless [`Guard::give_up`] or the guard's end
+    /// takes it back first.
     ///
     /// # Errors
     /// Never [`Refusal::Busy`].
@@ -68,8 +68,8 @@ impl<O: Clone, W> Guard<O, W> {
         }
     }
 
-    /// The path for a free slot with nobody queued: it takes no lock but the guard's own, which is hardly
-    /// ever contended. `None` where the semaphore's lock is needed to decide.
+    /// The path for a free slot with nobody queued: it takes no lock but the guard's own, which is
+    /// hardly ever contended. `None` where the semaphore's lock is needed to decide.
     fn attempt_unqueued(&self, request: Request) -> Option<Result<(), Refusal>> {
         if request.bytes > 0 {
             // Bytes are counted under the semaphore's lock.
@@ -93,8 +93,8 @@ impl<O: Clone, W> Guard<O, W> {
         Some(Ok(()))
     }
 
-    /// Leaves the queue. `true` if it did: nothing is held and no waker will come. `false` if there was
-    /// nothing to leave: the decision was made, and its waker has been or is being delivered.
+    /// Leaves the queue. `true` if it did: nothing is held and no waker will come. `false` if there
+    /// was nothing to leave: the decision was made, and its waker has been or is being delivered.
     pub fn give_up(&self) -> (bool, Wakes<W>) {
         self.semaphore.give_up(&self.shared)
     }

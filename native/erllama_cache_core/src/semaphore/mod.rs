@@ -1,11 +1,11 @@
-//! A counting semaphore that is fair, that can be resized and inspected, and that never leaks a slot,
-//! however its owners end.
+//! A counting semaphore that is fair, that can be resized and inspected, and that never leaks a
+//! slot, however its owners end.
 //!
 //! # How it works
 //!
-//! The count, the limit and two flags share one atomic word (`word.rs`). A process that finds a free
-//! slot and nobody queued takes it with one compare-and-swap; a release with nobody queued is one
-//! subtraction. Neither takes a lock that another process could hold.
+//! The count, the limit and two flags share one atomic word (`word.rs`). A process that finds a
+//! free slot and nobody queued takes it with one compare-and-swap; a release with nobody queued is
+//! one subtraction. Neither takes a lock that another process could hold.
 //!
 //! When nothing is free, the process queues under the lock and raises the flag `QUEUED`. From then
 //! on every acquire goes through the lock and behind the queue, and every release, after its
@@ -15,15 +15,15 @@
 //!
 //! # Decide under the lock, wake after it
 //!
-//! Nothing here wakes anybody. A call that decides something for a waiter returns its waker in [`Wakes`],
-//! and the caller delivers it when no lock is held. How a waiter sleeps and is woken is the
-//! caller's affair: a message in the NIF, a condition variable in the models.
+//! Nothing here wakes anybody. A call that decides something for a waiter returns its waker in
+//! [`Wakes`], and the caller delivers it when no lock is held. How a waiter sleeps and is woken is
+//! the caller's affair: a message in the NIF, a condition variable in the models.
 //!
 //! # A few at a time
 //!
-//! No call decides for more than some hundred waiters, because its caller, and others that want the lock,
-//! may be threads that run processes. If waiters are left, its [`Wakes`] say so, and a thread that has
-//! the time [goes on](Semaphore::go_on).
+//! No call decides for more than some hundred waiters, because its caller, and others that want the
+//! lock, may be threads that run processes. If waiters are left, its [`Wakes`] say so, and a thread
+//! that has the time [goes on](Semaphore::go_on).
 //!
 //! # Order of locks
 //!

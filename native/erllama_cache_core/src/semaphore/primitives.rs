@@ -1,5 +1,5 @@
-//! The atomics and locks that the semaphore is built from: those of `std`, or loom's while a model is
-//! checked (`--cfg loom`).
+//! The atomics and locks that the semaphore is built from: those of `std`, or loom's while a model
+//! is checked (`--cfg loom`).
 
 #[cfg(loom)]
 pub(super) use loom::sync::atomic::{AtomicU64, Ordering};

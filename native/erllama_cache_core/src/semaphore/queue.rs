@@ -7,8 +7,8 @@ use std::ops::Range;
 pub(super) type Ticket = u64;
 
 /// A map by ticket rather than a ring with holes: a ring keeps the places of those that gave up
-/// until its head moves, and a head that stays for an hour while thousands time out behind it would let
-/// it grow without bound.
+/// until its head moves, and a head that stays for an hour while thousands time out behind it would
+/// let it grow without bound.
 pub(super) struct Queue<T> {
     waiters: BTreeMap<Ticket, T>,
     next: Ticket,

@@ -62,8 +62,8 @@ pub struct Info {
 }
 
 impl<O: Clone, W> Semaphore<O, W> {
-    /// The semaphore now, and what it has done. This asks every guard how many acquires it was granted, some
-    /// guards at a time; one that ends before it is asked is counted the next time.
+    /// The semaphore now, and what it has done. This asks every guard how many acquires it was
+    /// granted, some guards at a time; one that ends before it is asked is counted the next time.
     pub fn info(&self) -> Info {
         let mut info = {
             let inner = lock(&self.inner);
@@ -89,7 +89,8 @@ impl<O: Clone, W> Semaphore<O, W> {
         info
     }
 
-    /// Looks at every guard, some at a time: one that is made or ends meanwhile may be included or not.
+    /// Looks at every guard, some at a time: one that is made or ends meanwhile may be included or
+    /// not.
     fn each_guard(&self, mut look: impl FnMut(&Shared<O>)) {
         let mut next = 0;
         loop {
@@ -106,8 +107,8 @@ impl<O: Clone, W> Semaphore<O, W> {
         }
     }
 
-    /// Who holds what, one row for each acquire, the oldest guards first. This looks at every guard, some at
-    /// a time: a process that acquires or dies meanwhile may be included or not.
+    /// Who holds what, one row for each acquire, the oldest guards first. This looks at every
+    /// guard, some at a time: a process that acquires or dies meanwhile may be included or not.
     pub fn holders(&self) -> Vec<Holder<O>> {
         let now = clock::coarse();
         let mut holders = Vec::new();

@@ -37,8 +37,8 @@ pub(super) struct Inner<O, W> {
     pub(super) next_guard: u64,
     pub(super) max_bytes: Option<u64>,
     pub(super) bytes: u64,
-    /// Acquires that were granted to guards which have ended. A guard that has not ended counts its own, so
-    /// that no acquire touches a cache line that others write.
+    /// Acquires that were granted to guards which have ended. A guard that has not ended counts its
+    /// own, so that no acquire touches a cache line that others write.
     pub(super) granted: u64,
     /// The largest count that was reported: see [`Semaphore::info`](super::Semaphore::info).
     pub(super) reported_granted: u64,
@@ -108,8 +108,9 @@ impl<O, W> Inner<O, W> {
         Ok(())
     }
 
-    /// Decides for waiters what can be decided now, for [`AT_A_TIME`] of them at most. Every change that may
-    /// allow a decision ends here: a slot that was given back, a new bound, a head that left.
+    /// Decides for waiters what can be decided now, for [`AT_A_TIME`] of them at most. Every change
+    /// that may allow a decision ends here: a slot that was given back, a new bound, a head that
+    /// left.
     pub(super) fn serve(&mut self, word: &Word) -> Wakes<W> {
         let mut wakes = Wakes::none();
         let finished = self.refuse_after_close(&mut wakes)
@@ -153,7 +154,8 @@ impl<O, W> Inner<O, W> {
         true
     }
 
-    /// Refuses the processes that waited when the semaphore was closed. `false` when there is more to do.
+    /// Refuses the processes that waited when the semaphore was closed. `false` when there is more
+    /// to do.
     fn refuse_after_close(&mut self, wakes: &mut Wakes<W>) -> bool {
         while let Some((ticket, _)) = self.queue.head() {
             if ticket >= self.closed_before {
@@ -169,8 +171,8 @@ impl<O, W> Inner<O, W> {
         true
     }
 
-    /// Refuses the waiters that exceed a lower limit: they would wait for ever. `false` when there is more
-    /// to do.
+    /// Refuses the waiters that exceed a lower limit: they would wait for ever. `false` when there
+    /// is more to do.
     fn refuse_too_heavy(&mut self, limit: u32, wakes: &mut Wakes<W>) -> bool {
         if self.limit_unchecked.is_empty() {
             return true;

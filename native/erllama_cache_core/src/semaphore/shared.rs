@@ -1,4 +1,5 @@
-//! The part of a guard that the semaphore knows too, to hand slots over and to report who holds them.
+//! The part of a guard that the semaphore knows too, to hand slots over and to report who holds
+//! them.
 
 use std::mem;
 use std::time::Duration;
@@ -17,8 +18,8 @@ pub(super) struct Shared<O> {
 
 pub(super) struct State {
     pub(super) holds: Vec<Hold>,
-    /// The place in the queue, until it is granted, refused or given up. A process waits in one place at
-    /// a time.
+    /// The place in the queue, until it is granted, refused or given up. A process waits in one
+    /// place at a time.
     pub(super) ticket: Option<Ticket>,
     pub(super) pins: u32,
     pub(super) ended: Option<End>,

@@ -39,7 +39,8 @@ impl<O: Clone, W> Semaphore<O, W> {
         self.limit_locked(inner, limit)
     }
 
-    /// Refuses new acquires until it is opened again. Holders keep their slots, and waiters are served.
+    /// Refuses new acquires until it is opened again. Holders keep their slots, and waiters are
+    /// served.
     pub fn suspend(&self) {
         let _inner = lock(&self.inner);
         self.word.set_open(false);
@@ -53,8 +54,8 @@ impl<O: Clone, W> Semaphore<O, W> {
         self.serve(&mut inner)
     }
 
-    /// Refuses all waiters, if it has not been opened since it was [suspended](Semaphore::suspend): nobody
-    /// will open it any more.
+    /// Refuses all waiters, if it has not been opened since it was [suspended](Semaphore::suspend):
+    /// nobody will open it any more.
     pub fn abandon(&self) -> Wakes<W> {
         let mut inner = lock(&self.inner);
         if self.word.load().is_open() {
@@ -64,9 +65,9 @@ impl<O: Clone, W> Semaphore<O, W> {
         self.serve(&mut inner)
     }
 
-    /// Changes the limit. A higher one takes effect at once; a lower one revokes no slot but grants none
-    /// until enough have been given back. A waiter that asks for more than the new limit is refused.
-    /// `limit` is clamped as by [`Semaphore::open`].
+    /// Changes the limit. A higher one takes effect at once; a lower one revokes no slot but grants
+    /// none until enough have been given back. A waiter that asks for more than the new limit is
+    /// refused. `limit` is clamped as by [`Semaphore::open`].
     pub fn set_limit(&self, limit: u32) -> Wakes<W> {
         self.limit_locked(lock(&self.inner), limit)
     }

@@ -57,8 +57,8 @@ impl<W> Wakes<W> {
         self.first.is_none() && self.left == Left::Nobody
     }
 
-    /// Whether more can be decided for waiters: then [`Semaphore::go_on`](super::Semaphore::go_on) has to
-    /// be called, soon and by anybody.
+    /// Whether more can be decided for waiters: then [`Semaphore::go_on`](super::Semaphore::go_on)
+    /// has to be called, soon and by anybody.
     pub fn are_unfinished(&self) -> bool {
         self.left == Left::Waiters
     }

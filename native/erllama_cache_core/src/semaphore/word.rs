@@ -73,8 +73,8 @@ impl Word {
         self.swap(seen, seen.plus(weight))
     }
 
-    /// Gives `weight` back and returns the word as it was just before: whether a process was queued must
-    /// be known of that very moment. A waiter that queues later sees what was given back.
+    /// Gives `weight` back and returns the word as it was just before: whether a process was queued
+    /// must be known of that very moment. A waiter that queues later sees what was given back.
     pub(super) fn give_back(&self, weight: u32) -> Snapshot {
         Snapshot(
             self.0

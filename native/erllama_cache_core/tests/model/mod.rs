@@ -165,8 +165,8 @@ fn number(bytes: &[u8]) -> u128 {
     more_significant_first.fold(0, |sum, byte| sum << 8 | u128::from(*byte))
 }
 
-/// Gives a file the offset and the payload lengths that its sections and its own length come to, and
-/// then, if it is well formed, the sums that it should have: so a fuzzer gets past them.
+/// Gives a file the offset and the payload lengths that its sections and its own length come to,
+/// and then, if it is well formed, the sums that it should have: so a fuzzer gets past them.
 pub fn put_right(file: &mut [u8], secret: Option<&[u8; 32]>) {
     let sections = sized(file, 72).and_then(|(_, at)| sized(file, at));
     if let Some((_, start)) = sections {

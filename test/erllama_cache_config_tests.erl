@@ -1,16 +1,23 @@
-%% The writer's configuration: defaults, wrong values, unknown keys, the environment.
+%% The writer's configuration: defaults, wrong values, unknown keys, its own environment and
+%% erllama's.
 -module(erllama_cache_config_tests).
 
 -include_lib("eunit/include/eunit.hrl").
 
-complete_test_() ->
+-import(erllama_cache_test_util, [stop/1]).
+
+-define(WRITER, erllama_cache_writer).
+
+config_test_() ->
     {foreach, fun environment/0, fun restore/1, [
         fun fills_in_defaults/0,
         fun refuses_wrong_values/0,
         fun hides_a_secret_given_in_the_wrong_way/0,
         fun names_the_nearest_key_for_an_unknown_one/0,
         fun refuses_unknown_keys_of_the_environment/0,
-        fun leaves_the_rest_of_the_environment_alone/0
+        fun leaves_the_rest_of_the_environment_alone/0,
+        fun start_link_takes_the_limit_from_the_environment/0,
+        fun start_link_refuses_what_is_no_limit/0
     ]}.
 
 environment() ->
@@ -66,3 +73,31 @@ leaves_the_rest_of_the_environment_alone() ->
     ok = application:set_env(erllama_cache_nif, start_writer, false),
     ok = application:set_env(erllama_cache_nif, max_concurrent, 7),
     ?assertEqual(#{max_concurrent => 7}, erllama_cache_config:environment()).
+
+start_link_takes_the_limit_from_the_environment() ->
+    Default = erlang:system_info(schedulers) * 2 + 1,
+    Started = fun() ->
+        {ok, _} = ?WRITER:start_link(),
+        Limit = ?WRITER:max_concurrent(),
+        ok = stop(?WRITER),
+        Limit
+    end,
+    LimitFrom = fun(Value) ->
+        ok = application:set_env(erllama, writer_max_concurrent, Value),
+        Started()
+    end,
+    try
+        ?assertEqual(7, LimitFrom(7)),
+        [?assertEqual(Default, LimitFrom(Bad)) || Bad <- [0, -1, 2.0, many, undefined]],
+        ok = application:unset_env(erllama, writer_max_concurrent),
+        ?assertEqual(Default, Started())
+    after
+        application:unset_env(erllama, writer_max_concurrent)
+    end.
+
+start_link_refuses_what_is_no_limit() ->
+    [
+        ?assertError(function_clause, ?WRITER:start_link(Bad))
+     || Bad <- [0, -1, 1.0, many, "3", <<3>>, infinity]
+    ],
+    ?assertEqual(undefined, whereis(?WRITER)).

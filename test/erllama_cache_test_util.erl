@@ -5,7 +5,7 @@
 -export([in_project/1, fresh_dir/2, files/1, open_files/1, file_of/2]).
 -export([meta/0, meta/1]).
 -export([eventually/1, eventually/2]).
--export([actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, own_messages/0]).
+-export([actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, stop/1, own_messages/0]).
 -export([run_command/2, run_node/3]).
 
 -include_lib("stdlib/include/assert.hrl").
@@ -177,6 +177,23 @@ kill(Pid) ->
         {'DOWN', Monitor, process, Pid, _} -> ok
     after ?DEADLINE ->
         error(still_alive)
+    end.
+
+%% Stops a server, if it runs. One that is linked to the caller or to another process may end with
+%% that meanwhile.
+-spec stop(atom()) -> ok.
+stop(Name) ->
+    case whereis(Name) of
+        undefined ->
+            ok;
+        Pid ->
+            true = unlink(Pid),
+            try
+                gen_server:stop(Pid)
+            catch
+                exit:noproc -> ok;
+                exit:{_, {sys, terminate, _}} -> ok
+            end
     end.
 
 %%% Commands

@@ -1,0 +1,213 @@
+%% What the suites share that run the writer as erllama does, with fakes of erllama's modules
+%% (erllama_fake): the fixture, saves and waiters in short, what the host was asked, what a file
+%% holds, and the verdict of the independent readers on every file that a case leaves.
+-module(erllama_cache_erllama_util).
+
+-include("erllama_cache_erllama_util.hrl").
+-include_lib("common_test/include/ct.hrl").
+-include_lib("stdlib/include/assert.hrl").
+
+-export([init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
+-export([start_writer/1, restart_writer/1, wait_in_line/0, waiting/0]).
+-export([save/0, save/1, save/2, saved_and_forgotten/1, untidy_actor/0]).
+-export([fails_and_is_undone/4, assert_nothing_left/1, assert_only/2, nothing_open/1]).
+-export([script_failure/0, host_calls/0, calls/0, calls_after_the_key/0, calls_but_the_check/0]).
+-export([args/1, token/1]).
+-export([stored_payload/2, stored_quant_byte/2, payload/1, tags/1, oracle/1, on_peer/2]).
+
+-import(erllama_cache_test_util, [
+    fresh_dir/2, files/1, open_files/1, file_of/2, meta/0, eventually/1, actor/0, actor/1, tell/2,
+    run_command/2, stop/1
+]).
+
+%%% The fixture
+
+init_per_suite(Config) ->
+    %% Without it nobody would judge what is saved.
+    os:find_executable("python3") =/= false orelse
+        ct:fail("python3 is missing: tools/setup.sh installs it"),
+    {ok, Started} = application:ensure_all_started(crypto),
+    [{started, Started} | Config].
+
+end_per_suite(Config) ->
+    lists:foreach(fun application:stop/1, ?config(started, Config)).
+
+init_per_testcase(Case, Config) ->
+    Root = fresh_dir(Case, Config),
+    ok = erllama_fake:start(?TIER, Root),
+    start_writer(?LIMIT),
+    eventually(fun() -> ?WRITER:current() =:= 0 end),
+    [{root, Root} | Config].
+
+%% Whatever a test leaves in the root under a name that ends in .kvc is a file that the host takes.
+%% A test that leaves another one there on purpose says so, and removes it.
+end_per_testcase(_Case, Config) ->
+    Root = ?config(root, Config),
+    stop(?WRITER),
+    Verdict = the_host_takes(lists:sort(filelib:wildcard(Root ++ "/**/*.kvc"))),
+    ok = erllama_fake:stop(),
+    unmount(Root),
+    Verdict.
+
+start_writer(Config) ->
+    {ok, Pid} = ?WRITER:start_link(Config),
+    true = unlink(Pid),
+    Pid.
+
+restart_writer(Config) ->
+    stop(?WRITER),
+    start_writer(Config).
+
+unmount(Dir) ->
+    case file:read_file("/proc/mounts") of
+        {ok, Mounts} ->
+            case binary:match(Mounts, list_to_binary([" ", Dir, " "])) of
+                nomatch -> ok;
+                _ -> {0, _} = run_command("umount", [Dir]), ok
+            end;
+        {error, enoent} ->
+            ok
+    end.
+
+%%% Slots and saves, in short
+
+%% A process that waits for a slot, behind those who wait already.
+wait_in_line() ->
+    Before = length(?WRITER:waiters()),
+    Actor = actor(),
+    Ref = tell(Actor, fun() -> ?WRITER:acquire(infinity) end),
+    eventually(fun() -> length(?WRITER:waiters()) =:= Before + 1 end),
+    {Actor, Ref}.
+
+waiting() ->
+    [Pid || #{pid := Pid} <- ?WRITER:waiters()].
+
+save() ->
+    save(meta()).
+
+save(Meta) ->
+    save(Meta, ?PAYLOAD).
+
+save(Meta, Payload) ->
+    ?WRITER:save(?TIER, disk, Meta, Payload).
+
+%% A process that collects no garbage for so long that nothing is closed by chance.
+untidy_actor() ->
+    actor([{min_heap_size, 1000000}]).
+
+%% A file that stands in the root, of which the host knows nothing.
+saved_and_forgotten(Config) ->
+    {ok, Key} = save(),
+    ok = ?META_SRV:forget(Key),
+    ok = erllama_fake:forget_calls(),
+    {Key, file_of(?config(root, Config), Key)}.
+
+fails_and_is_undone(Error, Root, Payload, Config) ->
+    ok = erllama_fake:forget_calls(),
+    ok = erllama_fake:script(dir, [{return, Root}]),
+    ?assertEqual(Error, save(meta(), Payload)),
+    ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
+    [[Key, Token]] = args(cancel_reservation),
+    ?assertMatch([[Key, disk, _]], args(reserve_save)),
+    ?assert(is_reference(Token)),
+    ?assertEqual({0, []}, {?WRITER:current(), ?META_SRV:reserved()}),
+    ok = nothing_open(?config(root, Config)),
+    ?assertEqual(#{}, erllama_cache_counters:all()).
+
+assert_nothing_left(Config) ->
+    Root = ?config(root, Config),
+    ?assertEqual([], files(Root)),
+    ok = nothing_open(Root),
+    ?assertEqual({[], []}, {?META_SRV:reserved(), ?META_SRV:stored()}),
+    ?assertEqual(0, ?WRITER:current()).
+
+%% Large files are closed by a thread of the library, which may not have come to that yet.
+nothing_open(Root) ->
+    eventually(fun() -> open_files(Root) =:= [] end).
+
+assert_only(Path, Config) ->
+    Root = ?config(root, Config),
+    ?assertEqual([filename:basename(Path)], files(Root)),
+    ok = nothing_open(Root),
+    ?assertEqual([], ?META_SRV:reserved()),
+    ?assertEqual(0, ?WRITER:current()).
+
+%%% What the host was asked
+
+%% Makes the next save fail and cancel its reservation.
+script_failure() ->
+    erllama_fake:script(dir, [{return, "/nowhere/at/all"}]).
+
+%% What a save that succeeds calls.
+host_calls() ->
+    [encode_tokens, make, quant_byte, reserve_save, dir, check_reservation, mark_published,
+     announce_saved, incr].
+
+calls() ->
+    [Name || {Name, _Args, _Caller} <- erllama_fake:calls()].
+
+calls_after_the_key() ->
+    [Name || Name <- calls(), not lists:member(Name, [make, quant_byte, encode_tokens])].
+
+%% A small save, written and published at one go, checks its reservation before that.
+calls_but_the_check() ->
+    lists:delete(check_reservation, calls_after_the_key()).
+
+args(Name) ->
+    [Args || {Called, Args, _Caller} <- erllama_fake:calls(), Called =:= Name].
+
+token(Name) ->
+    [[_Key, Token | _]] = args(Name),
+    Token.
+
+%%% What a file holds
+
+stored_payload(Config, Key) ->
+    {ok, File} = file:read_file(file_of(?config(root, Config), Key)),
+    payload(File).
+
+payload(<<_:48/binary, Offset:64/little, Length:64/little, _/binary>> = File) ->
+    <<_:Offset/binary, Payload:Length/binary>> = File,
+    Payload.
+
+stored_quant_byte(Config, Key) ->
+    {ok, File} = file:read_file(file_of(?config(root, Config), Key)),
+    #{16#03 := <<Byte>>} = tags(File),
+    Byte.
+
+tags(<<_:72/binary, PromptLen:32/little, _:PromptLen/binary, TlvLen:32/little, Tlv:TlvLen/binary,
+       _/binary>>) ->
+    maps:from_list([
+        {Tag, Value} || <<Tag, Length:32/little, Value:Length/binary>> <= Tlv
+    ]).
+
+%% Two readers are asked, which share no code with each other or with the library.
+the_host_takes([]) ->
+    ok;
+the_host_takes(Files) ->
+    Refused = [
+        {File, Reason} || File <- Files, {error, Reason} <- [erllama_fake_kvc:read(File)]
+    ],
+    case {Refused, oracle(["check", "--host" | Files])} of
+        {[], {0, _}} -> ok;
+        {_, {_, Output}} -> {fail, {not_for_the_host, Refused, Output}}
+    end.
+
+oracle(Args) ->
+    Script = erllama_cache_test_util:in_project("proofs/oracle/kvc_oracle.py"),
+    run_command("python3", [Script | Args]).
+
+%%% Other nodes
+
+%% Runs `Fun' on another node, started by this command, and returns what it returns.
+on_peer([Command | Args], Fun) ->
+    {ok, Peer, _} = peer:start_link(#{
+        connection => standard_io,
+        exec => {os:find_executable(Command), Args},
+        args => ["-pa" | code:get_path()]
+    }),
+    try
+        peer:call(Peer, erlang, apply, [Fun, []], 20000)
+    after
+        peer:stop(Peer)
+    end.

@@ -1,0 +1,458 @@
+%% A save and erllama's modules: what it asks of them and in which order, what becomes of it when
+%% one of them fails, and leases that end or go to another saver meanwhile. A save that waits for
+%% its turn is in erllama_cache_turn_SUITE.
+-module(erllama_cache_host_erllama_SUITE).
+
+-include("erllama_cache_erllama_util.hrl").
+-include_lib("common_test/include/ct.hrl").
+-include_lib("stdlib/include/assert.hrl").
+
+-compile(export_all).
+
+-define(DUPLICATE_DROPPED, 16).
+%% Milliseconds.
+-define(LEASE, 60000).
+
+-import(erllama_cache_test_util, [
+    files/1, open_files/1, file_of/2, meta/0, meta/1, eventually/1, actor/0, ask/2, tell/2,
+    answer/2, kill/1, own_messages/0
+]).
+-import(erllama_cache_erllama_util, [
+    waiting/0, save/0, save/1, save/2, untidy_actor/0, assert_nothing_left/1, assert_only/2,
+    nothing_open/1, script_failure/0, host_calls/0, calls/0, calls_after_the_key/0,
+    calls_but_the_check/0, args/1, stored_payload/2, stored_quant_byte/2, payload/1, oracle/1
+]).
+
+all() ->
+    [{group, Group} || {Group, _, _} <- groups()].
+
+groups() ->
+    [
+        {calls, [], [
+            save_calls_the_host_in_order,
+            save_counts_its_reason,
+            save_of_a_stored_key,
+            save_of_a_reserved_key,
+            save_names_both_tiers,
+            key_and_quant_byte_are_the_hosts
+        ]},
+        {failures, [], [
+            tier_server_is_not_there,
+            tier_server_is_busy,
+            reservation_expires_while_writing,
+            reservation_expires_before_mark_published,
+            reservation_expires_before_announce_saved,
+            host_raises,
+            owner_dies_in_a_call_to_the_host
+        ]},
+        {leases, [], [
+            second_saver_meets_a_conflict,
+            key_of_a_dead_saver_is_free_at_once,
+            time_in_the_queue_is_no_time_of_a_lease,
+            regranted_before_publishing,
+            regranted_after_publishing,
+            regranted_before_announcing,
+            turn_that_follows_waits_for_the_announcement,
+            failure_answers_nobody_who_waits
+        ]}
+    ].
+
+suite() ->
+    [{timetrap, {seconds, 60}}].
+
+init_per_suite(Config) ->
+    erllama_cache_erllama_util:init_per_suite(Config).
+
+end_per_suite(Config) ->
+    erllama_cache_erllama_util:end_per_suite(Config).
+
+init_per_testcase(Case, Config) ->
+    erllama_cache_erllama_util:init_per_testcase(Case, Config).
+
+end_per_testcase(Case, Config) ->
+    erllama_cache_erllama_util:end_per_testcase(Case, Config).
+
+%%% What is asked
+
+save_calls_the_host_in_order(Config) ->
+    Root = ?config(root, Config),
+    Self = self(),
+    Payload = crypto:strong_rand_bytes(100000),
+    Look = fun(Name) ->
+        {before, fun(_Args) -> Self ! {Name, ?WRITER:current(), files(Root), open_files(Root)} end}
+    end,
+    [ok = erllama_fake:script(Name, [Look(Name)]) || Name <- host_calls()],
+    {ok, Key} = ?WRITER:save(?TIER, disk, meta(), Payload),
+    ?assertEqual(0, ?WRITER:current()),
+
+    #{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash := CtxParamsHash,
+      tokens := Tokens} = meta(),
+    TokensBin = <<<<Token:32/little>> || Token <- Tokens>>,
+    ?assertEqual(crypto:hash(sha256, [Fingerprint, 7, CtxParamsHash, TokensBin]), Key),
+    Path = file_of(Root, Key),
+    {ok, <<Header:48/binary, _/binary>> = File} = file:read_file(Path),
+    Size = byte_size(File),
+    ?assertEqual(Payload, payload(File)),
+
+    %% Every call comes from here, and the key is known before anything is reserved.
+    ?assertEqual([Self], lists:usort([Caller || {_, _, Caller} <- erllama_fake:calls()])),
+    {AboutTheKey, Others} = lists:splitwith(
+        fun(Name) -> lists:member(Name, [make, quant_byte, encode_tokens]) end, calls()
+    ),
+    ?assertEqual([true, true], [lists:member(Name, AboutTheKey) || Name <- [make, quant_byte]]),
+    ?assertEqual([[QuantType]], args(quant_byte)),
+    ?assertEqual(
+        [reserve_save, dir, check_reservation, mark_published, announce_saved, incr], Others
+    ),
+    ?assertEqual([[Key, disk, Self]], args(reserve_save)),
+    ?assertEqual([[?TIER]], args(dir)),
+    [[Key, Token]] = args(check_reservation),
+    ?assert(is_reference(Token)),
+    ?assertEqual([[Key, Token, Path]], args(mark_published)),
+    ?assertEqual([[Key, Token, Size, Header, TokensBin]], args(announce_saved)),
+    ?assertEqual([[4]], args(incr)),
+    ?assertEqual({[], [Key]}, {?META_SRV:reserved(), ?META_SRV:stored()}),
+
+    %% The slot is held all the time. There is a file when it has been checked that the key is
+    %% still ours, it shows when it is published, and nothing stays open.
+    Name = filename:basename(Path),
+    [
+        receive
+            {Call, Held, Files, Open} ->
+                ?assertEqual({Call, 1}, {Call, Held}),
+                Published = lists:member(Call, [mark_published, announce_saved, incr]),
+                ?assertEqual({Call, [Name || Published]}, {Call, Files}),
+                Writing = Call =:= check_reservation andalso filelib:is_dir("/proc/self/fd"),
+                ?assertEqual({Call, Writing}, {Call, Open =/= []})
+        after 0 -> error({not_called, Call})
+        end
+     || Call <- calls()
+    ],
+    ok = nothing_open(Root).
+
+save_counts_its_reason(_Config) ->
+    Counters = [
+        {cold, #{4 => 1}},
+        {continued, #{5 => 1}},
+        {finish, #{6 => 1}},
+        {evict, #{7 => 1}},
+        {shutdown, #{8 => 1}},
+        {unknown, #{}}
+    ],
+    [
+        begin
+            ok = erllama_cache_counters:reset(),
+            {ok, _} = save((meta([N]))#{save_reason := Reason}),
+            ?assertEqual({Reason, Counted}, {Reason, erllama_cache_counters:all()})
+        end
+     || {N, {Reason, Counted}} <- lists:zip(lists:seq(1, length(Counters)), Counters)
+    ].
+
+save_of_a_stored_key(Config) ->
+    {ok, Key} = save(),
+    ok = erllama_fake:forget_calls(),
+    ok = erllama_cache_counters:reset(),
+    ?assertEqual({error, already_present}, save(meta(), <<"another">>)),
+    ?assertEqual(#{?DUPLICATE_DROPPED => 1}, erllama_cache_counters:all()),
+    ?assertEqual([reserve_save, incr], calls_after_the_key()),
+    ?assertEqual({?PAYLOAD, 0}, {stored_payload(Config, Key), ?WRITER:current()}).
+
+save_of_a_reserved_key(Config) ->
+    {ok, Key} = save(),
+    ok = ?META_SRV:forget(Key),
+    ok = file:delete(file_of(?config(root, Config), Key)),
+    Actor = actor(),
+    {ok, Token} = ask(Actor, fun() -> ?META_SRV:reserve_save(Key, disk, self()) end),
+    ok = erllama_fake:forget_calls(),
+    ok = erllama_cache_counters:reset(),
+    ?assertEqual({error, conflict}, save()),
+    ?assertEqual([reserve_save], calls_after_the_key()),
+    ?assertEqual(#{}, erllama_cache_counters:all()),
+    ?assertEqual([{Key, Token}], ?META_SRV:reserved()),
+    ok = ?META_SRV:cancel_reservation(Key, Token),
+    assert_nothing_left(Config).
+
+save_names_both_tiers(_Config) ->
+    {ok, OnDisk} = ?WRITER:save(?TIER, disk, meta([1]), ?PAYLOAD, 0),
+    {ok, InRam} = ?WRITER:save(?TIER, ram_file, meta([2]), ?PAYLOAD, infinity),
+    ?assertEqual([[OnDisk, disk, self()], [InRam, ram_file, self()]], args(reserve_save)).
+
+%% A host whose table has grown must find what is saved.
+key_and_quant_byte_are_the_hosts(Config) ->
+    ok = erllama_cache_key:grow(a_later_quant, 77),
+    Meta = #{fingerprint := Fingerprint, ctx_params_hash := CtxParamsHash, tokens := Tokens} =
+        (meta())#{quant_type := a_later_quant},
+    TokensBin = <<<<Token:32/little>> || Token <- Tokens>>,
+    {ok, Theirs} = save(Meta),
+    ?assertEqual(crypto:hash(sha256, [Fingerprint, 77, CtxParamsHash, TokensBin]), Theirs),
+    ?assertEqual(77, stored_quant_byte(Config, Theirs)),
+    ?assertMatch({ok, #{key := Theirs}, ?PAYLOAD}, ?DISK_SRV:load(?TIER, Theirs)),
+    {ok, Ours} = save(),
+    ?assertNotEqual(Theirs, Ours),
+    ?assertEqual(7, stored_quant_byte(Config, Ours)),
+    %% Left on purpose, and for this host only: the oracle's table has not grown.
+    File = file_of(?config(root, Config), Theirs),
+    ?assertMatch({0, _}, oracle(["check", File])),
+    ?assertMatch({1, _}, oracle(["check", "--host", File])),
+    ok = file:delete(File).
+
+%%% What can fail
+
+tier_server_is_not_there(Config) ->
+    ok = gen_server:stop(?TIER),
+    ?assertExit({noproc, {gen_server, call, [?TIER, dir]}}, save()),
+    ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
+    assert_nothing_left(Config).
+
+%% It is reading what others load. The call's 5 s are over at once here.
+tier_server_is_busy(Config) ->
+    ok = erllama_fake:script(dir, [
+        {instead, fun([TierSrv]) -> gen_server:call(TierSrv, dir, 0) end}
+    ]),
+    ok = sys:suspend(?TIER),
+    ?assertEqual({{error, tier_busy}, []}, ask(actor(), fun() -> {save(), own_messages()} end)),
+    ok = sys:resume(?TIER),
+    ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
+    assert_nothing_left(Config),
+    ?assertMatch({ok, _}, save()).
+
+%% The key is somebody else's by now, and so is the reservation.
+reservation_expires_while_writing(Config) ->
+    Self = self(),
+    Other = actor(),
+    ok = erllama_fake:script(check_reservation, [
+        {before, fun([Key, _Token]) ->
+            ok = ?META_SRV:expire(Key),
+            {ok, _} = ask(Other, fun() -> ?META_SRV:reserve_save(Key, disk, self()) end),
+            Self ! {key, Key}
+        end}
+    ]),
+    Root = ?config(root, Config),
+    ?assertEqual(
+        {{error, expired}, []}, ask(untidy_actor(), fun() -> {save(), open_files(Root)} end)
+    ),
+    Key = receive {key, K} -> K after 0 -> error(not_checked) end,
+    ?assertEqual(
+        [reserve_save, dir, check_reservation, reserve_save], calls_after_the_key()
+    ),
+    ?assertMatch([{Key, _}], ?META_SRV:reserved()),
+    [{Key, Theirs}] = ?META_SRV:reserved(),
+    ok = ?META_SRV:cancel_reservation(Key, Theirs),
+    assert_nothing_left(Config).
+
+reservation_expires_before_mark_published(Config) ->
+    expires_after_publishing(mark_published, [mark_published], Config).
+
+reservation_expires_before_announce_saved(Config) ->
+    expires_after_publishing(announce_saved, [mark_published, announce_saved], Config).
+
+%% The file stays, for the host to find it, but it is no success.
+expires_after_publishing(Call, Calls, Config) ->
+    ok = erllama_fake:script(Call, [{before, fun([Key | _]) -> ok = ?META_SRV:expire(Key) end}]),
+    ?assertEqual({error, expired}, save()),
+    ?assertEqual([reserve_save, dir, check_reservation | Calls], calls_after_the_key()),
+    ?assertEqual(#{}, erllama_cache_counters:all()),
+    Root = ?config(root, Config),
+    [[Key, _, Path]] = args(mark_published),
+    ?assertEqual([filename:basename(Path)], files(Root)),
+    ?assertEqual(?PAYLOAD, stored_payload(Config, Key)),
+    ok = nothing_open(Root),
+    ?assertEqual(0, ?WRITER:current()).
+
+%% Whatever a call raises is raised to the caller, and leaves nothing behind.
+host_raises(Config) ->
+    [
+        raises(Call, Class, Config)
+     || Call <- host_calls() ++ [cancel_reservation], Class <- [error, exit, throw]
+    ].
+
+raises(Call, Class, Config) ->
+    Root = ?config(root, Config),
+    Reason = {raised_by, Call},
+    ok = erllama_fake:forget_calls(),
+    ok = erllama_fake:script(Call, [{raise, Class, Reason}]),
+    %% Only a save that fails cancels anything.
+    [ok = script_failure() || Call =:= cancel_reservation],
+    Actor = untidy_actor(),
+    ?assertException(Class, Reason, ask(Actor, fun() -> save() end)),
+    ?assertEqual({Call, Class, 0}, {Call, Class, ?WRITER:current()}),
+    ?assertEqual({Call, Class, []}, {Call, Class, open_files(Root)}),
+    Published = lists:member(Call, [mark_published, announce_saved, incr]),
+    ?assertEqual({Call, Class, Published}, {Call, Class, files(Root) =/= []}),
+    Cancels = lists:member(Call, [dir, check_reservation, cancel_reservation]),
+    ?assertEqual({Call, Class, Cancels}, {Call, Class, lists:member(cancel_reservation, calls())}),
+    Kept = lists:member(Call, [mark_published, announce_saved, cancel_reservation]),
+    ?assertEqual({Call, Class, Kept}, {Call, Class, ?META_SRV:reserved() =/= []}),
+    kill(Actor),
+    eventually(fun() -> ?META_SRV:reserved() =:= [] end),
+    %% The same save goes well now: it adopts its own file where there is one.
+    [ok = ?META_SRV:forget(Key) || Key <- ?META_SRV:stored()],
+    ?assertMatch({ok, _}, save()),
+    [ok = ?META_SRV:forget(Key) || Key <- ?META_SRV:stored()],
+    [ok = file:delete(filename:join(Root, File)) || File <- files(Root)].
+
+owner_dies_in_a_call_to_the_host(Config) ->
+    Root = ?config(root, Config),
+    Self = self(),
+    Block = {before, fun(_Args) -> Self ! {blocked, self()}, receive never -> ok end end},
+    [
+        begin
+            ok = erllama_fake:script(Call, [Block]),
+            %% Only a save that fails cancels anything.
+            [ok = script_failure() || Call =:= cancel_reservation],
+            Owner = actor(),
+            _ = tell(Owner, fun() -> save() end),
+            receive {blocked, Owner} -> ok after 20000 -> error({not_called, Call}) end,
+            ?assertEqual({Call, 1}, {Call, ?WRITER:current()}),
+            kill(Owner),
+            eventually(fun() -> ?WRITER:current() =:= 0 end),
+            eventually(fun() -> open_files(Root) =:= [] end),
+            eventually(fun() -> ?META_SRV:reserved() =:= [] end),
+            %% Before it is marked as published, the host knows nothing of it, whatever is there.
+            Published = lists:member(Call, [mark_published, announce_saved, incr]),
+            ?assertEqual({Call, Published}, {Call, files(Root) =/= []}),
+            Known = lists:member(Call, [announce_saved, incr]),
+            ?assertEqual({Call, Known}, {Call, ?META_SRV:stored() =/= []}),
+            case save() of
+                {ok, _} -> ?assertNot(Known);
+                {error, already_present} -> ?assert(Known)
+            end,
+            [ok = ?META_SRV:forget(Key) || Key <- ?META_SRV:stored()],
+            [ok = file:delete(filename:join(Root, File)) || File <- files(Root)]
+        end
+     || Call <- host_calls() ++ [cancel_reservation]
+    ].
+
+%%% Leases
+
+%% Two save one key at the same time.
+second_saver_meets_a_conflict(Config) ->
+    Second = actor(),
+    Self = self(),
+    ok = erllama_fake:script(check_reservation, [
+        {before, fun(_Args) -> Self ! {second, ask(Second, fun() -> save() end)} end}
+    ]),
+    {ok, Key} = save(),
+    ?assertEqual({error, conflict}, receive {second, Result} -> Result after 0 -> none end),
+    ?assertEqual({error, already_present}, ask(Second, fun() -> save() end)),
+    ?assertEqual(#{4 => 1, ?DUPLICATE_DROPPED => 1}, erllama_cache_counters:all()),
+    assert_only(file_of(?config(root, Config), Key), Config).
+
+%% The host may not have been told of the death yet.
+key_of_a_dead_saver_is_free_at_once(Config) ->
+    Self = self(),
+    Block = {before, fun(_Args) -> Self ! blocked, receive never -> ok end end},
+    ok = erllama_fake:script(check_reservation, [Block]),
+    First = actor(),
+    _ = tell(First, fun() -> save(meta(), <<"the dead one's">>) end),
+    receive blocked -> ok end,
+    ok = sys:suspend(?META_SRV),
+    kill(First),
+    Second = actor(),
+    Saving = tell(Second, fun() -> save() end),
+    ok = sys:resume(?META_SRV),
+    {ok, Key} = answer(Second, Saving),
+    ?assertEqual(?PAYLOAD, stored_payload(Config, Key)),
+    assert_only(file_of(?config(root, Config), Key), Config).
+
+%% Nothing is reserved before there is a slot, so that no lease can run out in the queue.
+time_in_the_queue_is_no_time_of_a_lease(_Config) ->
+    ok = ?WRITER:set_max_concurrent(1),
+    ok = ?WRITER:acquire(0),
+    Actor = actor(),
+    Saving = tell(Actor, fun() -> save() end),
+    eventually(fun() -> waiting() =:= [Actor] end),
+    ok = ?META_SRV:advance(10 * ?LEASE),
+    ?assertEqual([], ?META_SRV:reserved()),
+    ok = ?WRITER:release(),
+    ?assertMatch({ok, _}, answer(Actor, Saving)).
+
+%% Another process takes the key over and saves it, while this one is about to publish.
+regranted_before_publishing(Config) ->
+    [
+        begin
+            {Mine, Theirs, Key} = regranted_at(check_reservation, Payload),
+            ?assertEqual({{error, expired}, {ok, Key}}, {Mine, Theirs}),
+            ?assertEqual(<<"theirs">>, stored_payload(Config, Key)),
+            ?assertNot(lists:member(cancel_reservation, calls())),
+            regranted_is_over(Key, Config)
+        end
+     || Payload <- [<<"ours">>, binary:copy(<<"ours">>, 30000)]
+    ].
+
+%% The other one finds the file and adopts it: it is told of once, by the one who has the key.
+regranted_after_publishing(Config) ->
+    {Mine, Theirs, Key} = regranted_at(mark_published, <<"ours">>),
+    ?assertEqual({{error, expired}, {ok, Key}}, {Mine, Theirs}),
+    ?assertEqual(<<"ours">>, stored_payload(Config, Key)),
+    regranted_is_over(Key, Config).
+
+regranted_before_announcing(Config) ->
+    {Mine, Theirs, Key} = regranted_at(announce_saved, <<"ours">>),
+    ?assertEqual({{error, expired}, {ok, Key}}, {Mine, Theirs}),
+    ?assertEqual(<<"ours">>, stored_payload(Config, Key)),
+    [[Key, Lost, _, _, _], [Key, Valid, _, _, _]] = args(announce_saved),
+    ?assertNotEqual(Lost, Valid),
+    regranted_is_over(Key, Config).
+
+%% What two savers of one key are told, the second of whom is granted it when the first makes this
+%% call.
+regranted_at(Call, Payload) ->
+    ok = erllama_fake:forget_calls(),
+    Self = self(),
+    Second = actor(),
+    TakeOver = fun([Key | _]) ->
+        ok = ?META_SRV:expire(Key),
+        Self ! {theirs, Key, ask(Second, fun() -> save(meta(), <<"theirs">>) end)}
+    end,
+    ok = erllama_fake:script(Call, [{before, TakeOver}]),
+    Mine = save(meta(), Payload),
+    receive
+        {theirs, Key, Theirs} -> {Mine, Theirs, Key}
+    after 0 -> error({not_called, Call})
+    end.
+
+regranted_is_over(Key, Config) ->
+    ?assertEqual([Key], ?META_SRV:stored()),
+    ?assertEqual(#{4 => 1}, erllama_cache_counters:all()),
+    assert_only(file_of(?config(root, Config), Key), Config),
+    ?assertMatch({ok, #{key := Key}, _}, ?DISK_SRV:load(?TIER, Key)),
+    ok = file:delete(file_of(?config(root, Config), Key)),
+    ok = ?META_SRV:forget(Key),
+    ok = erllama_cache_counters:reset().
+
+%% It asks for the key while that is being saved, and finds the file when it is answered.
+turn_that_follows_waits_for_the_announcement(_Config) ->
+    {Follower, Following} = follows_a_save(100000),
+    [ok = erllama_fake:script(Call, [
+        {before, fun([Key | _]) -> [Key] = ?META_SRV:waiting() end}
+    ]) || Call <- [check_reservation, mark_published, announce_saved]],
+    {ok, Key} = save(),
+    ?assertMatch({stored, {ok, #{key := Key}, ?PAYLOAD}}, answer(Follower, Following)).
+
+%% It sits out its time.
+failure_answers_nobody_who_waits(Config) ->
+    {Follower, Following} = follows_a_save(500),
+    ok = erllama_fake:script(check_reservation, [
+        {before, fun([Key | _]) -> ok = ?META_SRV:expire(Key) end}
+    ]),
+    ?assertEqual({error, expired}, save()),
+    ?assertEqual({miss, miss}, answer(Follower, Following)),
+    ?assertEqual([], files(?config(root, Config))).
+
+%% A process that asks for the key of the next save as soon as that is reserved.
+follows_a_save(Timeout) ->
+    Follower = actor(),
+    Following = tell(Follower, fun() ->
+        receive
+            {reserved, Key} -> {?META_SRV:await(Key, Timeout), ?DISK_SRV:load(?TIER, Key)}
+        end
+    end),
+    ok = erllama_fake:script(dir, [
+        {before, fun(_Args) ->
+            [{Key, _Token}] = ?META_SRV:reserved(),
+            Follower ! {reserved, Key},
+            eventually(fun() -> ?META_SRV:waiting() =:= [Key] end)
+        end}
+    ]),
+    {Follower, Following}.

@@ -1,0 +1,145 @@
+%% The build_meta map of a save: what has to be in it, what its values may be, and the defaults for
+%% what it leaves out.
+-module(erllama_cache_meta_SUITE).
+
+-include("erllama_cache_erllama_util.hrl").
+-include_lib("common_test/include/ct.hrl").
+-include_lib("stdlib/include/assert.hrl").
+
+-compile(export_all).
+
+-import(erllama_cache_test_util, [files/1, file_of/2, meta/0, meta/1]).
+-import(erllama_cache_erllama_util, [
+    save/0, save/1, assert_nothing_left/1, calls_after_the_key/0, tags/1
+]).
+
+all() ->
+    [
+        missing_keys,
+        invalid_values,
+        extreme_values,
+        quant_type_of_no_table,
+        defaults
+    ].
+
+suite() ->
+    [{timetrap, {seconds, 60}}].
+
+init_per_suite(Config) ->
+    erllama_cache_erllama_util:init_per_suite(Config).
+
+end_per_suite(Config) ->
+    erllama_cache_erllama_util:end_per_suite(Config).
+
+init_per_testcase(Case, Config) ->
+    erllama_cache_erllama_util:init_per_testcase(Case, Config).
+
+end_per_testcase(Case, Config) ->
+    erllama_cache_erllama_util:end_per_testcase(Case, Config).
+
+missing_keys(Config) ->
+    [
+        begin
+            ?assertEqual({error, {missing_key, Key}}, save(maps:remove(Key, meta()))),
+            ?assertEqual([], calls_after_the_key())
+        end
+     || Key <- maps:keys(meta())
+    ],
+    ?assertEqual(0, ?WRITER:current()),
+    assert_nothing_left(Config),
+    ?assertMatch({ok, _}, save()).
+
+invalid_values(Config) ->
+    [
+        begin
+            ?assertEqual({{error, {invalid_meta, Key}}, Value},
+                         {save((meta())#{Key => Value}), Value}),
+            ?assertEqual([], calls_after_the_key())
+        end
+     || {Key, Values} <- invalid(), Value <- Values
+    ],
+    assert_nothing_left(Config),
+    ?assertMatch({ok, _}, save()).
+
+invalid() ->
+    Hash = [<<0:248>>, <<0:264>>, <<0:255>>, <<0:257>>, <<>>, lists:duplicate(32, 0), undefined],
+    Binary = ["text", <<1:7>>, 1],
+    U64 = [-1, 1 bsl 64, 1.0, now, <<0:64>>],
+    [
+        {save_reason, [warm, <<"cold">>, "cold", 1]},
+        {quant_bits, [-1, 256, 4.0, four, <<4>>]},
+        {fingerprint, Hash},
+        {fingerprint_mode, [unsafe, <<"safe">>, 0]},
+        {quant_type, [<<"f16">>, "f16", 1]},
+        {ctx_params_hash, Hash},
+        {tokens, [<<1:32>>, [1 | 2], [1, a], [1.0], [<<1>>], [[1]], #{}, undefined]},
+        {context_size, [-1, 1 bsl 32, 1.0, large]},
+        {creation_time, U64},
+        {last_used_time, U64},
+        {hit_count, [-1, 1 bsl 32, 1.0, often]},
+        {prompt_text, [undefined | Binary]},
+        {hostname, Binary},
+        {erllama_version, Binary},
+        {save_reason_detail, Binary}
+    ].
+
+%% What just fits, and keys that nobody asked for.
+extreme_values(_Config) ->
+    [
+        ?assertMatch({{ok, _}, _, _}, {save((meta([N]))#{Key => Value}), Key, Value})
+     || {N, {Key, Value}} <- lists:zip(lists:seq(1, length(extreme())), extreme())
+    ].
+
+extreme() ->
+    [
+        {quant_bits, 0}, {quant_bits, 255},
+        {context_size, 0}, {context_size, 16#ffffffff},
+        {creation_time, 0}, {creation_time, 16#ffffffffffffffff},
+        {last_used_time, 0}, {last_used_time, 16#ffffffffffffffff},
+        {hit_count, 0}, {hit_count, 16#ffffffff},
+        {prompt_text, <<0, 255, 128>>}, {prompt_text, binary:copy(<<"p">>, 3000000)},
+        {save_reason_detail, binary:copy(<<"d">>, 70000)},
+        {tokens, []}, {tokens, lists:seq(1, 300000)},
+        {a_later_versions_key, {any, term}}
+    ].
+
+%% The host's parser takes no such file: saved, it would be deleted, and its key never load.
+quant_type_of_no_table(Config) ->
+    ok = erllama_fake:forget_calls(),
+    Meta = (meta())#{quant_type := mxfp4},
+    ?assertEqual({error, {unknown_quant_byte, 255}}, save(Meta)),
+    ?assertEqual([], files(?config(root, Config))),
+    ?assertNot(lists:keymember(reserve_save, 1, erllama_fake:calls())),
+    ?assertEqual(#{}, erllama_cache_counters:all()),
+    ?assertEqual(0, ?WRITER:current()).
+
+defaults(Config) ->
+    Earliest = erlang:system_time(second),
+    {ok, Key} = save(),
+    Latest = erlang:system_time(second),
+    {ok, File} = file:read_file(file_of(?config(root, Config), Key)),
+    <<"KVC", 1, 4, 1, 0:16, 4:32/little, 0:32, 4096:32/little, 0:32, Created:64/little,
+      Used:64/little, _/binary>> = File,
+    ?assert(Created >= Earliest andalso Created =< Latest),
+    ?assertEqual(Created, Used),
+    Tags = tags(File),
+    {ok, Hostname} = inet:gethostname(),
+    ?assertEqual(unicode:characters_to_binary(Hostname), maps:get(16#05, Tags)),
+    ?assertEqual(<<"unknown">>, maps:get(16#06, Tags)),
+    ?assertNot(is_map_key(16#07, Tags)),
+    %% Undefined is as good as left out.
+    Undefined = #{hostname => undefined, erllama_version => undefined,
+                  save_reason_detail => undefined},
+    {ok, Same} = save(maps:merge(meta([1]), Undefined)),
+    {ok, SameFile} = file:read_file(file_of(?config(root, Config), Same)),
+    Texts = [16#05, 16#06, 16#07],
+    ?assertEqual(maps:with(Texts, Tags), maps:with(Texts, tags(SameFile))),
+    %% Inside the host its version is known.
+    ok = application:load({application, erllama, [{vsn, "0.5.1"}]}),
+    try
+        {ok, Inside} = save(meta([2])),
+        {ok, Later} = file:read_file(file_of(?config(root, Config), Inside)),
+        ?assertEqual(<<"0.5.1">>, maps:get(16#06, tags(Later)))
+    after
+        application:unload(erllama)
+    end.

@@ -6,14 +6,16 @@
 
 -export([all/0, init_per_testcase/2, end_per_testcase/2]).
 -export([one_loads_what_another_has_saved/1, a_save_asked_of_another_node/1,
-         all_save_the_same_keys/1, none_sweeps_anothers_work/1]).
+         all_save_the_same_keys/1, each_saves_its_own_payloads/1, none_sweeps_anothers_work/1]).
+
+-import(erllama_cache_test_util, [files/1, file_of/2]).
 
 -define(STORE, nodes_store).
 -define(WRITER, erllama_cache_writer).
 
 all() ->
     [one_loads_what_another_has_saved, a_save_asked_of_another_node, all_save_the_same_keys,
-     none_sweeps_anothers_work].
+     each_saves_its_own_payloads, none_sweeps_anothers_work].
 
 init_per_testcase(Case, Config) ->
     _ = os:cmd("epmd -daemon"),
@@ -68,14 +70,10 @@ nodes_of(Config) ->
     [Node || {_, Node} <- ?config(nodes, Config)].
 
 meta(N) ->
-    #{
-        save_reason => cold, quant_bits => 16, quant_type => f16, fingerprint => <<N:256>>,
-        fingerprint_mode => safe, ctx_params_hash => <<2:256>>, tokens => [1, 2, N],
-        context_size => 4096
-    }.
+    erllama_cache_test_util:meta([N]).
 
 save(Node, N, Payload) ->
-    erpc:call(Node, ?WRITER, save, [?STORE, disk, meta(N), Payload]).
+    erpc:call(Node, fun() -> save_here(N, Payload) end).
 
 load(Node, Key) ->
     erpc:call(Node, erllama_cache_store, load, [?STORE, Key]).
@@ -104,7 +102,7 @@ all_save_the_same_keys(Config) ->
     Self = self(),
     Savers = [
         spawn_monitor(Node, fun() ->
-            Self ! {self(), [?WRITER:save(?STORE, disk, meta(N), payload(N)) || N <- Keys]}
+            Self ! {self(), [save_here(N, payload(N)) || N <- Keys]}
         end)
      || Node <- Nodes, _ <- [1, 2, 3]
     ],
@@ -135,13 +133,51 @@ payload(N) ->
 is_fine({ok, _}) -> true;
 is_fine({error, Reason}) -> Reason =:= already_present orelse Reason =:= conflict.
 
+%% Both save the same keys at once, with payloads of their own. Each save succeeds in each node, and
+%% both nodes see one payload.
+each_saves_its_own_payloads(Config) ->
+    Nodes = nodes_of(Config),
+    Numbers = lists:seq(1, 40),
+    Requests = [
+        erpc:send_request(Node, fun() -> [save_here(N, payload_of(Node, N)) || N <- Numbers] end)
+     || Node <- Nodes
+    ],
+    Keys = [
+        begin
+            {ok, Key} = erllama_cache_store:key(meta(N)),
+            Key
+        end
+     || N <- Numbers
+    ],
+    [
+        ?assert(Result =:= {ok, Key} orelse Result =:= {error, already_present})
+     || Request <- Requests,
+        {Key, Result} <- lists:zip(Keys, erpc:receive_response(Request, 50000))
+    ],
+    [InA, InB] = [[load(Node, Key) || Key <- Keys] || Node <- Nodes],
+    Payloads = fun(Loaded) -> [Payload || {ok, _Info, Payload} <- Loaded] end,
+    ?assertEqual(length(Numbers), length(Payloads(InA))),
+    ?assertEqual(Payloads(InA), Payloads(InB)),
+    [
+        ?assert(lists:member(Payload, [payload_of(Node, N) || Node <- Nodes]))
+     || {N, Payload} <- lists:zip(Numbers, Payloads(InA))
+    ],
+    Root = ?config(root, Config),
+    ?assertEqual(lists:sort([filename:basename(file_of(Root, Key)) || Key <- Keys]), files(Root)).
+
+save_here(N, Payload) ->
+    ?WRITER:save(?STORE, disk, meta(N), Payload).
+
+payload_of(Node, N) ->
+    binary:copy(atom_to_binary(Node), 1000 + N).
+
 %% A store that starts while another node saves on its root leaves that save alone.
 none_sweeps_anothers_work(Config) ->
     [A, B] = nodes_of(Config),
     Payload = rand:bytes(64 bsl 20),
     Self = self(),
     {Saver, Monitor} = spawn_monitor(A, fun() ->
-        Self ! {self(), ?WRITER:save(?STORE, disk, meta(1), Payload)}
+        Self ! {self(), save_here(1, Payload)}
     end),
     Restarts = restart_until_saved(Saver, B, ?config(root, Config), 0),
     ?assert(Restarts > 0),

@@ -2,17 +2,32 @@
 %% without sleeping for a guessed time.
 -module(erllama_cache_test_util).
 
--export([in_project/1, fresh_dir/2, files/1, open_files/1, file_of/2]).
+-export([each/3, in_project/1, fresh_dir/2, temporary_dir/1]).
+-export([files/1, open_files/1, file_of/2, mode/1]).
+-export([patch/3, flip/2, flip/3]).
 -export([meta/0, meta/1]).
+-export([silence/0, unsilence/1, with_log/1, logged/1, log/2]).
 -export([eventually/1, eventually/2]).
 -export([actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, stop/1, own_messages/0]).
 -export([run_command/2, run_node/3]).
 
+-include_lib("kernel/include/file.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
 %% Nothing that is waited for takes this long; what does is an error, not a slow machine.
 -define(DEADLINE, 20000).
 -define(POLL_EVERY, 2).
+
+%%% EUnit
+
+%% These tests, each with what `Setup' returns as its argument and under its function's name.
+-spec each(fun(() -> State), fun((State) -> term()), [fun((State) -> term())]) -> tuple().
+each(Setup, Teardown, Tests) ->
+    {foreach, Setup, Teardown, [
+        %% Minutes are for disks that others are busy with: no test waits for a time to pass.
+        fun(State) -> {timeout, 300, {with, State, [Test]}} end
+     || Test <- Tests
+    ]}.
 
 %%% Files
 
@@ -27,6 +42,14 @@ in_project(Path) ->
 fresh_dir(Name, Config) ->
     Unique = lists:concat([Name, "_", erlang:unique_integer([positive])]),
     Dir = filename:join(proplists:get_value(priv_dir, Config), Unique),
+    ok = file:make_dir(Dir),
+    Dir.
+
+%% A new, empty directory whose name begins with this one: the caller's, to remove it.
+-spec temporary_dir(atom()) -> file:filename().
+temporary_dir(Name) ->
+    Unique = lists:concat([Name, "_", os:getpid(), "_", erlang:unique_integer([positive])]),
+    Dir = filename:join(os:getenv("TMPDIR", "/tmp"), Unique),
     ok = file:make_dir(Dir),
     Dir.
 
@@ -53,6 +76,30 @@ file_of(Root, Key) ->
     Hex = string:lowercase(binary_to_list(binary:encode_hex(Key))),
     filename:join(Root, Hex ++ ".kvc").
 
+%% The permissions of a file.
+-spec mode(file:name_all()) -> non_neg_integer().
+mode(Path) ->
+    {ok, #file_info{mode = Mode}} = file:read_file_info(Path),
+    Mode band 8#777.
+
+%%% Bytes
+
+%% Puts other bytes in the place of those that begin at `Offset'.
+-spec patch(binary(), non_neg_integer(), binary()) -> binary().
+patch(File, Offset, Bytes) ->
+    Size = byte_size(Bytes),
+    <<Before:Offset/binary, _:Size/binary, After/binary>> = File,
+    <<Before/binary, Bytes/binary, After/binary>>.
+
+%% Turns the lowest bit of a byte over.
+-spec flip(binary(), non_neg_integer()) -> binary().
+flip(File, Offset) ->
+    flip(File, Offset, 0).
+
+-spec flip(binary(), non_neg_integer(), Bit :: 0..7) -> binary().
+flip(File, Offset, Bit) ->
+    patch(File, Offset, <<(binary:at(File, Offset) bxor (1 bsl Bit))>>).
+
 %%% Metadata
 
 %% A build_meta map with what is required, and nothing else.
@@ -73,6 +120,56 @@ meta() ->
 -spec meta([integer()]) -> erllama_cache_meta:build_meta().
 meta(Tokens) ->
     (meta())#{tokens := Tokens}.
+
+%%% The log
+
+%% Keeps what a test provokes off the terminal, until unsilence/1.
+-spec silence() -> logger:level() | all | none.
+silence() ->
+    {ok, #{level := Level}} = logger:get_handler_config(default),
+    ok = logger:set_handler_config(default, level, none),
+    Level.
+
+-spec unsilence(logger:level() | all | none) -> ok.
+unsilence(Level) ->
+    logger:set_handler_config(default, level, Level).
+
+%% Runs `Fun'. Each event that the application logs meanwhile, from info up, comes to the caller as
+%% `{logged, Level, Report}'; none goes to the terminal.
+-spec with_log(fun(() -> Result)) -> Result.
+with_log(Fun) ->
+    #{level := Primary} = logger:get_primary_config(),
+    ok = logger:set_primary_config(level, info),
+    ok = logger:add_handler(?MODULE, ?MODULE, #{config => #{to => self()}}),
+    Default = silence(),
+    try
+        Fun()
+    after
+        ok = unsilence(Default),
+        ok = logger:remove_handler(?MODULE),
+        ok = logger:set_primary_config(level, Primary)
+    end.
+
+%% The reports that are logged while a function runs, the first one first.
+-spec logged(fun(() -> term())) -> [logger:report()].
+logged(Fun) ->
+    _ = with_log(Fun),
+    reports().
+
+reports() ->
+    receive
+        {logged, _Level, Report} -> [Report | reports()]
+    after 0 -> []
+    end.
+
+%% As a handler of the logger.
+-spec log(logger:log_event(), logger:handler_config()) -> ok.
+log(#{level := Level, msg := {report, Report}, meta := #{application := erllama_cache_nif}},
+    #{config := #{to := To}}) ->
+    To ! {logged, Level, Report},
+    ok;
+log(_Event, _Config) ->
+    ok.
 
 %%% Waiting
 

@@ -4,36 +4,45 @@
 %% thousands are in native/erllama_cache_core/tests/bad_files.rs.
 -module(erllama_cache_bad_files_tests).
 
+-include("erllama_cache_store_util.hrl").
 -include_lib("eunit/include/eunit.hrl").
 
--define(STORE, bad_files_store).
+-import(erllama_cache_test_util, [each/3, temporary_dir/1, file_of/2, flip/3, patch/3]).
+-import(erllama_cache_store_util, [running/3]).
+
 -define(WRITER, erllama_cache_writer).
 -define(SECRET, <<"0123456789abcdef0123456789ABCDEF">>).
--define(PAYLOAD, <<"a payload of some bytes">>).
 
+%% What a start removes or skips, it logs: here that is the rule.
 bad_files_test_() ->
-    {foreach, fun root/0, fun file:del_dir_r/1, [
-        fun(Root) -> {Name, {timeout, 300, fun() -> Test(Root) end}} end
-     || {Name, Test} <- [
-            {"with a checksum", fun(Root) -> damaged(Root, #{digest => none}) end},
-            {"with a digest", fun(Root) -> damaged(Root, #{}) end},
-            {"with a keyed digest", fun(Root) ->
-                damaged(Root, #{mac_key => fun() -> ?SECRET end})
-            end},
-            {"a file under another's name", fun swapped/1},
-            {"a last use in the future", fun ahead/1},
-            {"a terabyte of holes", fun terabyte/1},
-            {"holes in a store", fun holes/1}
-        ]
+    {setup, fun erllama_cache_test_util:silence/0, fun erllama_cache_test_util:unsilence/1, [
+        each(fun() -> temporary_dir(?MODULE) end, fun file:del_dir_r/1, [
+            fun damaged_with_a_checksum/1,
+            fun damaged_with_a_digest/1,
+            fun damaged_with_a_keyed_digest/1,
+            fun a_file_under_anothers_name/1,
+            fun a_last_use_in_the_future/1,
+            fun a_terabyte_of_holes/1,
+            fun holes_in_a_store/1
+        ])
     ]}.
+
+damaged_with_a_checksum(Root) ->
+    damaged(Root, #{digest => none}).
+
+damaged_with_a_digest(Root) ->
+    damaged(Root, #{}).
+
+damaged_with_a_keyed_digest(Root) ->
+    damaged(Root, #{mac_key => fun() -> ?SECRET end}).
 
 damaged(Root, Config) ->
     running(Root, Config, fun() ->
         Key = save(1),
-        {ok, Good} = file:read_file(path(Root, Key)),
+        {ok, Good} = file:read_file(file_of(Root, Key)),
         [
             begin
-                ok = file:write_file(path(Root, Key), Bad),
+                ok = file:write_file(file_of(Root, Key), Bad),
                 assert_refused_or_right(What, Key),
                 assert_saved_again(What, Key)
             end
@@ -43,7 +52,7 @@ damaged(Root, Config) ->
     [
         begin
             {ok, Key} = erllama_cache_store:key(meta(1)),
-            ok = file:write_file(path(Root, Key), Bad),
+            ok = file:write_file(file_of(Root, Key), Bad),
             %% Whatever a start makes of it, the store runs and the key can be saved.
             running(Root, Config, fun() ->
                 assert_refused_or_right(What, Key),
@@ -57,7 +66,7 @@ damaged(Root, Config) ->
 good(Root, Config) ->
     running(Root, Config, fun() ->
         {ok, Key} = erllama_cache_store:key(meta(1)),
-        {ok, File} = file:read_file(path(Root, Key)),
+        {ok, File} = file:read_file(file_of(Root, Key)),
         File
     end).
 
@@ -79,7 +88,7 @@ assert_saved_again(What, Key) ->
 %% Bits turned, ends cut off and put on, lengths and offsets that cannot be, and no file at all.
 corpus(Good) ->
     Size = byte_size(Good),
-    Bits = [{{bit, At}, flip(Good, At)} || At <- lists:seq(0, Size - 1, 5)],
+    Bits = [{{bit, At}, flip(Good, At, 4)} || At <- lists:seq(0, Size - 1, 5)],
     Cut = [{{cut, At}, binary:part(Good, 0, At)} || At <- lists:seq(0, Size - 1, 13)],
     Long = [{{more, N}, <<Good/binary, 0:N/unit:8>>} || N <- [1, 4096]],
     Lengths = [
@@ -96,17 +105,12 @@ corpus(Good) ->
 few(Corpus) ->
     [lists:nth(N, Corpus) || N <- lists:seq(1, length(Corpus), 9)].
 
-flip(File, At) ->
-    <<Before:At/binary, Byte, After/binary>> = File,
-    <<Before/binary, (Byte bxor 16), After/binary>>.
-
 set(File, At, Width, Value) ->
-    <<Before:At/binary, _:Width/binary, After/binary>> = File,
-    <<Before/binary, Value:Width/little-unit:8, After/binary>>.
+    patch(File, At, <<Value:Width/little-unit:8>>).
 
-swapped(Root) ->
+a_file_under_anothers_name(Root) ->
     running(Root, #{}, fun() ->
-        [A, B] = [path(Root, save(N)) || N <- [1, 2]],
+        [A, B] = [file_of(Root, save(N)) || N <- [1, 2]],
         ok = file:rename(A, A ++ ".away"),
         ok = file:rename(B, A),
         ok = file:rename(A ++ ".away", B),
@@ -121,10 +125,10 @@ swapped(Root) ->
     end).
 
 %% It is not kept for ever at the cost of all others.
-ahead(Root) ->
+a_last_use_in_the_future(Root) ->
     [Ahead, Used] = running(Root, #{}, fun() -> [save(N) || N <- [1, 2]] end),
-    {ok, File} = file:read_file(path(Root, Ahead)),
-    ok = file:write_file(path(Root, Ahead), set(File, 32, 8, 1 bsl 64 - 1)),
+    {ok, File} = file:read_file(file_of(Root, Ahead)),
+    ok = file:write_file(file_of(Root, Ahead), set(File, 32, 8, 1 bsl 64 - 1)),
     running(Root, #{max_bytes => 2 * byte_size(File) + 100}, fun() ->
         Started = erlang:system_time(millisecond),
         erllama_cache_test_util:eventually(fun() ->
@@ -138,10 +142,10 @@ ahead(Root) ->
 
 %%% Holes
 
-terabyte(Root) ->
+a_terabyte_of_holes(Root) ->
     running(Root, #{digest => none}, fun() ->
         Key = save(1),
-        sparse(path(Root, Key), 1 bsl 40),
+        sparse(file_of(Root, Key), 1 bsl 40),
         Before = binaries(),
         Path = unicode:characters_to_binary(Root),
         {more, Load} = in_turn(fun(Turn) -> erllama_cache_nif:load(Turn, Path, Key, none) end),
@@ -155,10 +159,10 @@ terabyte(Root) ->
                      erllama_cache_store:info(?STORE))
     end).
 
-holes(Root) ->
+holes_in_a_store(Root) ->
     running(Root, #{digest => none}, fun() ->
         Key = save(1),
-        sparse(path(Root, Key), 256 bsl 20),
+        sparse(file_of(Root, Key), 256 bsl 20),
         ?assertEqual({error, {corrupt, crc_mismatch}}, erllama_cache_store:load(?STORE, Key)),
         assert_saved_again(holes, Key)
     end).
@@ -184,29 +188,6 @@ binaries() ->
 
 %%% Helpers
 
-root() ->
-    Name = "erllama_cache_bad_files." ++ integer_to_list(erlang:unique_integer([positive])),
-    Root = filename:join(os:getenv("TMPDIR", "/tmp"), os:getpid() ++ Name),
-    ok = file:make_dir(Root),
-    Root.
-
-running(Root, Config, Fun) ->
-    %% What a start removes or skips, it logs: here that is the rule.
-    #{level := Level} = logger:get_primary_config(),
-    ok = logger:set_primary_config(level, error),
-    {ok, Store} = erllama_cache_store:start_link(
-        ?STORE, (maps:with([mac_key, max_bytes], Config))#{root => Root}
-    ),
-    {ok, Writer} = ?WRITER:start_link(
-        (maps:without([max_bytes], Config))#{host => erllama_cache_store}
-    ),
-    try
-        Fun()
-    after
-        [ok = gen_server:stop(Pid) || Pid <- [Writer, Store]],
-        ok = logger:set_primary_config(level, Level)
-    end.
-
 meta(N) ->
     (erllama_cache_test_util:meta([N, 2, 3]))#{prompt_text => <<"prompt">>}.
 
@@ -217,9 +198,6 @@ save(N) ->
             Saved -> Saved
         end,
     Key.
-
-path(Root, Key) ->
-    erllama_cache_path:final(Root, Key).
 
 in_turn(Call) ->
     erllama_cache_io_limit:run(Call).

@@ -7,7 +7,10 @@
 
 -include_lib("eunit/include/eunit.hrl").
 
--import(erllama_cache_test_util, [in_project/1, run_command/2]).
+-import(erllama_cache_test_util, [
+    in_project/1, run_command/2, source/1, matches/2, silence/0, unsilence/1, temporary_dir/1,
+    stop/1
+]).
 
 -define(PUBLIC, [erllama_cache_writer, erllama_cache_store, erllama_cache_metrics]).
 
@@ -89,9 +92,6 @@ mentioned(Module, Function) ->
         end,
         examples(source(Module))
     ).
-
-source(Module) ->
-    proplists:get_value(source, Module:module_info(compile)).
 
 examples(File) ->
     {ok, Code} = file:read_file(File),
@@ -190,8 +190,7 @@ pages_test_() ->
     ].
 
 pages() ->
-    [filename:join("docs", filename:basename(Page))
-     || Page <- filelib:wildcard(in_project("docs/*.md"))].
+    filelib:wildcard("docs/**/*.md", in_project("")).
 
 proofs() ->
     ["proofs/README.md" | filelib:wildcard("proofs/*/README.md", in_project(""))].
@@ -281,11 +280,10 @@ logging(Block, File) ->
     _ = evaluate(Block, #{}),
     case logger:get_handler_config(cache) of
         {ok, _} ->
-            {ok, #{level := Level}} = logger:get_handler_config(default),
-            ok = logger:set_handler_config(default, level, none),
+            Level = silence(),
             ok = logger:log(warning, #{event => ours}, #{application => erllama_cache_nif}),
             ok = logger:log(warning, #{event => theirs}, #{}),
-            ok = logger:set_handler_config(default, level, Level),
+            ok = unsilence(Level),
             ok = logger_std_h:filesync(cache),
             {ok, Text} = file:read_file(File),
             ?assertMatch({_, _}, binary:match(Text, <<"ours">>)),
@@ -337,14 +335,12 @@ handler(Block) ->
 
 %% With a directory, and afterwards without it, the servers and what was told to the logger.
 with_root(Fun) ->
-    Unique = erlang:unique_integer([positive]),
-    Root = lists:concat(["/tmp/erllama_cache_docs.", os:getpid(), ".", Unique]),
-    ok = file:make_dir(Root),
+    Root = temporary_dir(?MODULE),
     try
         Fun(Root)
     after
-        stop(my_store),
-        stop(erllama_cache_writer),
+        ok = stop(my_store),
+        ok = stop(erllama_cache_writer),
         _ = logger:remove_handler_filter(default, cache),
         _ = logger:remove_handler(cache),
         ok = file:del_dir_r(Root)
@@ -366,11 +362,6 @@ fenced(Page, Language) ->
      || [_Indent, Block] <- matches("^( *)```" ++ Language ++ "\n((?:.*\n)*?)\\1```$", Text)
     ].
 
-matches(Pattern, Text) ->
-    case re:run(Text, Pattern, [global, multiline, unicode, {capture, all_but_first, binary}]) of
-        {match, Matches} -> Matches;
-        nomatch -> []
-    end.
 
 term(Text) ->
     {ok, Term} = erl_parse:parse_term(tokens(Text)),
@@ -401,12 +392,3 @@ split([], []) -> [];
 split([], Form) -> [lists:reverse([{dot, 0} | Form])];
 split([{dot, _} = Dot | Rest], Form) -> [lists:reverse([Dot | Form]) | split(Rest, [])];
 split([Token | Rest], Form) -> split(Rest, [Token | Form]).
-
-stop(Name) ->
-    case whereis(Name) of
-        undefined ->
-            ok;
-        Pid ->
-            true = unlink(Pid),
-            gen_server:stop(Pid)
-    end.

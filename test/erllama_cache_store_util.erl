@@ -5,7 +5,7 @@
 -include("erllama_cache_store_util.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
--export([store_tests/1, application_tests/1, set_env/1]).
+-export([store_tests/1, running_tests/2, application_tests/1, set_env/1]).
 -export([with_store/2, with_store/3, with_two_stores/2, its_books_balance/2]).
 -export([running/3, start_store/2, start_writer/1]).
 -export([meta/1, key/1, save/2, save/3, reserve/2, is_known/2, watches/1]).
@@ -13,7 +13,7 @@
 -export([in_process/1, in_processes/2, start_owner/1]).
 
 -import(erllama_cache_test_util, [
-    each/3, temporary_dir/1, eventually/1, files/1, flip/2, patch/3, actor/0, ask/2
+    each/3, temporary_dir/1, eventually/1, files/1, flip/2, patch/3, actor/0, ask/2, stop/1
 ]).
 
 %%% Fixtures
@@ -22,6 +22,20 @@
 %% themselves. What is meant to crash there, and to be found corrupt, is nothing to read about.
 store_tests(Tests) ->
     silent(each(fun setup/0, fun teardown/1, Tests)).
+
+%% EUnit tests that find a store running, in a root of its own, and a writer with this configuration.
+running_tests(Config, Tests) ->
+    Setup = fun() ->
+        Root = temporary_dir(?MODULE),
+        {ok, _} = start_store(Root, #{}),
+        {ok, _} = start_writer(Config),
+        Root
+    end,
+    Teardown = fun(Root) ->
+        [ok = stop(Name) || Name <- [erllama_cache_writer, ?STORE]],
+        ok = file:del_dir_r(Root)
+    end,
+    each(Setup, Teardown, Tests).
 
 %% EUnit tests of the application, each with a directory of its own; they start it themselves.
 application_tests(Tests) ->

@@ -6,6 +6,7 @@
 -export([files/1, open_files/1, file_of/2, mode/1]).
 -export([patch/3, flip/2, flip/3]).
 -export([meta/0, meta/1]).
+-export([page/1, page_tables_names/2, source/1, matches/2]).
 -export([silence/0, unsilence/1, with_log/1, logged/1, log/2]).
 -export([eventually/1, eventually/2]).
 -export([actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, stop/1, own_messages/0]).
@@ -34,8 +35,7 @@ each(Setup, Teardown, Tests) ->
 %% A file of the project, by its path from there.
 -spec in_project(file:filename()) -> file:filename().
 in_project(Path) ->
-    Source = proplists:get_value(source, erllama_cache_writer:module_info(compile)),
-    filename:join(filename:dirname(filename:dirname(Source)), Path).
+    filename:join(filename:dirname(filename:dirname(source(erllama_cache_writer))), Path).
 
 %% A new, empty directory of this name in a suite's own.
 -spec fresh_dir(atom() | string(), list()) -> file:filename().
@@ -120,6 +120,39 @@ meta() ->
 -spec meta([integer()]) -> erllama_cache_meta:build_meta().
 meta(Tokens) ->
     (meta())#{tokens := Tokens}.
+
+%%% Pages and sources
+
+%% Where the page of this name stands, below docs/.
+-spec page(string()) -> file:filename().
+page(Name) ->
+    Project = filename:dirname(filename:dirname(source(erllama_cache_writer))),
+    [Page] = filelib:wildcard(filename:join([Project, "docs", "**", Name])),
+    Page.
+
+%% What the first cells of a table of a page have in backticks. The table is chosen by how its head
+%% begins.
+-spec page_tables_names(string(), string()) -> [binary()].
+page_tables_names(Name, Head) ->
+    {ok, Text} = file:read_file(page(Name)),
+    [Rows] = lists:append(matches(["^\\| ", Head, ".*\n\\|[-|]+\n((?:\\|.*\n)+)"], Text)),
+    [
+        InBackticks
+     || [Cell] <- matches("^\\| (.*?) \\|", Rows), [InBackticks] <- matches("`([a-z_]+)`", Cell)
+    ].
+
+%% The file that a module was compiled from.
+-spec source(module()) -> file:filename().
+source(Module) ->
+    proplists:get_value(source, Module:module_info(compile)).
+
+%% What the groups of a pattern match, for each of its matches.
+-spec matches(iodata(), iodata()) -> [[binary()]].
+matches(Pattern, Text) ->
+    case re:run(Text, Pattern, [global, multiline, unicode, {capture, all_but_first, binary}]) of
+        {match, Matches} -> Matches;
+        nomatch -> []
+    end.
 
 %%% The log
 

@@ -12,7 +12,7 @@
 
 -import(erllama_cache_test_util, [
     fresh_dir/2, files/1, open_files/1, file_of/2, meta/0, meta/1, eventually/1, actor/0, ask/2,
-    tell/2, answer/2, kill/1, run_command/2
+    tell/2, answer/2, kill/1, run_command/2, patch/3, flip/2
 ]).
 -import(erllama_cache_erllama_util, [
     start_writer/1, restart_writer/1, waiting/0, save/0, save/1, save/2, saved_and_forgotten/1,
@@ -384,22 +384,18 @@ damaged(Valid) ->
         {trailing, <<Valid/binary, 0>>},
         {text, binary:copy(<<"not a cache file ">>, 1000)},
         {zeroes, <<0:(Size * 8)>>},
-        {magic, at(0, <<"KVD">>, Valid)},
-        {payload_bit, at(Size - 1, <<(binary:last(Valid) bxor 1)>>, Valid)},
-        {crc, at(64, <<(binary:at(Valid, 64) bxor 1)>>, Valid)},
-        {payload_bytes, at(40, <<16#ffffffffffffffff:64/little>>, Valid)},
-        {payload_offset, at(48, <<16#ffffffffffffffff:64/little>>, Valid)},
-        {payload_offset_low, at(48, <<0:64>>, Valid)},
-        {payload_length, at(56, <<16#ffffffffffffffff:64/little>>, Valid)},
-        {all_lengths, at(40, binary:copy(<<16#7fffffffffffffff:64/little>>, 3), Valid)},
-        {prompt_length, at(72, <<16#ffffffff:32/little>>, Valid)},
-        {tlv_length, at(TlvAt, <<16#ffffffff:32/little>>, Valid)},
-        {tlv_value_length, at(TlvAt + 5, <<16#ffffffff:32/little>>, Valid)}
+        {magic, patch(Valid, 0, <<"KVD">>)},
+        {payload_bit, flip(Valid, Size - 1)},
+        {crc, flip(Valid, 64)},
+        {payload_bytes, patch(Valid, 40, <<16#ffffffffffffffff:64/little>>)},
+        {payload_offset, patch(Valid, 48, <<16#ffffffffffffffff:64/little>>)},
+        {payload_offset_low, patch(Valid, 48, <<0:64>>)},
+        {payload_length, patch(Valid, 56, <<16#ffffffffffffffff:64/little>>)},
+        {all_lengths, patch(Valid, 40, binary:copy(<<16#7fffffffffffffff:64/little>>, 3))},
+        {prompt_length, patch(Valid, 72, <<16#ffffffff:32/little>>)},
+        {tlv_length, patch(Valid, TlvAt, <<16#ffffffff:32/little>>)},
+        {tlv_value_length, patch(Valid, TlvAt + 5, <<16#ffffffff:32/little>>)}
     ].
-
-at(Position, New, Binary) ->
-    <<Before:Position/binary, _:(byte_size(New))/binary, After/binary>> = Binary,
-    <<Before/binary, New/binary, After/binary>>.
 
 file_of_another_key_is_replaced(Config) ->
     {Key, Path} = saved_and_forgotten(Config),

@@ -8,7 +8,7 @@
     bytes_in/1, die_published/2, in_process/1, in_processes/2, is_known/2, its_books_balance/2,
     key/1, meta/1, none_reserved/1, reserve/2, start_owner/1, with_store/2, with_store/3
 ]).
--import(erllama_cache_test_util, [kill/1, eventually/1, file_of/2, files/1]).
+-import(erllama_cache_test_util, [kill/1, eventually/1, file_of/2, files/1, next_millisecond/0]).
 
 -define(BIG, 10000).
 %% What the store reserves for a file with a payload of ?BIG bytes and nothing optional.
@@ -233,14 +233,8 @@ a_load_that_ends_at_once_is_heard_of(Root) ->
 save_big(Store, N) ->
     {ok, Key} = erllama_cache_writer:save(Store, disk, big_meta(N), big_payload()),
     %% Last uses are compared by the millisecond.
-    tick(erlang:system_time(millisecond)),
+    ok = next_millisecond(),
     Key.
-
-tick(Now) ->
-    case erlang:system_time(millisecond) of
-        Now -> tick(Now);
-        _Later -> ok
-    end.
 
 big_meta(N) ->
     (meta(N))#{hostname => <<>>, erllama_version => <<>>}.

@@ -8,7 +8,7 @@
 -export([meta/0, meta/1]).
 -export([page/1, page_tables_names/2, source/1, matches/2]).
 -export([silence/0, unsilence/1, with_log/1, logged/1, log/2]).
--export([eventually/1, eventually/2]).
+-export([eventually/1, eventually/2, next_millisecond/0]).
 -export([actor/0, actor/1, ask/2, tell/2, answer/2, kill/1, stop/1, own_messages/0]).
 -export([run_command/2, run_node/3]).
 
@@ -225,6 +225,17 @@ poll(Fun, Deadline) ->
             receive
             after ?POLL_EVERY -> poll(Fun, Deadline)
             end
+    end.
+
+%% Last uses are compared by the millisecond: what comes after this is later than what was before.
+-spec next_millisecond() -> ok.
+next_millisecond() ->
+    after_millisecond(erlang:system_time(millisecond)).
+
+after_millisecond(Now) ->
+    case erlang:system_time(millisecond) of
+        Now -> after_millisecond(Now);
+        _Later -> ok
     end.
 
 %%% Processes that do as they are told

@@ -5,7 +5,8 @@
 -include_lib("eunit/include/eunit.hrl").
 
 -import(erllama_cache_test_util, [
-    actor/0, ask/2, tell/2, answer/2, kill/1, eventually/1, file_of/2, run_command/2
+    actor/0, ask/2, tell/2, answer/2, kill/1, eventually/1, file_of/2, each/3, temporary_dir/1,
+    patch/3, flip/2
 ]).
 
 -define(META, erllama_cache_meta_srv).
@@ -15,30 +16,26 @@
 -define(KEY, <<7:256>>).
 
 fake_test_() ->
-    {foreach, fun setup/0, fun teardown/1, [
-        {with, [Test]}
-     || Test <- [
-            fun a_key_that_is_reserved_is_in_conflict/1,
-            fun a_lease_runs_out/1,
-            fun a_lease_is_renewed_by_each_call/1,
-            fun a_lapsed_key_is_granted_anew/1,
-            fun a_dead_holders_key_is_granted_anew/1,
-            fun a_dead_holders_file_is_adopted_or_deleted/1,
-            fun a_stale_token_is_refused/1,
-            fun what_is_announced_is_the_file/1,
-            fun the_announcement_answers_those_who_wait/1,
-            fun nothing_else_answers_those_who_wait/1,
-            fun a_start_sweeps_the_root/1,
-            fun a_load_deletes_what_is_no_file/1,
-            fun the_parser_refuses_what_is_no_file/1,
-            fun a_writer_counts_in_its_own_slots/1
-        ]
-    ]}.
+    each(fun setup/0, fun teardown/1, [
+        fun a_key_that_is_reserved_is_in_conflict/1,
+        fun a_lease_runs_out/1,
+        fun a_lease_is_renewed_by_each_call/1,
+        fun a_lapsed_key_is_granted_anew/1,
+        fun a_dead_holders_key_is_granted_anew/1,
+        fun a_dead_holders_file_is_adopted_or_deleted/1,
+        fun a_stale_token_is_refused/1,
+        fun what_is_announced_is_the_file/1,
+        fun the_announcement_answers_those_who_wait/1,
+        fun nothing_else_answers_those_who_wait/1,
+        fun a_start_sweeps_the_root/1,
+        fun a_load_deletes_what_is_no_file/1,
+        fun the_parser_refuses_what_is_no_file/1,
+        fun a_writer_counts_in_its_own_slots/1
+    ]).
 
 setup() ->
     {ok, _} = application:ensure_all_started(crypto),
-    {0, Made} = run_command("mktemp", ["-d"]),
-    Root = string:trim(Made),
+    Root = temporary_dir(?MODULE),
     ok = erllama_fake:start(?TIER, Root),
     Root.
 
@@ -206,26 +203,22 @@ the_parser_refuses_what_is_no_file(Root) ->
     [
         ?assertEqual({What, {error, Reason}}, {What, erllama_fake_kvc:parse(Bad)})
      || {What, Reason, Bad} <- [
-            {magic, no_magic, at(0, <<"KVD">>, File)},
-            {version, {unknown_version, 2}, at(3, <<2>>, File)},
-            {save_reason, {unknown_save_reason, 6}, at(5, <<6>>, File)},
-            {token_count, token_count, at(8, <<1000:32/little>>, File)},
-            {payload_bytes, payload_bytes, at(40, <<1:64>>, File)},
-            {payload_offset, payload_offset, at(48, <<1:64>>, File)},
-            {crc, crc, at(64, <<(binary:at(File, 64) bxor 1)>>, File)},
-            {payload, crc, at(byte_size(File) - 1, <<(binary:last(File) bxor 1)>>, File)},
+            {magic, no_magic, patch(File, 0, <<"KVD">>)},
+            {version, {unknown_version, 2}, patch(File, 3, <<2>>)},
+            {save_reason, {unknown_save_reason, 6}, patch(File, 5, <<6>>)},
+            {token_count, token_count, patch(File, 8, <<1000:32/little>>)},
+            {payload_bytes, payload_bytes, patch(File, 40, <<1:64>>)},
+            {payload_offset, payload_offset, patch(File, 48, <<1:64>>)},
+            {crc, crc, flip(File, 64)},
+            {payload, crc, flip(File, byte_size(File) - 1)},
             {trailing, payload_length, <<File/binary, 0>>},
             {cut, payload_length, binary:part(File, 0, byte_size(File) - 1)},
             {header_only, malformed, binary:part(File, 0, 48)},
-            {quant_byte, {unknown_quant_byte, 255}, at(QuantAt + 5, <<255>>, File)},
-            {repeated, {repeated_tag, 1}, at(QuantAt, <<1>>, File)},
-            {missing, {missing_tag, 3}, at(QuantAt, <<16#83>>, File)}
+            {quant_byte, {unknown_quant_byte, 255}, patch(File, QuantAt + 5, <<255>>)},
+            {repeated, {repeated_tag, 1}, patch(File, QuantAt, <<1>>)},
+            {missing, {missing_tag, 3}, patch(File, QuantAt, <<16#83>>)}
         ]
     ].
-
-at(Position, New, Binary) ->
-    <<Before:Position/binary, _:(byte_size(New))/binary, After/binary>> = Binary,
-    <<Before/binary, New/binary, After/binary>>.
 
 %% A file of another implementation's, under its name in the root.
 vector(Root) ->

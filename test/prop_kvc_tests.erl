@@ -5,6 +5,8 @@
 -include_lib("proper/include/proper.hrl").
 -include_lib("eunit/include/eunit.hrl").
 
+-import(erllama_cache_test_util, [temporary_dir/1, file_of/2, flip/3, patch/3]).
+
 -export([prop_round_trip/1, prop_damage/1]).
 
 -define(STORE, prop_kvc_store).
@@ -25,9 +27,7 @@ property(Title, Tests, Property) ->
     {Title, {timeout, 300, fun() -> ?assert(proper:quickcheck(Property, Options)) end}}.
 
 setup() ->
-    Name = lists:concat([?MODULE, "_", os:getpid(), "_", erlang:unique_integer([positive])]),
-    Root = filename:join(os:getenv("TMPDIR", "/tmp"), Name),
-    ok = file:make_dir(Root),
+    Root = temporary_dir(?MODULE),
     {ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store}),
     {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root}),
     Root.
@@ -56,7 +56,7 @@ prop_round_trip(Root) ->
         Key = expected_key(Meta),
         {ok, Key} = erllama_cache_writer:save(?STORE, disk, Meta, Payload),
         {ok, Info, Loaded} = erllama_cache_store:load(?STORE, Key),
-        Size = filelib:file_size(path(Root, Key)),
+        Size = filelib:file_size(file_of(Root, Key)),
         ok = erllama_cache_store:delete(?STORE, Key),
         ?WHENFAIL(
             io:format(user, "~p~ngave~n~p~n", [Meta, Info]),
@@ -127,7 +127,7 @@ prop_damage(Root) ->
     Input = {build_meta(), small_payload(), damage()},
     ?FORALL({Meta, Payload, Damage}, Input, without_exception(fun() ->
         {ok, Key} = erllama_cache_writer:save(?STORE, disk, Meta, Payload),
-        Path = path(Root, Key),
+        Path = file_of(Root, Key),
         {ok, Good} = file:read_file(Path),
         Bad = damaged(Damage, Good),
         ok = file:write_file(Path, Bad),
@@ -201,34 +201,26 @@ damaged({truncate, Fraction}, Good) ->
 damaged({append, Bytes}, Good) ->
     <<Good/binary, Bytes/binary>>;
 damaged({flip, Fraction, Bit}, Good) ->
-    flip(at(Fraction, Good), Bit, Good);
+    flip(Good, at(Fraction, Good), Bit);
 damaged({flip_early, Offset, Bit}, Good) ->
-    flip(Offset rem byte_size(Good), Bit, Good);
+    flip(Good, Offset rem byte_size(Good), Bit);
 damaged({length, Offset, Huge}, Good) when is_integer(Offset) ->
-    patch(Offset, Huge, Good);
+    patch(Good, Offset, Huge);
 damaged({length, prompt, <<Huge:4/binary, _/binary>>}, Good) ->
-    patch(?FIXED_LEN, Huge, Good);
+    patch(Good, ?FIXED_LEN, Huge);
 damaged({length, Where, <<Huge:4/binary, _/binary>>}, Good) ->
     <<_:?FIXED_LEN/binary, PromptLen:32/little, _/binary>> = Good,
     Tlv = ?FIXED_LEN + 4 + PromptLen,
     %% The section's length, or that of its first value.
-    patch(case Where of tlv -> Tlv; value -> Tlv + 5 end, Huge, Good);
+    patch(Good, case Where of tlv -> Tlv; value -> Tlv + 5 end, Huge);
 damaged({both_lengths, Huge}, Good) ->
-    patch(40, Huge, patch(56, Huge, Good));
+    patch(patch(Good, 56, Huge), 40, Huge);
 damaged({zero, Fraction, Length}, Good) ->
     At = at(Fraction, Good),
-    patch(At, <<0:(min(Length, byte_size(Good) - At) * 8)>>, Good).
+    patch(Good, At, <<0:(min(Length, byte_size(Good) - At) * 8)>>).
 
 at(Fraction, Good) ->
     byte_size(Good) * Fraction div 1000.
-
-flip(At, Bit, Good) ->
-    patch(At, <<(binary:at(Good, At) bxor (1 bsl Bit))>>, Good).
-
-patch(At, Bytes, Good) ->
-    Length = byte_size(Bytes),
-    <<Before:At/binary, _:Length/binary, After/binary>> = Good,
-    <<Before/binary, Bytes/binary, After/binary>>.
 
 %%% Generators
 
@@ -297,6 +289,3 @@ sized_payload(Max) ->
         {Bytes, _} = rand:bytes_s(Length, rand:seed_s(exsss, Seed)),
         Bytes
     end).
-
-path(Root, Key) ->
-    erllama_cache_path:final(Root, Key).

@@ -19,10 +19,11 @@
 %% The host of the clients' saves.
 -export([identify/1]).
 
+-import(erllama_cache_statem_util, [machine_test/5, property/2, matches/3, step/1]).
 -import(erllama_cache_test_util, [eventually/2, own_messages/0, meta/0]).
 
 -define(WRITER, erllama_cache_writer).
--define(SEQUENCES, "1500").
+-define(SEQUENCES, 1500).
 -define(CLIENTS, [a, b, c, d, e]).
 -define(FIRST_LIMIT, 2).
 %% No limit here is this high: a probe that asks for it learns whether the semaphore is open, and
@@ -35,40 +36,13 @@
 
 %%% What runs
 
+%% Servers crash on purpose. Sequences are of twice the usual length.
 semaphore_test_() ->
-    Sequences = list_to_integer(os:getenv("PROPER_SEQUENCES", ?SEQUENCES)),
-    Seconds = 60 + Sequences div 20,
-    {setup, fun silence/0, fun unsilence/1,
-        {timeout, Seconds, fun() -> check(Sequences) end}}.
-
-check(Sequences) ->
-    %% Of twice the usual length.
-    Options = [quiet, {numtests, Sequences}, {max_size, 84}, {to_file, user}],
-    case proper:quickcheck(prop_semaphore(), Options) of
-        true ->
-            ok;
-        _ ->
-            [Commands] = proper:counterexample(),
-            error({counterexample, [Call || {set, _, Call} <- Commands]})
-    end.
-
-%% Servers crash on purpose.
-silence() ->
-    #{level := Level} = logger:get_primary_config(),
-    ok = logger:set_primary_config(level, none),
-    Level.
-
-unsilence(Level) ->
-    ok = logger:set_primary_config(level, Level).
+    machine_test({fun erllama_cache_test_util:silence/0, fun erllama_cache_test_util:unsilence/1},
+                 prop_semaphore(), ?SEQUENCES, 50, [{max_size, 84}]).
 
 prop_semaphore() ->
-    ?FORALL(Commands, commands(?MODULE), begin
-        Outcome = step(fun() -> run(Commands) end),
-        ?WHENFAIL(
-            io:format(user, "~n~p~nmismatch: ~p~n", [Outcome, get(mismatch)]),
-            Outcome =:= passed
-        )
-    end).
+    property(?MODULE, fun run/1).
 
 run(Commands) ->
     setup(),
@@ -110,10 +84,7 @@ teardown() ->
     end, ?DEADLINE),
     %% Who was granted a slot by another's death may have said so before its own.
     flush(),
-    case whereis(?WRITER) of
-        undefined -> ok;
-        _ -> stop_server()
-    end.
+    erllama_cache_test_util:stop(?WRITER).
 
 flush() ->
     receive
@@ -150,19 +121,19 @@ initial_state() ->
     #model{}.
 
 next_state(Model, _Result, {call, ?MODULE, Step, Args}) ->
-    step(Step, Args, Model#model{answers = #{}}).
+    modelled(Step, Args, Model#model{answers = #{}}).
 
-step(take, [Client, Call, Timeout], Model) ->
+modelled(take, [Client, Call, Timeout], Model) ->
     case attempt(Call, Model) of
         granted -> answer(Client, granted_answer(Call), hold(Client, Call, Model));
         busy when Timeout =:= 0 -> answer(Client, {error, max_concurrent}, Model);
         busy -> Model#model{queue = Model#model.queue ++ [{Client, Call}]};
         Refusal -> answer(Client, Refusal, Model)
     end;
-step(doze, [Client, Call], Model) ->
-    Queued = step(take, [Client, Call, infinity], Model),
+modelled(doze, [Client, Call], Model) ->
+    Queued = modelled(take, [Client, Call, infinity], Model),
     Queued#model{asleep = (asleep(Queued))#{Client => time_out}};
-step(wake, [Client], #model{asleep = Asleep} = Model) ->
+modelled(wake, [Client], #model{asleep = Asleep} = Model) ->
     Woken = Model#model{asleep = maps:remove(Client, Asleep)},
     case Asleep of
         #{Client := time_out} ->
@@ -171,12 +142,12 @@ step(wake, [Client], #model{asleep = Asleep} = Model) ->
         #{Client := Answer} ->
             answer(Client, Answer, Woken)
     end;
-step(release, [Client], Model) ->
+modelled(release, [Client], Model) ->
     hand_on(answer(Client, ok, pop_hold(Client, Model)));
-step(leave, [Client, _How], #model{scopes = Scopes} = Model) ->
+modelled(leave, [Client, _How], #model{scopes = Scopes} = Model) ->
     Left = Model#model{scopes = maps:update_with(Client, fun(Depth) -> Depth - 1 end, Scopes)},
     hand_on(answer(Client, left, pop_hold(Client, Left)));
-step(die, [Client, How], #model{holds = Holds, scopes = Scopes, asleep = Asleep} = Model) ->
+modelled(die, [Client, How], #model{holds = Holds, scopes = Scopes, asleep = Asleep} = Model) ->
     #{Client := Held} = Holds,
     #{Client := Depth} = Scopes,
     Died =
@@ -191,19 +162,19 @@ step(die, [Client, How], #model{holds = Holds, scopes = Scopes, asleep = Asleep}
         asleep = maps:remove(Client, Asleep)
     },
     hand_on(count(owner_died, Died, unqueue(Client, Gone)));
-step(drop_guard, [Client], #model{holds = Holds} = Model) ->
+modelled(drop_guard, [Client], #model{holds = Holds} = Model) ->
     hand_on(answer(Client, ok, Model#model{holds = Holds#{Client := []}}));
-step(set_limit, [Limit], Model) ->
+modelled(set_limit, [Limit], Model) ->
     limit(Limit, Model);
-step(set_max_bytes, [MaxBytes], Model) ->
+modelled(set_max_bytes, [MaxBytes], Model) ->
     hand_on(Model#model{max_bytes = MaxBytes});
-step(start_server, [Limit, MaxBytes], #model{open = false} = Model) ->
+modelled(start_server, [Limit, MaxBytes], #model{open = false} = Model) ->
     limit(Limit, Model#model{open = true, max_bytes = MaxBytes});
-step(start_server, _, Model) ->
+modelled(start_server, _, Model) ->
     Model;
-step(lose_server, _, Model) ->
+modelled(lose_server, _, Model) ->
     Model#model{open = false};
-step(stop_server, [], #model{queue = Queue} = Model) ->
+modelled(stop_server, [], #model{queue = Queue} = Model) ->
     Closed = Model#model{open = false, queue = []},
     lists:foldl(fun({Client, _}, M) -> decide(Client, noproc, M) end, Closed, Queue).
 
@@ -371,18 +342,7 @@ postcondition(Model, {call, _, Step, _} = Call, Result) ->
     Expected = next_state(Model, Result, Call),
     Answers = maps:map(fun(Client, _) -> await_answer(Client) end, Expected#model.answers),
     Wanted = {Expected#model.answers, outcome(Step, Model), picture(Expected), []},
-    Matches = fun() ->
-        Seen = {Answers, Result, observed(), own_messages()},
-        _ = put(mismatch, {{wanted, Wanted}, {seen, Seen}}),
-        Seen =:= Wanted
-    end,
-    try eventually(Matches, ?DEADLINE) of
-        ok ->
-            _ = erase(mismatch),
-            true
-    catch
-        error:_ -> false
-    end.
+    matches(Wanted, fun() -> {Answers, Result, observed(), own_messages()} end, ?DEADLINE).
 
 outcome(start_server, #model{open = true}) -> already_started;
 outcome(_, _) -> ok.
@@ -439,15 +399,6 @@ difference(Counts, Before) ->
     maps:map(fun(What, N) -> N - map_get(What, Before) end, Counts).
 
 %%% Steps
-
-%% What a step raises is its outcome. PropEr's own way to report it asks for the stack trace as
-%% Erlang no longer gives it, and hides it.
-step(Step) ->
-    try
-        Step()
-    catch
-        Class:Reason:Stack -> {raised, Class, Reason, Stack}
-    end.
 
 take(Client, Call, Timeout) ->
     ask(Client, {take, Call, Timeout}).

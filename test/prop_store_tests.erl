@@ -25,13 +25,17 @@
 -export([start/1, start_slowly/1, started/1, lose/1, lose_under_load/2, suspend/0, resume/0]).
 
 -import(erllama_cache_hooked_host, [with_hook/2, all_turns/0, taken/1, waits_for_a_turn/1]).
--import(erllama_cache_test_util, [eventually/2, own_messages/0]).
+-import(erllama_cache_statem_util, [machine_test/5, property/2, step/1, matches/3]).
+-import(erllama_cache_test_util, [
+    eventually/2, own_messages/0, silence/0, temporary_dir/1, unsilence/1, kill/1,
+    next_millisecond/0
+]).
 
 -define(WRITER, erllama_cache_writer).
 -define(STORE, prop_store).
 %% Another store, in a root of its own, which makes the files that appear behind the store's back.
 -define(ELSEWHERE, prop_store_elsewhere).
--define(SEQUENCES, "250").
+-define(SEQUENCES, 250).
 %% Steps of a sequence, at most.
 -define(LONGEST, 100).
 -define(CLIENTS, [a, b, c]).
@@ -122,33 +126,16 @@
 
 %%% What runs
 
+%% In some states few of the steps can be taken.
 store_test_() ->
-    Sequences = list_to_integer(os:getenv("PROPER_SEQUENCES", ?SEQUENCES)),
-    Seconds = 120 + Sequences div 2,
-    {setup, fun setup_all/0, fun teardown_all/1,
-        {timeout, Seconds, fun() -> check(Sequences) end}}.
-
-check(Sequences) ->
-    %% In some states few of the steps can be taken.
-    Options = [quiet, {numtests, Sequences}, {max_size, ?LONGEST}, {constraint_tries, 1000},
-               {to_file, user}],
-    case proper:quickcheck(prop_store(), Options) of
-        true ->
-            ok;
-        false ->
-            [Commands] = proper:counterexample(),
-            error({counterexample, [Call || {set, _, Call} <- Commands]});
-        {error, Reason} ->
-            error(Reason)
-    end.
+    machine_test({fun setup_all/0, fun teardown_all/1}, prop_store(), ?SEQUENCES, 500,
+                 [{max_size, ?LONGEST}, {constraint_tries, 1000}]).
 
 %% Stores crash on purpose, and say what they find.
 setup_all() ->
-    #{level := Level} = logger:get_primary_config(),
-    ok = logger:set_primary_config(level, none),
-    Name = lists:concat([?MODULE, "_", os:getpid(), "_", erlang:unique_integer([positive])]),
-    Base = filename:join(os:getenv("TMPDIR", "/tmp"), Name),
-    [ok = file:make_dir(Dir) || Dir <- [Base, root(Base), elsewhere(Base)]],
+    Level = silence(),
+    Base = temporary_dir(?MODULE),
+    [ok = file:make_dir(Dir) || Dir <- [root(Base), elsewhere(Base)]],
     persistent_term:put(?MODULE, Base),
     {ok, _} = ?WRITER:start_link(#{host => erllama_cache_hooked_host, max_concurrent => 10}),
     {ok, _} = erllama_cache_store:start_link(?ELSEWHERE, #{root => elsewhere(Base)}),
@@ -159,7 +146,7 @@ teardown_all({Level, Base}) ->
     ok = gen_server:stop(?WRITER),
     ok = file:del_dir_r(Base),
     _ = persistent_term:erase(?MODULE),
-    ok = logger:set_primary_config(level, Level).
+    ok = unsilence(Level).
 
 root() -> root(persistent_term:get(?MODULE)).
 root(Base) -> filename:join(Base, "root").
@@ -168,13 +155,7 @@ elsewhere() -> elsewhere(persistent_term:get(?MODULE)).
 elsewhere(Base) -> filename:join(Base, "elsewhere").
 
 prop_store() ->
-    ?FORALL(Commands, commands(?MODULE), begin
-        Outcome = step(fun() -> run(Commands) end),
-        ?WHENFAIL(
-            io:format(user, "~n~p~nmismatch: ~p~n", [Outcome, get(mismatch)]),
-            Outcome =:= passed
-        )
-    end).
+    property(?MODULE, fun run/1).
 
 run(Commands) ->
     setup(),
@@ -213,7 +194,7 @@ loads(#model{store = Store} = Model) when Store =:= up; Store =:= suspended ->
     Wrong = [
         {Key, {wanted, Wanted}, {seen, Seen}}
      || Key <- ?KEYS,
-        #model{answer = Wanted} <- [step(load, [Key], Model)],
+        #model{answer = Wanted} <- [modelled(load, [Key], Model)],
         Seen <- [load(Key)],
         Seen =/= Wanted
     ],
@@ -264,9 +245,9 @@ initial_state() ->
     #model{}.
 
 next_state(#model{clock = Clock} = Model, _Result, {call, ?MODULE, Step, Args}) ->
-    step(Step, Args, Model#model{clock = Clock + 1, answer = ok}).
+    modelled(Step, Args, Model#model{clock = Clock + 1, answer = ok}).
 
-step(save, [Key, Size, N], Model) ->
+modelled(save, [Key, Size, N], Model) ->
     case reserve(Key, Size, N, Model) of
         {ok, Reserved} ->
             Published = publish(#saving{n = N, key = Key, size = Size, way = sync}, Reserved),
@@ -274,9 +255,9 @@ step(save, [Key, Size, N], Model) ->
         {Answer, Refused} ->
             Refused#model{answer = Answer}
     end;
-step(save_no_type, [_Key], Model) ->
+modelled(save_no_type, [_Key], Model) ->
     Model#model{answer = {error, {invalid_meta, quant_type}}};
-step(begin_save, [Client, Key, Size, Way, N], #model{timers = Timers} = Model) ->
+modelled(begin_save, [Client, Key, Size, Way, N], #model{timers = Timers} = Model) ->
     case reserve(Key, Size, N, Model) of
         {ok, #model{saving = Saving} = Reserved} ->
             Timer = [{N, Key, Size + ?RESERVED} || Model#model.max_bytes =:= infinity],
@@ -288,7 +269,7 @@ step(begin_save, [Client, Key, Size, Way, N], #model{timers = Timers} = Model) -
         {Answer, Refused} ->
             Refused#model{answer = Answer}
     end;
-step(go_on, [Client], #model{saving = Saving, store = Store} = Model) ->
+modelled(go_on, [Client], #model{saving = Saving, store = Store} = Model) ->
     #{Client := #saving{n = N, key = Key, before = Before} = Save} = Saving,
     Ended = Model#model{saving = maps:remove(Client, Saving)},
     case stands(N, Key, Model) of
@@ -309,7 +290,7 @@ step(go_on, [Client], #model{saving = Saving, store = Store} = Model) ->
         true when Before =:= announce ->
             announce(Save#saving.published, N, Key, Ended)
     end;
-step(die, [Client], #model{saving = Saving, watches = Watches} = Model) ->
+modelled(die, [Client], #model{saving = Saving, watches = Watches} = Model) ->
     #{Client := #saving{n = N, way = Way}} = Saving,
     Answer = case Way of
         sync -> ok;
@@ -320,17 +301,17 @@ step(die, [Client], #model{saving = Saving, watches = Watches} = Model) ->
         #{N := _} -> tell({down, N}, Died);
         #{} -> Died
     end;
-step(fire, [N], #model{timers = Timers} = Model) ->
+modelled(fire, [N], #model{timers = Timers} = Model) ->
     {value, {N, Key, Size}, Rest} = lists:keytake(N, 1, Timers),
     tell({fire, N, Key, Size}, Model#model{timers = Rest});
-step(end_lease, [Key], Model) ->
+modelled(end_lease, [Key], Model) ->
     set_entry(Key, (entry(Key, Model))#entry{lease = ended}, Model);
-step(renew_beside_loads, [Client], #model{saving = Saving} = Model) ->
+modelled(renew_beside_loads, [Client], #model{saving = Saving} = Model) ->
     #{Client := #saving{key = Key}} = Saving,
     renewed(Key, Model);
-step(load, [_Key], #model{store = down} = Model) ->
+modelled(load, [_Key], #model{store = down} = Model) ->
     Model#model{answer = noproc};
-step(load, [Key], Model) ->
+modelled(load, [Key], Model) ->
     Row = entry(Key, Model),
     case file(Key, Model) of
         none ->
@@ -344,35 +325,35 @@ step(load, [Key], Model) ->
                 _ -> Refused
             end
     end;
-step(delete, [_Key], #model{store = down} = Model) ->
+modelled(delete, [_Key], #model{store = down} = Model) ->
     Model#model{answer = noproc};
-step(delete, [Key], Model) ->
+modelled(delete, [Key], Model) ->
     gone(Key, entry(Key, Model), no_file(Key, Model));
-step(damage, [Key, payload, _N], Model) ->
+modelled(damage, [Key, payload, _N], Model) ->
     set_file(Key, (file(Key, Model))#file{damage = payload}, Model);
-step(damage, [Key, Damage, N], Model) ->
+modelled(damage, [Key, Damage, N], Model) ->
     %% Of what it says itself nothing is believed. When it was changed is.
     set_file(Key, (file(Key, Model))#file{damage = Damage, n = N}, Model);
-step(remove_file, [Key], Model) ->
+modelled(remove_file, [Key], Model) ->
     no_file(Key, Model);
-step(put_file, [Key, Size, N], Model) ->
+modelled(put_file, [Key, Size, N], Model) ->
     set_file(Key, #file{n = N, size = Size}, Model);
-step(start, [MaxBytes], Model) ->
+modelled(start, [MaxBytes], Model) ->
     begun(blank(MaxBytes, Model));
-step(start_slowly, [MaxBytes], Model) ->
+modelled(start_slowly, [MaxBytes], Model) ->
     (blank(MaxBytes, Model))#model{store = starting};
-step(started, [Keys], Model) ->
+modelled(started, [Keys], Model) ->
     Loads = [Key || Key <- Keys, _ <- [at_once, again]],
-    Started = lists:foldl(fun(Key, M) -> step(load, [Key], M) end, begun(Model), Loads),
+    Started = lists:foldl(fun(Key, M) -> modelled(load, [Key], M) end, begun(Model), Loads),
     Started#model{answer = ok};
-step(lose, [_How], Model) ->
+modelled(lose, [_How], Model) ->
     lost(Model);
-step(lose_under_load, [Key, _How], Model) ->
-    #model{answer = Answer} = step(load, [Key], Model),
+modelled(lose_under_load, [Key, _How], Model) ->
+    #model{answer = Answer} = modelled(load, [Key], Model),
     (lost(Model))#model{answer = {either, Answer, noproc}};
-step(suspend, [], Model) ->
+modelled(suspend, [], Model) ->
     Model#model{store = suspended};
-step(resume, [], Model) ->
+modelled(resume, [], Model) ->
     drain(Model).
 
 %% Starting and ending
@@ -768,18 +749,9 @@ is_good(Key, Model) ->
 postcondition(Model, {call, _, _, _} = Call, Result) ->
     #model{answer = Answer} = Expected = next_state(Model, Result, Call),
     Wanted = {wanted(Answer, Result), picture(Expected), []},
-    Matches = fun() ->
-        Seen = {Result, observed(Expected#model.store), own_messages()},
-        _ = put(mismatch, {{wanted, Wanted}, {seen, Seen}}),
-        Seen =:= Wanted
-    end,
-    try get(slow) orelse eventually(Matches, ?DEADLINE) of
-        _ ->
-            _ = erase(mismatch),
-            true
-    catch
-        error:_ -> false
-    end.
+    get(slow) orelse
+        matches(Wanted, fun() -> {Result, observed(Expected#model.store), own_messages()} end,
+                ?DEADLINE).
 
 wanted({either, _, Result}, Result) -> Result;
 wanted({either, Wanted, _}, _Result) -> Wanted;
@@ -864,16 +836,6 @@ observed_books(_Busy) ->
     none.
 
 %%% Steps
-
-%% What a step raises is its outcome. PropEr's own way to report it asks for the stack trace as
-%% Erlang no longer gives it, and hides it.
-step(Step) ->
-    try
-        Step()
-    catch
-        exit:{noproc, _} -> noproc;
-        Class:Reason:Stack -> {raised, Class, Reason, Stack}
-    end.
 
 save(Key, Size, N) ->
     use(fun() -> save_to(?STORE, Key, Size, N) end).
@@ -1065,7 +1027,7 @@ started(Keys) ->
         {ok, _} = go_on_starting(erase(slow_start)),
         _ = [end_load(Load) || Load <- Loads],
         _ = sys:get_state(?STORE),
-        ok = tick(erlang:system_time(millisecond)),
+        ok = next_millisecond(),
         _ = [loaded_from(Key) || Key <- Keys],
         ok
     end).
@@ -1110,23 +1072,10 @@ suspend() ->
 resume() ->
     step(fun() -> sys:resume(?STORE) end).
 
-kill(Pid) ->
-    Monitor = monitor(process, Pid),
-    true = exit(Pid, kill),
-    receive
-        {'DOWN', Monitor, process, Pid, _} -> ok
-    end.
-
 %% A step that uses files, in a millisecond that no other step has used files in.
 use(Step) ->
-    ok = tick(erlang:system_time(millisecond)),
+    ok = next_millisecond(),
     step(Step).
-
-tick(Now) ->
-    case erlang:system_time(millisecond) of
-        Now -> tick(Now);
-        _Later -> ok
-    end.
 
 %%% What is saved
 
@@ -1134,11 +1083,7 @@ meta(Key, N) ->
     (meta(Key))#{last_used_time => get(began) + N}.
 
 meta(Key) ->
-    #{
-        save_reason => cold, quant_bits => 16, quant_type => f16, fingerprint => <<1:256>>,
-        fingerprint_mode => safe, ctx_params_hash => <<2:256>>, tokens => [Key],
-        context_size => 4096, hostname => <<>>, erllama_version => <<>>
-    }.
+    (erllama_cache_test_util:meta([Key]))#{hostname => <<>>, erllama_version => <<>>}.
 
 payload(N, Size) ->
     binary:copy(<<N:32>>, Size div 4).

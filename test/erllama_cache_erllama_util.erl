@@ -1,13 +1,15 @@
 %% What the suites share that run the writer as erllama does, with fakes of erllama's modules
-%% (erllama_fake): the fixture, saves and waiters in short, what the host was asked, what a file
-%% holds, and the verdict of the independent readers on every file that a case leaves.
+%% (erllama_fake): the fixture, as a hook of Common Test, saves and waiters in short, what the host
+%% was asked, what a file holds, and the verdict of the independent readers on every file that a
+%% case leaves.
 -module(erllama_cache_erllama_util).
 
 -include("erllama_cache_erllama_util.hrl").
 -include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
--export([init_per_suite/1, end_per_suite/1, init_per_testcase/2, end_per_testcase/2]).
+-export([suite/0]).
+-export([init/2, pre_init_per_suite/3, pre_init_per_testcase/4, post_end_per_testcase/5]).
 -export([start_writer/1, restart_writer/1, wait_in_line/0, waiting/0]).
 -export([save/0, save/1, save/2, saved_and_forgotten/1, untidy_actor/0]).
 -export([fails_and_is_undone/4, assert_nothing_left/1, assert_only/2, nothing_open/1]).
@@ -22,32 +24,41 @@
 
 %%% The fixture
 
-init_per_suite(Config) ->
+suite() ->
+    [{timetrap, {seconds, 60}}, {ct_hooks, [?MODULE]}].
+
+init(_Id, _Options) ->
+    {ok, none}.
+
+pre_init_per_suite(_Suite, Config, State) ->
     %% Without it nobody would judge what is saved.
-    os:find_executable("python3") =/= false orelse
-        ct:fail("python3 is missing: tools/setup.sh installs it"),
-    {ok, Started} = application:ensure_all_started(crypto),
-    [{started, Started} | Config].
+    case os:find_executable("python3") of
+        false ->
+            {{fail, "python3 is missing: tools/setup.sh installs it"}, State};
+        _ ->
+            {ok, _} = application:ensure_all_started(crypto),
+            {Config, State}
+    end.
 
-end_per_suite(Config) ->
-    lists:foreach(fun application:stop/1, ?config(started, Config)).
-
-init_per_testcase(Case, Config) ->
+pre_init_per_testcase(_Suite, Case, Config, State) ->
     Root = fresh_dir(Case, Config),
     ok = erllama_fake:start(?TIER, Root),
     start_writer(?LIMIT),
     eventually(fun() -> ?WRITER:current() =:= 0 end),
-    [{root, Root} | Config].
+    {[{root, Root} | Config], State}.
 
 %% Whatever a test leaves in the root under a name that ends in .kvc is a file that the host takes.
 %% A test that leaves another one there on purpose says so, and removes it.
-end_per_testcase(_Case, Config) ->
+post_end_per_testcase(_Suite, _Case, Config, Return, State) ->
     Root = ?config(root, Config),
     stop(?WRITER),
     Verdict = the_host_takes(lists:sort(filelib:wildcard(Root ++ "/**/*.kvc"))),
     ok = erllama_fake:stop(),
     unmount(Root),
-    Verdict.
+    case Verdict of
+        ok -> {Return, State};
+        {fail, _} -> {Verdict, State}
+    end.
 
 start_writer(Config) ->
     {ok, Pid} = ?WRITER:start_link(Config),

@@ -23,6 +23,9 @@
     calls_but_the_check/0, args/1, stored_payload/2, stored_quant_byte/2, payload/1, oracle/1
 ]).
 
+suite() ->
+    erllama_cache_erllama_util:suite().
+
 all() ->
     [{group, Group} || {Group, _, _} <- groups()].
 
@@ -56,21 +59,6 @@ groups() ->
             failure_answers_nobody_who_waits
         ]}
     ].
-
-suite() ->
-    [{timetrap, {seconds, 60}}].
-
-init_per_suite(Config) ->
-    erllama_cache_erllama_util:init_per_suite(Config).
-
-end_per_suite(Config) ->
-    erllama_cache_erllama_util:end_per_suite(Config).
-
-init_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:init_per_testcase(Case, Config).
-
-end_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:end_per_testcase(Case, Config).
 
 %%% What is asked
 

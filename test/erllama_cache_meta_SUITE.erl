@@ -13,6 +13,9 @@
     save/0, save/1, assert_nothing_left/1, calls_after_the_key/0, tags/1
 ]).
 
+suite() ->
+    erllama_cache_erllama_util:suite().
+
 all() ->
     [
         missing_keys,
@@ -21,21 +24,6 @@ all() ->
         quant_type_of_no_table,
         defaults
     ].
-
-suite() ->
-    [{timetrap, {seconds, 60}}].
-
-init_per_suite(Config) ->
-    erllama_cache_erllama_util:init_per_suite(Config).
-
-end_per_suite(Config) ->
-    erllama_cache_erllama_util:end_per_suite(Config).
-
-init_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:init_per_testcase(Case, Config).
-
-end_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:end_per_testcase(Case, Config).
 
 missing_keys(Config) ->
     [

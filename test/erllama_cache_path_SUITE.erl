@@ -12,27 +12,15 @@
     start_writer/1, save/0, save/1, fails_and_is_undone/4, calls/0, args/1, payload/1, on_peer/2
 ]).
 
+suite() ->
+    erllama_cache_erllama_util:suite().
+
 all() ->
     [
         root_as_string_and_binary,
         root_with_a_nul,
         roots_beyond_ascii
     ].
-
-suite() ->
-    [{timetrap, {seconds, 60}}].
-
-init_per_suite(Config) ->
-    erllama_cache_erllama_util:init_per_suite(Config).
-
-end_per_suite(Config) ->
-    erllama_cache_erllama_util:end_per_suite(Config).
-
-init_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:init_per_testcase(Case, Config).
-
-end_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:end_per_testcase(Case, Config).
 
 root_as_string_and_binary(Config) ->
     Root = ?config(root, Config),

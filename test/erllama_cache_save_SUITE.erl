@@ -21,6 +21,9 @@
     oracle/1, on_peer/2
 ]).
 
+suite() ->
+    erllama_cache_erllama_util:suite().
+
 all() ->
     [{group, Group} || {Group, _, _} <- groups()].
 
@@ -54,21 +57,6 @@ groups() ->
             directory_is_an_error
         ]}
     ].
-
-suite() ->
-    [{timetrap, {seconds, 60}}].
-
-init_per_suite(Config) ->
-    erllama_cache_erllama_util:init_per_suite(Config).
-
-end_per_suite(Config) ->
-    erllama_cache_erllama_util:end_per_suite(Config).
-
-init_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:init_per_testcase(Case, Config).
-
-end_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:end_per_testcase(Case, Config).
 
 %%% Saving
 

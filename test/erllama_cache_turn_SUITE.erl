@@ -20,27 +20,15 @@
 ]).
 -import(erllama_cache_hooked_host, [hold_turns/0, next_turn/1, go_on/1, waits_for_a_turn/1]).
 
+suite() ->
+    erllama_cache_erllama_util:suite().
+
 all() ->
     [
         lease_is_renewed_while_it_writes,
         lease_is_renewed_while_it_waits_for_its_turn,
         key_lost_while_it_waits_for_its_turn
     ].
-
-suite() ->
-    [{timetrap, {seconds, 60}}].
-
-init_per_suite(Config) ->
-    erllama_cache_erllama_util:init_per_suite(Config).
-
-end_per_suite(Config) ->
-    erllama_cache_erllama_util:end_per_suite(Config).
-
-init_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:init_per_testcase(Case, Config).
-
-end_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:end_per_testcase(Case, Config).
 
 %% A save asks between its slices, if its last question was long enough ago: here that is at once.
 %% So it does between those in which it checks a file that has its name already.

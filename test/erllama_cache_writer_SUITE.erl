@@ -17,6 +17,9 @@
     start_writer/1, restart_writer/1, wait_in_line/0, waiting/0, save/0, save/1, on_peer/2
 ]).
 
+suite() ->
+    erllama_cache_erllama_util:suite().
+
 all() ->
     [{group, Group} || {Group, _, _} <- groups()].
 
@@ -49,21 +52,6 @@ groups() ->
             owner_dies_waiting
         ]}
     ].
-
-suite() ->
-    [{timetrap, {seconds, 60}}].
-
-init_per_suite(Config) ->
-    erllama_cache_erllama_util:init_per_suite(Config).
-
-end_per_suite(Config) ->
-    erllama_cache_erllama_util:end_per_suite(Config).
-
-init_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:init_per_testcase(Case, Config).
-
-end_per_testcase(Case, Config) ->
-    erllama_cache_erllama_util:end_per_testcase(Case, Config).
 
 %%% The server
 

@@ -126,8 +126,7 @@ meta(Tokens) ->
 %% Where the page of this name stands, below docs/.
 -spec page(string()) -> file:filename().
 page(Name) ->
-    Project = filename:dirname(filename:dirname(source(erllama_cache_writer))),
-    [Page] = filelib:wildcard(filename:join([Project, "docs", "**", Name])),
+    [Page] = filelib:wildcard(in_project("docs/**/" ++ Name)),
     Page.
 
 %% What the first cells of a table of a page have in backticks. The table is chosen by how its head

@@ -813,7 +813,7 @@ fn fill_with_everything(dir: &Path) -> [String; 5] {
     fs::create_dir(path(dir, 32)).unwrap();
     symlink("/dev/zero", path(dir, 33)).unwrap();
     let mut later = fs::read(path(dir, 0)).unwrap();
-    later[3] = 2;
+    later[3] = 3;
     fs::write(path(dir, 34), later).unwrap();
     let others = [
         "README".to_owned(),

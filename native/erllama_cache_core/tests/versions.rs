@@ -138,7 +138,7 @@ fn vectors_are_saved_byte_for_byte_and_loaded() {
 
 /// Another implementation takes all that stands in the root, by the names of the keys.
 fn oracle_takes(place: &Place, count: usize) {
-    let oracle = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../test/kvc_oracle.py");
+    let oracle = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../proofs/oracle/kvc_oracle.py");
     let entries = fs::read_dir(place.dir.path()).unwrap();
     let output = Command::new("python3")
         .arg(oracle)

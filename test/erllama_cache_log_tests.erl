@@ -72,7 +72,7 @@ what_a_start_finds_is_logged(Root) ->
     ok = file:write_file(Damaged, <<"damaged">>),
     ok = file:change_time(Damaged, {{2020, 1, 1}, {0, 0, 0}}),
     <<Magic:3/binary, 1, Rest/binary>> = File,
-    ok = file:write_file(Later, [Magic, 2, Rest]),
+    ok = file:write_file(Later, [Magic, 3, Rest]),
     restart_logged(#{root => Root}),
     logged(corrupt_file_removed, warning, fun(Event) ->
         ?assertMatch(#{store := ?STORE, file := Damaged, reason := truncated}, Event)

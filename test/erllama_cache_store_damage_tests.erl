@@ -41,7 +41,7 @@ damage_is_found_by_a_load(Root) ->
             {truncated, binary:part(Good, 0, Size - 1)},
             {trailing_bytes, <<Good/binary, 0>>},
             {bad_magic, patch(Good, 0, <<0>>)},
-            {unsupported_version, patch(Good, 3, <<2>>)},
+            {unsupported_version, patch(Good, 3, <<3>>)},
             {bad_save_reason, patch(Good, 5, <<255>>)},
             {token_count_mismatch, patch(Good, 8, <<16#ffffffff:32/little>>)},
             {length_mismatch, patch(Good, 40, <<-1:64>>)},

@@ -73,7 +73,7 @@ a_start_removes_what_is_proven_corrupt(Root) ->
 
 a_start_keeps_later_versions(Root) ->
     Key = with_store(#{root => Root}, fun(Store) -> save(Store, 1) end),
-    patch_file(file_of(Root, Key), 3, <<2>>),
+    patch_file(file_of(Root, Key), 3, <<3>>),
     with_store(#{root => Root}, fun(Store) ->
         ?assertMatch(#{files := 1}, erllama_cache_store:info(Store)),
         ?assert(filelib:is_regular(file_of(Root, Key))),

@@ -203,7 +203,8 @@ a_save_is_loaded(Root) ->
         {ok, Info, Payload} = erllama_cache_store:load(Store, Key),
         ?assertEqual(?PAYLOAD, Payload),
         Stored = Meta#{
-            quant_byte => 7, tokens := <<1:32/little, 0:32, -1:32, 2:32/little, -1:32>>,
+            version => 1, quant_byte => 7,
+            tokens := <<1:32/little, 0:32, -1:32, 2:32/little, -1:32>>,
             file_size => filelib:file_size(file_of(Root, Key))
         },
         ?assertEqual(Stored, Info),

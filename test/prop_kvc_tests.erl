@@ -84,6 +84,7 @@ expected_info(#{tokens := Tokens, quant_type := Quant} = Meta, Info, Size) ->
     QuantByte = quant_byte(Quant),
     Known = QuantByte =/= 255,
     maps:merge(maps:with(optional(), Info), Meta#{
+        version => 1,
         tokens := << <<Token:32/little>> || Token <- Tokens >>,
         quant_byte => QuantByte,
         quant_type := case Known of true -> Quant; false -> undefined end,

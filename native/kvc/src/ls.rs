@@ -15,9 +15,10 @@ use crate::text::{self, HEADING, SHORT};
 
 /// List the files of a directory
 ///
-/// A line for each file under a key's name: the beginning of the key, the file's size, how long ago
-/// the state was made and last used, how often it was found, its tokens, why it was saved, and the
-/// beginning of the model's fingerprint. Payloads are not read: `kvc verify` does that.
+/// A line for each file under a key's name: the beginning of the key, the file's size, how long
+/// ago the state was made and last used, how often it was found, its tokens, the version of its
+/// format (1: keyed by its tokens, 2: by its text), why it was saved, and the beginning of the
+/// model's fingerprint. Payloads are not read: `kvc verify` does that.
 #[derive(Debug, clap::Args)]
 #[command(after_help = help::examples(&[
     ("kvc ls /var/cache/kv", "what is there"),
@@ -85,11 +86,11 @@ fn sort(entries: &mut [Entry], by: Sort) {
     }
 }
 
-const COLUMNS: [&str; 8] = [
-    "KEY", "SIZE", "AGE", "USED", "HITS", "TOKENS", "REASON", "MODEL",
+const COLUMNS: [&str; 9] = [
+    "KEY", "SIZE", "AGE", "USED", "HITS", "TOKENS", "V", "REASON", "MODEL",
 ];
 /// Numbers end where others of their column do, words begin there.
-const IS_NUMBER: [bool; 8] = [false, true, true, true, true, true, false, false];
+const IS_NUMBER: [bool; 9] = [false, true, true, true, true, true, true, false, false];
 
 fn table(entries: &[Entry], full: bool, out: &mut Out) -> anyhow::Result<()> {
     let now = text::now();
@@ -111,7 +112,7 @@ fn table(entries: &[Entry], full: bool, out: &mut Out) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn cells(entry: &Entry, full: bool, now: u64) -> [String; 8] {
+fn cells(entry: &Entry, full: bool, now: u64) -> [String; 9] {
     let mut key = entry.key.to_hex();
     let mut fingerprint = text::hex(&entry.fingerprint);
     if !full {
@@ -126,12 +127,13 @@ fn cells(entry: &Entry, full: bool, now: u64) -> [String; 8] {
         text::ago(header.last_used_time, now),
         header.hit_count.to_string(),
         header.token_count.to_string(),
+        header.version.number().to_string(),
         header.save_reason.name().to_owned(),
         fingerprint,
     ]
 }
 
-fn line(cells: &[String; 8], widths: &[usize; 8]) -> String {
+fn line(cells: &[String; 9], widths: &[usize; 9]) -> String {
     let mut line = String::new();
     for ((cell, &width), is_number) in cells.iter().zip(widths).zip(IS_NUMBER) {
         if is_number {
@@ -147,6 +149,7 @@ fn line(cells: &[String; 8], widths: &[usize; 8]) -> String {
 #[derive(Serialize)]
 struct Row<'a> {
     key: String,
+    version: u8,
     file: Text<'a>,
     size: u64,
     payload_bytes: u64,
@@ -164,6 +167,7 @@ impl<'a> Row<'a> {
         let header = &entry.header;
         Row {
             key: entry.key.to_hex(),
+            version: header.version.number(),
             file: Text::path(path),
             size: entry.size,
             payload_bytes: header.payload_len,

@@ -18,7 +18,8 @@ use crate::text::{self, BAD, FAINT, HEADING, Shown};
 /// Show all that files say of themselves
 ///
 /// Everything before the payload. What the checksum and the digest say is shown, not checked: `kvc
-/// verify` does that. The key is computed anew and compared with the name.
+/// verify` does that. The key is computed anew, as the file's version has it, and compared with the
+/// name.
 #[derive(Debug, clap::Args)]
 #[command(after_help = help::examples(&[
     ("kvc show /var/cache/kv/4f2a*.kvc", "the file whose key begins like that"),
@@ -137,6 +138,11 @@ fn show(
         }
         Named::Freely => field("key", &format_args!("{key}, the name is no key's"))?,
     }
+    let version = header.version;
+    field(
+        "version",
+        &format_args!("{}, keyed by its {}", version.number(), version.keyed_by()),
+    )?;
     field("size", &bytes(size))?;
     field(
         "payload",
@@ -240,6 +246,7 @@ struct Shape<'a> {
     file: Text<'a>,
     key: String,
     key_is_name: Option<bool>,
+    version: u8,
     size: u64,
     payload_offset: u64,
     payload_bytes: u64,
@@ -271,6 +278,7 @@ impl<'a> Shape<'a> {
             file: Text::path(path),
             key: prefix.key().to_hex(),
             key_is_name: named.is_key(),
+            version: header.version.number(),
             size,
             payload_offset: header.payload_offset,
             payload_bytes: header.payload_len,

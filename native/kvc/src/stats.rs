@@ -17,8 +17,8 @@ use crate::text::{self, BAR, HEADING, SHORT, Shown};
 
 /// Sum up what is in a directory
 ///
-/// How many files and bytes there are, by why they were saved, by model, by size, by age and by last
-/// use. Bars stand for bytes. Payloads are not read.
+/// How many files and bytes there are, by why they were saved, by model, by version of the
+/// format, by size, by age and by last use. Bars stand for bytes. Payloads are not read.
 #[derive(Debug, clap::Args)]
 #[command(after_help = help::examples(&[
     ("kvc stats /var/cache/kv", "tables and bars, as wide as the terminal"),
@@ -63,6 +63,7 @@ struct Stats<'a> {
     unreadable: u64,
     by_reason: Vec<Class>,
     by_model: Vec<Class>,
+    by_version: Vec<Class>,
     by_size: Vec<Class>,
     by_age: Vec<Class>,
     by_last_use: Vec<Class>,
@@ -115,6 +116,7 @@ impl Stats<'_> {
             unreadable: 0,
             by_reason: named(entries, |entry| entry.header.save_reason.name().to_owned()),
             by_model: named(entries, |entry| text::hex(&entry.fingerprint)),
+            by_version: named(entries, |entry| entry.header.version.number().to_string()),
             by_size: ranked(entries, &SIZES, |entry| entry.size),
             by_age: ranked(entries, &TIMES, |entry| {
                 now.saturating_sub(entry.header.creation_time)
@@ -199,6 +201,7 @@ fn show(stats: &Stats<'_>, dir: &Shown<'_>, out: &mut Out) -> io::Result<()> {
     let tables = [
         ("REASON", &stats.by_reason),
         ("MODEL", &by_model),
+        ("VERSION", &stats.by_version),
         ("SIZE", &stats.by_size),
         ("AGE", &stats.by_age),
         ("LAST USED", &stats.by_last_use),

@@ -17,7 +17,7 @@ use anstream::{AutoStream, ColorChoice};
 use anyhow::bail;
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{Check, Name};
-use erllama_cache_core::kvc::{DigestMode, Key, Secret};
+use erllama_cache_core::kvc::{DigestMode, Key, Secret, Version};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
@@ -31,9 +31,10 @@ use crate::text::{self, BAD, DOUBT, FAINT, GOOD, Shown};
 
 /// Check files to their last byte
 ///
-/// Reads each file whole, on all cores: its checksum (CRC-32C), its digest (BLAKE3) if it has one,
-/// its lengths, and whether its key is that of its name. Of a directory, all files under keys' names
-/// are checked. Nothing is changed, unless by --delete-bad. A running node is not disturbed.
+/// Reads each file whole, on all cores: its checksum (CRC-32C), its digest (BLAKE3) if it has
+/// one, its lengths, and whether its key, as its version has it, is that of its name. Of a
+/// directory, all files under keys' names are checked. Nothing is changed, unless by
+/// --delete-bad. A running node is not disturbed.
 ///
 /// A file that could not be read, or that a later version has written, is `unknown`, not bad.
 #[derive(Debug, clap::Args)]
@@ -205,6 +206,7 @@ enum Found {
 /// What was checked of a sound file, beside its checksum and its lengths.
 #[derive(Clone, Copy, Debug)]
 struct Checked {
+    version: Version,
     bytes: u64,
     digest: DigestCheck,
     key: bool,
@@ -239,6 +241,7 @@ impl Target {
             progress(piece.len() as u64);
         }
         Ok(Checked {
+            version: check.prefix().header().version,
             bytes: stored.len(),
             digest: match (check.prefix().digest(), secret) {
                 (None, _) => DigestCheck::None,
@@ -359,6 +362,8 @@ struct Shape<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    version: Option<u8>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     digest: Option<&'static str>,
@@ -375,6 +380,7 @@ impl<'a> Shape<'a> {
                 file,
                 status: "ok",
                 error: None,
+                version: Some(checked.version.number()),
                 bytes: Some(checked.bytes),
                 digest: Some(match checked.digest {
                     DigestCheck::Right => "ok",
@@ -390,6 +396,7 @@ impl<'a> Shape<'a> {
                     Judgement::Unknown => "unknown",
                 },
                 error: Some(error.to_string()),
+                version: None,
                 bytes: None,
                 digest: None,
                 key: None,

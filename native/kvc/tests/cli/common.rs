@@ -18,9 +18,11 @@ pub(crate) const DAY: u64 = 24 * 60 * 60;
 /// Where the last used time stands in a file.
 pub(crate) const AT_LAST_USED: usize = 32;
 
-/// What is saved. The number makes the tokens, and so the key.
+/// What is saved. The number makes the tokens, and so the key, unless the version has the prompt
+/// make it.
 #[derive(Clone)]
 pub(crate) struct Saved {
+    pub(crate) version: Version,
     pub(crate) n: u32,
     pub(crate) len: usize,
     pub(crate) tokens: u32,
@@ -39,6 +41,7 @@ pub(crate) struct Saved {
 impl Default for Saved {
     fn default() -> Saved {
         Saved {
+            version: Version::Tokens,
             n: 0,
             len: 1000,
             tokens: 3,
@@ -67,7 +70,12 @@ impl Saved {
     }
 
     pub(crate) fn key(&self) -> Key {
-        Key::of(&self.fingerprint(), 1, &[2; 32], &self.token_bytes())
+        let tokens = self.token_bytes();
+        let keyed = match self.version {
+            Version::Tokens => &tokens,
+            Version::Text => self.prompt,
+        };
+        Key::of(&self.fingerprint(), 1, &[2; 32], keyed)
     }
 
     pub(crate) fn payload(&self) -> Vec<u8> {
@@ -79,7 +87,7 @@ impl Saved {
     pub(crate) fn bytes(&self) -> Vec<u8> {
         let payload = self.payload();
         let meta = Meta {
-            version: Version::Tokens,
+            version: self.version,
             save_reason: self.reason,
             quant_bits: 16,
             quant_byte: 1,

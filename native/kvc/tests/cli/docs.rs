@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use erllama_cache_core::kvc::{DigestKind, SaveReason};
+use erllama_cache_core::kvc::{DigestKind, SaveReason, Version};
 use tempfile::TempDir;
 
 use crate::common::{DAY, SECRET, Saved, damage};
@@ -37,6 +37,7 @@ fn world() -> TempDir {
             ..Saved::default()
         },
         Saved {
+            version: Version::Text,
             n: 3,
             len: 2 << 20,
             tokens: 4096,

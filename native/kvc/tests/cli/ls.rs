@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use erllama_cache_core::kvc::{SaveReason, Version};
 use serde_json::json;
 
 use crate::common::{DAY, Saved, command, damage, run, saved};
@@ -10,6 +11,8 @@ use crate::common::{DAY, Saved, command, damage, run, saved};
 fn a_line_tells_what_a_file_is() {
     let dir = tempfile::tempdir().unwrap();
     let saved = Saved {
+        version: Version::Text,
+        reason: SaveReason::AgentPrefix,
         len: 3000,
         tokens: 7,
         hits: 42,
@@ -27,7 +30,7 @@ fn a_line_tells_what_a_file_is() {
     let words = |line: &'static str| line.split_whitespace().collect::<Vec<_>>();
     assert_eq!(
         head.split_whitespace().collect::<Vec<_>>(),
-        words("KEY SIZE AGE USED HITS TOKENS REASON MODEL")
+        words("KEY SIZE AGE USED HITS TOKENS V REASON MODEL")
     );
     assert_eq!(
         row.split_whitespace().collect::<Vec<_>>(),
@@ -39,12 +42,31 @@ fn a_line_tells_what_a_file_is() {
             "3d",
             "42",
             "7",
-            "cold",
+            "2",
+            "agent_prefix",
             "abababababab"
         ]
     );
     let full = run(command().args(["ls", "--full"]).arg(dir.path())).exits(0);
     assert!(full.lines()[1].starts_with(&key) && full.lines()[1].ends_with(&"ab".repeat(32)));
+}
+
+#[test]
+fn both_versions_are_listed() {
+    let dir = tempfile::tempdir().unwrap();
+    for version in Version::ALL {
+        Saved {
+            version,
+            ..Saved::default()
+        }
+        .save(dir.path());
+    }
+    let rows = run(command().args(["ls", "--json"]).arg(dir.path()))
+        .exits(0)
+        .json();
+    let mut versions: Vec<_> = rows.iter().map(|row| row["version"].as_u64()).collect();
+    versions.sort();
+    assert_eq!(versions, [Some(1), Some(2)]);
 }
 
 #[test]
@@ -65,6 +87,7 @@ fn json_tells_all_of_it_exactly() {
         rows,
         [json!({
             "key": saved.key().to_hex(),
+            "version": 1,
             "file": path.to_str().unwrap(),
             "size": bytes.len(),
             "payload_bytes": 1000,
@@ -132,7 +155,7 @@ fn what_cannot_be_listed_is_told_and_the_rest_is_listed() {
     good.save(dir.path());
     let path = later.save(dir.path());
     let mut bytes = fs::read(&path).unwrap();
-    bytes[3] = 2;
+    bytes[3] = 3;
     fs::write(&path, bytes).unwrap();
     let ls = |code| run(command().arg("ls").arg(dir.path())).exits(code);
     let ran = ls(3);
@@ -143,7 +166,7 @@ fn what_cannot_be_listed_is_told_and_the_rest_is_listed() {
         ran.stderr
     );
     assert!(
-        ran.stderr.contains("the version is not 1"),
+        ran.stderr.contains("the version is neither 1 nor 2"),
         "{}",
         ran.stderr
     );

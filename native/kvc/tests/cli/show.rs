@@ -11,7 +11,13 @@ use crate::common::{Saved, command, run};
 /// Files that another implementation has written, and what it says of them.
 #[test]
 fn vectors_are_shown_as_their_maker_describes_them() {
-    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../test/vectors");
+    for (dir, version) in [("vectors", 1), ("vectors2", 2)] {
+        let test = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../test");
+        vectors_are_shown(&test.join(dir), version);
+    }
+}
+
+fn vectors_are_shown(vectors: &Path, version: u8) {
     let keys = fs::read_to_string(vectors.join("KEYS")).unwrap();
     for line in keys.lines() {
         let [n, _, key, _, crc] = line.split_whitespace().collect::<Vec<_>>()[..] else {
@@ -25,6 +31,7 @@ fn vectors_are_shown_as_their_maker_describes_them() {
             .json()
             .remove(0);
         assert_eq!(shown["key"], key);
+        assert_eq!(shown["version"], version);
         assert_eq!(shown["key_is_name"], Value::Null);
         assert_eq!(shown["crc32c"], crc);
         assert_eq!(shown["digest"], Value::Null);
@@ -58,7 +65,10 @@ fn vectors_are_shown_as_their_maker_describes_them() {
         let quant = quant_byte(expected["quant_type"].as_str().unwrap());
         assert_eq!(shown["quant_byte"], quant);
         assert_eq!(shown["quant_type"].as_str(), quant_name(quant));
-        run(command().arg("show").arg(&path)).exits(0);
+        let ran = run(command().arg("show").arg(&path)).exits(0);
+        let by = ["tokens", "text"][usize::from(version) - 1];
+        let line = format!("  version          {version}, keyed by its {by}");
+        assert!(ran.lines().contains(&&*line), "{}", ran.text());
     }
 }
 

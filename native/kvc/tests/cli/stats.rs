@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use erllama_cache_core::kvc::SaveReason;
+use erllama_cache_core::kvc::{SaveReason, Version};
 use serde_json::json;
 
 use crate::common::{DAY, Saved, command, damage, run};
@@ -25,6 +25,7 @@ fn files_are_counted_by_what_they_have_in_common() {
             ..Saved::default()
         },
         Saved {
+            version: Version::Text,
             n: 3,
             reason: SaveReason::Evict,
             model: 2,
@@ -57,6 +58,7 @@ fn files_are_counted_by_what_they_have_in_common() {
             "unreadable": 0,
             "by_reason": [class("evict", 2, b + c), class("cold", 1, a)],
             "by_model": [class(&model(2), 1, c), class(&model(1), 2, a + b)],
+            "by_version": [class("2", 1, c), class("1", 2, a + b)],
             "by_size": [class("< 64 KiB", 2, a + b), class("< 1 MiB", 0, 0), class("< 16 MiB", 1, c)],
             "by_age": [
                 class("< 1 hour", 1, c),

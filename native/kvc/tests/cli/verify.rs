@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use erllama_cache_core::kvc::DigestKind;
+use erllama_cache_core::kvc::{DigestKind, Version};
 
 use crate::common::{AT_LAST_USED, Ran, Saved, answer, command, damage, names, run, saved};
 
@@ -115,7 +115,7 @@ fn each_damage_is_found_and_named() {
                 assert_eq!(file, good);
                 let size = fs::metadata(&good).unwrap().len();
                 let expected = serde_json::json!({
-                    "file": good.to_str().unwrap(), "status": "ok", "bytes": size,
+                    "file": good.to_str().unwrap(), "status": "ok", "version": 1, "bytes": size,
                     "digest": "ok", "key": "ok",
                 });
                 assert_eq!(row, expected);
@@ -142,7 +142,7 @@ fn what_cannot_be_known_is_unknown() {
     let ran = verify(&["--delete-bad", "--yes"], dir.path()).exits(3);
     assert!(
         ran.text()
-            .contains(": unknown: corrupt file: the version is not 1"),
+            .contains(": unknown: corrupt file: the version is neither 1 nor 2"),
         "{}",
         ran.text()
     );
@@ -161,13 +161,45 @@ fn what_cannot_be_known_is_unknown() {
 
 #[test]
 fn a_file_need_not_have_the_name_of_its_key() {
-    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../test/vectors");
-    let files = (0..10).map(|n| vectors.join(format!("{n:02}.kvc")));
+    let test = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../test");
+    let files = ["vectors", "vectors2"].map(|dir| test.join(dir));
+    let files = files
+        .iter()
+        .flat_map(|dir| (0..10).map(move |n| dir.join(format!("{n:02}.kvc"))));
     let ran = run(command().arg("verify").args(files)).exits(0);
     assert_eq!(
         ran.text().matches(": ok (crc, name is no key's)").count(),
-        10
+        20
     );
+}
+
+#[test]
+fn a_key_is_checked_as_its_version_has_it() {
+    for (version, other) in [
+        (Version::Tokens, Version::Text),
+        (Version::Text, Version::Tokens),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let saved = |version| Saved {
+            version,
+            prompt: b"Hi",
+            ..Saved::default()
+        };
+        let path = saved(version).save(dir.path());
+        let ran = verify(&["--verbose"], dir.path()).exits(0);
+        assert!(ran.text().contains(": ok (crc, digest, key)"));
+        let rows = verify(&["--json"], dir.path()).exits(0).json();
+        assert_eq!(rows[0]["version"], version.number());
+        assert_eq!(rows[0]["key"], "ok");
+
+        fs::rename(&path, saved(other).path(dir.path())).unwrap();
+        let ran = verify(&[], dir.path()).exits(1);
+        assert!(
+            ran.text().contains("the file belongs to another key"),
+            "{}",
+            ran.text()
+        );
+    }
 }
 
 #[test]

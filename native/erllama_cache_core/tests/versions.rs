@@ -1,5 +1,6 @@
-//! Files of both versions in one root: what is saved is what another implementation writes, is loaded,
-//! checked and scanned whatever its version, and gives way to a save of the other version only.
+//! Files of both versions in one root: what is saved is what another implementation writes, is
+//! loaded, checked and scanned whatever its version, and gives way to a save of the other version
+//! only.
 
 #[allow(dead_code, reason = "a part of it is for the codec alone")]
 mod vectors;
@@ -178,8 +179,8 @@ const OTHER: [(Version, Version); 2] = [
     (Version::Text, Version::Tokens),
 ];
 
-/// Under the name of another key it is damage, and so it is if the name would be its own in the other
-/// version.
+/// Under the name of another key it is damage, and so it is if the name would be its own in the
+/// other version.
 #[test]
 fn under_the_name_of_its_other_version_a_file_is_none_and_is_replaced() {
     for (ours, theirs) in OTHER {
@@ -196,9 +197,9 @@ fn under_the_name_of_its_other_version_a_file_is_none_and_is_replaced() {
     }
 }
 
-/// Where the tokens of the one are the same bytes as the text of the other, the two have one name. A file
-/// of either version is loaded by it, and a save of the other version replaces it: who asks for that
-/// version may not be able to read this one.
+/// Where the tokens of the one are the same bytes as the text of the other, the two have one
+/// name. A file of either version is loaded by it, and a save of the other version replaces it:
+/// who asks for that version may not be able to read this one.
 #[test]
 fn a_file_of_the_same_name_and_another_version_is_not_adopted() {
     for (ours, theirs) in OTHER {

@@ -46,14 +46,14 @@ fn start(input: &Input) {
     }
 }
 
-/// Over a file that is good, and of the version and key that is saved, nothing is saved; anything else is
-/// replaced.
+/// Over a file that is good, and of the version and key that is saved, nothing is saved; anything
+/// else is replaced.
 fn save(input: &Input) {
     let secret = input.secret();
     let read = model::read(&input.file);
     let theirs = model::load(&input.file, &input.key, input.secret_bytes());
-    // With what the file says of itself where it can be read, so that it is of the same key; or in the
-    // other version, so that it is not.
+    // With what the file says of itself where it can be read, so that it is of the same key; or
+    // in the other version, so that it is not.
     let theirs_is = read.as_ref().map_or(1, |read| read.version);
     let is_same = input.how & 16 == 0;
     let version = Version::from_byte(if is_same { theirs_is } else { 3 - theirs_is }).unwrap();

@@ -13,8 +13,8 @@ pub struct Key([u8; 32]);
 
 impl Key {
     /// The key of a state. `keyed` is what the file's version has a key be over, see
-    /// [`Version::keyed`](super::Version::keyed): the tokens as little-endian u32, as tag 0x09 holds
-    /// them, or the bytes of the prompt's text.
+    /// [`Version::keyed`](super::Version::keyed): the tokens as little-endian u32, as tag 0x09
+    /// holds them, or the bytes of the prompt's text.
     #[must_use]
     pub fn of(
         fingerprint: &[u8; 32],

@@ -6,15 +6,16 @@
 //!
 //! # Versions
 //!
-//! The two are laid out alike, and differ in the byte that names the version, in what the key is made
-//! of, and in one save reason ([`Version`]):
+//! The two are laid out alike, and differ in the byte that names the version, in what the key is
+//! made of, and in one save reason ([`Version`]):
 //!
 //! | version | the key is SHA-256 over | save_reason |
 //! |---|---|---|
 //! | 1 | fingerprint, quant byte, context hash, tokens | 0 to 5 |
 //! | 2 | fingerprint, quant byte, context hash, prompt's text | 0 to 6 |
 //!
-//! The quant byte is one byte there, the tokens are as in tag 0x09, and the text is without its length.
+//! The quant byte is one byte there, the tokens are as in tag 0x09, and the text is without its
+//! length.
 //!
 //! # Layout
 //!
@@ -68,10 +69,10 @@
 //! - The **CRC-32C** covers the payload.
 //! - The **lengths** have to agree with each other and with the length of the file, to the byte.
 //! - **Nothing** covers quant_bits, save_reason, hit_count, context_size, the two times,
-//!   fingerprint_mode, hostname, erllama_version, save_reason_detail, and what the other version makes
-//!   its key of (the prompt's text in version 1, the tokens in version 2), beyond their being one of
-//!   the known values where there are such. Tag 0xB3 covers all of them except hit_count and
-//!   last_used_time, which change while the file lives.
+//!   fingerprint_mode, hostname, erllama_version, save_reason_detail, and what the other version
+//!   makes its key of (the prompt's text in version 1, the tokens in version 2), beyond their
+//!   being one of the known values where there are such. Tag 0xB3 covers all of them except
+//!   hit_count and last_used_time, which change while the file lives.
 //!
 //! # Digest
 //!

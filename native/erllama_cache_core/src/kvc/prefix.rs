@@ -262,9 +262,9 @@ impl ParsedPrefix {
         Key::of(fingerprint, quant_byte, ctx_params_hash, keyed)
     }
 
-    /// Whether two files are of one key: all that makes a key is the same in both. Their version is
-    /// a part of that, for the tokens of one file can be the same bytes as the text of another, and then
-    /// the hash does not tell them apart.
+    /// Whether two files are of one key: all that makes a key is the same in both. Their version
+    /// is a part of that, for the tokens of one file can be the same bytes as the text of
+    /// another, and then the hash does not tell them apart.
     #[must_use]
     pub fn is_of_same_key(&self, other: &ParsedPrefix) -> bool {
         self.key_parts() == other.key_parts()

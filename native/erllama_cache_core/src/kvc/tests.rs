@@ -755,8 +755,8 @@ fn each_version_has_its_save_reasons() {
     assert_eq!(check(&file), Err(Corrupt::BadSaveReason));
 }
 
-/// The tokens of one can be the same bytes as the text of the other: then only the version tells that
-/// they are not of one key.
+/// The tokens of one can be the same bytes as the text of the other: then only the version tells
+/// that they are not of one key.
 #[test]
 fn the_key_of_one_version_is_not_that_of_the_other() {
     let of = |version, tokens: &[u32], text: &[u8]| {

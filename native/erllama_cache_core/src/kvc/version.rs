@@ -1,7 +1,7 @@
 //! The versions of the format, and what each makes the key of.
 
-/// A version of the format, by what a file's key is made of. In everything else the two are the same,
-/// but for a save reason that only the second has.
+/// A version of the format, by what a file's key is made of. In everything else the two are the
+/// same, but for a save reason that only the second has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Version {
@@ -38,8 +38,8 @@ impl Version {
         }
     }
 
-    /// What the key is over, of a file's tokens and its prompt's text: the one or the other, the last
-    /// argument of [`Key::of`](super::Key::of).
+    /// What the key is over, of a file's tokens and its prompt's text: the one or the other, the
+    /// last argument of [`Key::of`](super::Key::of).
     #[must_use]
     pub const fn keyed<'a>(self, tokens: &'a [u8], prompt_text: &'a [u8]) -> &'a [u8] {
         match self {

@@ -1,6 +1,6 @@
 //! The files in `test/vectors`, of version 1, and in `test/vectors2`, of version 2. Another
-//! implementation wrote them: `NN.json` says what is in a file, `NN.payload` is its payload, `NN.kvc` the
-//! whole file, and `KEYS` holds every key and CRC.
+//! implementation wrote them: `NN.json` says what is in a file, `NN.payload` is its payload,
+//! `NN.kvc` the whole file, and `KEYS` holds every key and CRC.
 
 use std::fs;
 use std::path::{Path, PathBuf};

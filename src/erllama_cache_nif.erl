@@ -2,8 +2,8 @@
 %% erllama_cache_writer and erllama_cache_store.
 %%
 %% A root is a file system path as the system wants it: encoded, without a NUL.
-%% Functions that end in `_more' go on with what another has begun, for as long as the answer is
-%% `more'. A slice is 10 ms long, or a sync, where that takes longer.
+%% Functions that end in `_more' continue what another has begun, for as long as the answer is
+%% `more'. A slice takes 10 ms, or as long as a sync, whichever is longer.
 %%
 %% @private
 -module(erllama_cache_nif).
@@ -16,13 +16,15 @@
     guard_new/1, try_acquire/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
     handle_new/1, handle_pid/1,
     quant_byte/1, encode_tokens/1, key/4, key_of_many/4,
-    write_tmp/9, write_more/4, write_and_publish/9, write_and_publish_in_memory/8,
+    write_tmp/5, write_more/4, write_and_publish/5, write_and_publish_in_memory/4,
     publish/3, abort/1, secret_new/1, sync_failures/0, live_objects/0,
     load/4, load_more/2, note_use/4, check/4, check_more/2,
     takes_unnamed/2, root_generation/1, exists/3, delete/3, scan/4, scan_more/2
 ]).
--export_type([semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_options/0, failure/0,
-              found/0]).
+-export_type([
+    semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_plan/0, save_options/0, failure/0,
+    found/0
+]).
 
 -on_load(load_library/0).
 
@@ -37,6 +39,11 @@
 -type row() :: {pid(), Weight :: pos_integer(), Bytes :: non_neg_integer(),
                 Milliseconds :: non_neg_integer()}.
 -type secret() :: reference().
+-type save_plan() :: {
+    key(), erllama_cache_meta:complete(), QuantByte :: byte(), Tokens :: binary(), save_options()
+}.
+%% What makes a file, but for its root and its payload. The metadata is complete, as
+%% erllama_cache_meta:complete/2 returns it.
 -type save_options() :: {Mode :: non_neg_integer(), none | blake3 | secret(), keep | drop}.
 %% The file's permissions; its digest, keyed if there is a secret; whether it stays in the page
 %% cache.
@@ -72,16 +79,16 @@ semaphore_new(_Limit) -> ?NOT_LOADED.
 -spec semaphore_new() -> semaphore().
 semaphore_new() -> ?NOT_LOADED.
 
-%% Opens it in the calling server's name: when that process dies without having closed it, new
-%% acquires find it closed, while those who wait go on waiting.
+%% Opens it on behalf of the calling server: when that process dies without having closed it, new
+%% acquires find it closed, while waiters keep waiting.
 -spec semaphore_open(semaphore(), Limit :: pos_integer(), bytes_bound()) -> ok.
 semaphore_open(_Semaphore, _Limit, _MaxBytes) -> ?NOT_LOADED.
 
-%% Refuses those who wait and those who come.
+%% Refuses all waiters and new acquires.
 -spec semaphore_close(semaphore()) -> ok.
 semaphore_close(_Semaphore) -> ?NOT_LOADED.
 
-%% Refuses those who wait, if its server has died and no other has opened it since.
+%% Refuses all waiters, if its server has died and no other has opened it since.
 -spec semaphore_abandon(semaphore()) -> ok.
 semaphore_abandon(_Semaphore) -> ?NOT_LOADED.
 
@@ -160,7 +167,7 @@ key_of_many(_Fingerprint, _QuantByte, _CtxParamsHash, _Tokens) -> ?NOT_LOADED.
 -spec sync_failures() -> non_neg_integer().
 sync_failures() -> ?NOT_LOADED.
 
-%% How many resource objects of each type live: for tests that look for what is left behind.
+%% How many resource objects of each type are alive: for tests that look for leaks.
 -spec live_objects() ->
     #{semaphore | guard | secret | courier | handle | tmp | load | check | scan =>
         non_neg_integer()}.
@@ -170,34 +177,23 @@ live_objects() -> ?NOT_LOADED.
 -spec secret_new(<<_:256>>) -> secret().
 secret_new(_Bytes) -> ?NOT_LOADED.
 
-%% Creates a temporary file in the root and begins to write. The metadata is complete, as
-%% erllama_cache_meta:complete/2 returns it.
--spec write_tmp(turn(), guard(), root(), key(), erllama_cache_meta:complete(), byte(),
-                Tokens :: binary(), Payload :: binary(), save_options()) ->
+%% Creates a temporary file in the root and begins to write.
+-spec write_tmp(turn(), guard(), root(), save_plan(), Payload :: binary()) ->
     {ok | more, tmp()} | failure().
-write_tmp(_Turn, _Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options) ->
-    ?NOT_LOADED.
+write_tmp(_Turn, _Guard, _Root, _Plan, _Payload) -> ?NOT_LOADED.
 
-%% write_tmp/8 and publish/2 in one call, for a payload of some ten KiB: with `more' go on as after
-%% the one, with `{ok, Tmp}' go on with the other.
--spec write_and_publish(turn(), guard(), root(), key(), erllama_cache_meta:complete(), byte(),
-                        Tokens :: binary(), Payload :: binary(), save_options()) ->
+%% write_tmp/5 and publish/3 in one call, for a payload of some ten KiB: after `more' go on as after
+%% the first, after `{ok, Tmp}' go on with the second.
+-spec write_and_publish(turn(), guard(), root(), save_plan(), Payload :: binary()) ->
     published() | {ok | more, tmp()} | failure().
-write_and_publish(_Turn, _Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options) ->
-    ?NOT_LOADED.
+write_and_publish(_Turn, _Guard, _Root, _Plan, _Payload) -> ?NOT_LOADED.
 
 %% The same on the caller's own scheduler, in a root that is known to be in memory: then no call
-%% waits for a device. `on_device' where it is not, or not known to be: the call before makes it
+%% waits for a device. `on_device' where it is not, or not known to be: write_and_publish/5 makes it
 %% known.
--spec write_and_publish_in_memory(
-    guard(), root(), key(), erllama_cache_meta:complete(), byte(),
-    Tokens :: binary(), Payload :: binary(), save_options()
-) ->
+-spec write_and_publish_in_memory(guard(), root(), save_plan(), Payload :: binary()) ->
     published() | {ok | more, tmp()} | on_device | failure().
-write_and_publish_in_memory(
-    _Guard, _Root, _Key, _Meta, _QuantByte, _Tokens, _Payload, _Options
-) ->
-    ?NOT_LOADED.
+write_and_publish_in_memory(_Guard, _Root, _Plan, _Payload) -> ?NOT_LOADED.
 
 %% The payload is the same at each call. After an error the file is gone.
 -spec write_more(turn(), guard(), tmp(), Payload :: binary()) -> ok | more | failure().
@@ -221,13 +217,13 @@ load(_Turn, _Root, _Key, _Secret) -> ?NOT_LOADED.
     {ok, erllama_cache_store:file_info(), Payload :: binary()} | more | failure().
 load_more(_Turn, _Load) -> ?NOT_LOADED.
 
-%% Has it noted in the key's file that it was used, so many times more and last at that unix second:
-%% later, by another thread, and not at all where that would wait or copy. A hint.
+%% Queues a note in the key's file that it was used `Hits' more times and last at that unix second.
+%% Another thread writes it later, or never where the write would block or copy the file. A hint.
 -spec note_use(root(), key(), Hits :: 0..16#ffffffff, At :: non_neg_integer()) -> ok.
 note_use(_Root, _Key, _Hits, _At) -> ?NOT_LOADED.
 
-%% A number that changes when the root at a path was found to be another directory than the time
-%% before; 0 when none was ever opened. It asks what is remembered, not the system.
+%% A number that changes when opening the root at a path leads to another directory than before; 0
+%% when it was never opened. This looks up what is remembered and makes no system call.
 -spec root_generation(root()) -> non_neg_integer().
 root_generation(_Root) -> ?NOT_LOADED.
 
@@ -245,16 +241,16 @@ check_more(_Turn, _Check) -> ?NOT_LOADED.
 -spec takes_unnamed(turn(), root()) -> boolean() | failure().
 takes_unnamed(_Turn, _Root) -> ?NOT_LOADED.
 
-%% Whether a file stands under the key's name. What is in it is not looked at.
+%% Whether a file stands under the key's name. Its content is not checked.
 -spec exists(turn(), root(), key()) -> boolean() | failure().
 exists(_Turn, _Root, _Key) -> ?NOT_LOADED.
 
-%% Whether there was one.
+%% Removes the file of a key, and says whether there was one.
 -spec delete(turn(), root(), key()) -> boolean() | failure().
 delete(_Turn, _Root, _Key) -> ?NOT_LOADED.
 
-%% With `KeyedOnly', files without a keyed digest are skipped. With `Removes', what is no file of
-%% its key is removed, and what is left of files that nobody works on.
+%% With `KeyedOnly', files without a keyed digest are skipped. With `Removes', files that are proven
+%% corrupt are removed, and temporary files that no save works on.
 -spec scan(turn(), root(), KeyedOnly :: boolean(), Removes :: boolean()) ->
     {ok, reference()} | failure().
 scan(_Turn, _Root, _KeyedOnly, _Removes) -> ?NOT_LOADED.

@@ -1,6 +1,6 @@
 %% One save, from the metadata to the announcement, in the process that has a slot for it: the host
-%% is asked for a key and a reservation, the library writes and publishes, slice by slice, and the
-%% host is told. docs/design.md, "A save", has the order and why it is that.
+%% computes a key and reserves room, the library writes and publishes slice by slice, and the host
+%% announces the file. docs/design.md, "A save", has the order and its reasons.
 %%
 %% @private
 -module(erllama_cache_save).
@@ -9,7 +9,7 @@
 -export_type([stop/0, setup/0]).
 
 %% Up to this many bytes of file, a save is one call of the library.
--define(SMALL, 65536).
+-define(ONE_CALL, 65536).
 
 -type setup() :: #{
     host := module(),
@@ -17,29 +17,33 @@
     options := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
     atom() => term()
 }.
-%% What the writer is configured to.
+%% What the writer is configured with.
 
 %% What stops a save before its file has its name: `{Ref, [Monitor]}', a message that cancels it and
 %% its caller's death.
 -type stop() :: never | {reference(), [reference()]}.
 
-%% One save: what it is about, and what has been found out on the way.
+%% One save: what it is about, and how far it is.
 -record(save, {
     host :: module(),
     guard :: erllama_cache_nif:guard(),
     tier_srv :: erllama_cache_host:tier_srv(),
     tier :: erllama_cache_host:tier(),
-    meta :: erllama_cache_meta:complete(),
-    payload :: binary(),
-    options :: erllama_cache_nif:save_options(),
+    reason :: atom(),
     key :: erllama_cache_writer:key(),
-    quant_byte :: byte(),
     tokens :: binary(),
+    plan :: erllama_cache_nif:save_plan(),
+    payload :: binary(),
     size :: pos_integer(),
-    %% None yet before it is reserved.
-    token :: undefined | erllama_cache_host:token(),
     stop :: stop(),
-    renewed :: integer()
+    %% When the lease was renewed last.
+    renewed :: integer(),
+    %% Of the reservation, once there is one.
+    token :: undefined | erllama_cache_host:token(),
+    root :: undefined | file:name_all(),
+    %% The temporary file, once there is one: whether more of it is to be written.
+    tmp :: undefined | erllama_cache_nif:tmp(),
+    progress = more :: ok | more
 }).
 
 %% A save that has its slot.
@@ -51,12 +55,13 @@ run(#{host := Default, defaults := Defaults, options := Options}, Guard, TierSrv
     Payload, Stop) ->
     Host = host(TierSrv, Default),
     case identify(Host, BuildMeta, Defaults) of
-        {ok, Meta, {Key, QuantByte, Tokens}} ->
+        {ok, #{save_reason := Reason} = Meta, {Key, QuantByte, Tokens}} ->
             reserve(#save{
-                host = Host, guard = Guard, tier_srv = TierSrv, tier = Tier, meta = Meta,
-                payload = Payload, options = map_get(Tier, Options), key = Key,
-                quant_byte = QuantByte, tokens = Tokens, size = file_size(Meta, Tokens, Payload),
-                stop = Stop, renewed = erlang:monotonic_time(millisecond)
+                host = Host, guard = Guard, tier_srv = TierSrv, tier = Tier, reason = Reason,
+                key = Key, tokens = Tokens,
+                plan = {Key, Meta, QuantByte, Tokens, map_get(Tier, Options)},
+                payload = Payload, size = file_size(Meta, Tokens, Payload), stop = Stop,
+                renewed = erlang:monotonic_time(millisecond)
             });
         {error, _} = Error ->
             Error
@@ -76,7 +81,7 @@ identify(Host, BuildMeta, Defaults) ->
 reserve(#save{host = Host, tier_srv = TierSrv, tier = Tier, key = Key, size = Size} = Save) ->
     case Host:reserve(TierSrv, Tier, Key, Size) of
         {ok, Token} ->
-            save_reserved(Save#save{token = Token});
+            steps([fun begin_write/1, fun write/1, fun publish/1], Save#save{token = Token});
         {error, already_present} = Error ->
             ok = Host:count(TierSrv, duplicate_dropped),
             Error;
@@ -93,189 +98,165 @@ host(TierSrv, erllama_cache_host_erllama = Default) ->
 host(_TierSrv, Host) ->
     Host.
 
-%% What the file will take, for a host that makes room: exact but for the fixed fields and tags,
-%% which are less than this.
+%% How long the file will be, for a host that makes room: exact but for the fixed fields and tags,
+%% for which 256 bytes are more than enough.
 file_size(#{prompt_text := Prompt, hostname := Hostname, erllama_version := Version,
             save_reason_detail := Detail}, Tokens, Payload) ->
     256 + byte_size(Prompt) + byte_size(Hostname) + byte_size(Version) + byte_size(Detail) +
         byte_size(Tokens) + byte_size(Payload).
 
-%% The reservation is ours: whatever ends the save before the file is published gives it up.
-save_reserved(#save{host = Host, tier_srv = TierSrv} = Save) ->
-    try
-        Root = Host:root(TierSrv),
-        {Root, begin_write(native(Root), Save)}
-    of
-        {Root1, {ok, Outcome, Size, Header}} ->
+%% Takes the steps of a save whose reservation is ours. Whatever ends it before the file is
+%% published drops the temporary file and cancels the reservation, unless that was lost: then it
+%% belongs to another save.
+steps([Step | Steps], Save) ->
+    try Step(Save) of
+        {next, Next} ->
+            steps(Steps, Next);
+        {published, {ok, Outcome, Size, Header}, Published} ->
             ok = count_outcome(Outcome),
-            announce(Root1, Size, Header, Save);
-        {Root1, {Progress, Tmp}} when Progress =:= ok; Progress =:= more ->
-            save_begun(Progress, Root1, Tmp, Save);
-        {_Root, {lost, Error}} ->
+            announce(Size, Header, Published);
+        {lost, Error} ->
+            ok = drop_tmp(Save),
             Error;
-        {_Root, {error, _} = Error} ->
+        {error, _} = Error ->
+            ok = drop_tmp(Save),
             cancel_reservation(Save),
             Error
     catch
         Class:Reason:Stack ->
+            ok = drop_tmp(Save),
             cancel_after_exception(Save),
             erlang:raise(Class, Reason, Stack)
+    end.
+
+%% If a call of the library failed, the file is gone already, and this does nothing.
+drop_tmp(#save{tmp = undefined}) -> ok;
+drop_tmp(#save{tmp = Tmp}) -> erllama_cache_nif:abort(Tmp).
+
+begin_write(#save{host = Host, tier_srv = TierSrv} = Save) ->
+    Root = Host:root(TierSrv),
+    case native(Root) of
+        {ok, Path} -> begun(first_call(Path, Save), Save#save{root = Root});
+        {error, _} = Error -> Error
     end.
 
 native({error, _} = Error) -> Error;
 native(Root) -> erllama_cache_path:native(Root).
 
-begin_write({ok, Path}, #save{size = Size} = Save) when Size =< ?SMALL ->
-    %% The way to a dirty scheduler and back takes longer than the write of a few pages, so there is
-    %% at most one way for all; the reservation, milliseconds old, is checked before it.
+begun({ok, _Outcome, _Size, _Header} = Published, Save) ->
+    {published, Published, Save};
+begun({Progress, Tmp}, Save) when Progress =:= ok; Progress =:= more ->
+    {next, Save#save{tmp = Tmp, progress = Progress}};
+begun(Ended, _Save) ->
+    Ended.
+
+first_call(Path, #save{size = Size} = Save) when Size =< ?ONE_CALL ->
+    %% A change to a dirty scheduler and back takes longer than the write of a few pages, so one
+    %% call does it all; the reservation, milliseconds old, is checked before it.
     case check(Save) of
         ok -> write_and_publish(Path, Save);
-        {error, _} = Error -> {lost, Error}
+        {lost, _} = Lost -> Lost
     end;
-begin_write({ok, Path}, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
-                              tokens = Tokens, payload = Payload, options = Options} = Save) ->
+first_call(Path, #save{guard = Guard, plan = Plan, payload = Payload} = Save) ->
     in_turn(Save, fun(Turn) ->
-        erllama_cache_nif:write_tmp(
-            Turn, Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
-        )
-    end);
-begin_write({error, _} = Error, _Save) ->
-    Error.
-
-write_and_publish(Path, #save{tier = ram_file, guard = Guard, key = Key, meta = Meta,
-                              quant_byte = QuantByte, tokens = Tokens, payload = Payload,
-                              options = Options} = Save) ->
-    Written = erllama_cache_nif:write_and_publish_in_memory(
-        Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
-    ),
-    case Written of
-        on_device -> write_and_publish(Path, Save#save{tier = disk});
-        _ -> Written
-    end;
-write_and_publish(Path, #save{guard = Guard, key = Key, meta = Meta, quant_byte = QuantByte,
-                              tokens = Tokens, payload = Payload, options = Options} = Save) ->
-    in_turn(Save, fun(Turn) ->
-        erllama_cache_nif:write_and_publish(
-            Turn, Guard, Path, Key, Meta, QuantByte, Tokens, Payload, Options
-        )
+        erllama_cache_nif:write_tmp(Turn, Guard, Path, Plan, Payload)
     end).
 
-%% A call of the library in its turn. On a disk that is slow the turn may be long in coming: the
-%% lease is renewed meanwhile. If it is lost then, the call is not made.
-in_turn(Save, Call) ->
-    Check = fun() -> check(Save) end,
-    case erllama_cache_io_limit:run(Call, erllama_cache_host:renew_every(), Check) of
-        {gave_up, Error} -> {lost, Error};
-        Result -> Result
-    end.
-
-%% There is a temporary file: a failed call has dropped it, everything else has to.
-save_begun(Progress, Root, Tmp, Save) ->
-    try write_rest(Progress, Tmp, Save) of
-        written ->
-            publish(Root, Tmp, Save);
-        {failed, Error} ->
-            cancel_reservation(Save),
-            Error;
-        {stopped, Error} ->
-            ok = erllama_cache_nif:abort(Tmp),
-            cancel_reservation(Save),
-            Error;
-        {lost, Error} ->
-            %% The reservation is somebody else's by now, and not ours to cancel.
-            ok = erllama_cache_nif:abort(Tmp),
-            Error
-    catch
-        Class:Reason:Stack ->
-            ok = erllama_cache_nif:abort(Tmp),
-            cancel_after_exception(Save),
-            erlang:raise(Class, Reason, Stack)
-    end.
-
-write_rest(Progress, Tmp, #save{stop = Stop} = Save) ->
-    case stopped(Stop) of
-        true -> {stopped, {error, cancelled}};
-        false -> go_on(Progress, Tmp, Save)
-    end.
-
-go_on(ok, _Tmp, Save) ->
-    case check(Save) of
-        ok -> written;
-        {error, _} = Error -> {lost, Error}
+write_and_publish(Path, #save{tier = ram_file, guard = Guard, plan = Plan,
+                              payload = Payload} = Save) ->
+    case erllama_cache_nif:write_and_publish_in_memory(Guard, Path, Plan, Payload) of
+        on_device -> write_and_publish(Path, Save#save{tier = disk});
+        Written -> Written
     end;
-go_on(more, Tmp, #save{guard = Guard, payload = Payload} = Save) ->
-    case renew(Save) of
-        {ok, Renewed} ->
-            Slice = fun(Turn) -> erllama_cache_nif:write_more(Turn, Guard, Tmp, Payload) end,
-            case in_turn(Save, Slice) of
-                {error, _} = Error -> {failed, Error};
-                {lost, _} = Lost -> Lost;
-                Progress -> write_rest(Progress, Tmp, Renewed)
-            end;
-        {error, _} = Error ->
-            {lost, Error}
-    end.
+write_and_publish(Path, #save{guard = Guard, plan = Plan, payload = Payload} = Save) ->
+    in_turn(Save, fun(Turn) ->
+        erllama_cache_nif:write_and_publish(Turn, Guard, Path, Plan, Payload)
+    end).
 
-%% A disk that takes longer than the lease must not lose a save that goes well.
-renew(#save{renewed = Renewed} = Save) ->
-    Now = erlang:monotonic_time(millisecond),
-    case Now - Renewed < erllama_cache_host:renew_every() of
+%% Writes the rest, a slice at a time, and checks the reservation before the file is published.
+write(#save{stop = Stop, progress = Progress} = Save) ->
+    case stopped(Stop) of
         true ->
-            {ok, Save};
-        false ->
+            {error, cancelled};
+        false when Progress =:= ok ->
             case check(Save) of
-                ok -> {ok, Save#save{renewed = Now}};
-                {error, _} = Error -> Error
+                ok -> {next, Save};
+                {lost, _} = Lost -> Lost
+            end;
+        false ->
+            case write_slice(Save) of
+                {next, Next} -> write(Next);
+                Ended -> Ended
             end
     end.
 
-check(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
-    Host:check(TierSrv, Key, Token).
-
-publish(Root, Tmp, Save) ->
-    try in_turn(Save, publish_call(Tmp, Save)) of
-        {lost, Error} ->
-            ok = erllama_cache_nif:abort(Tmp),
-            Error;
-        Progress ->
-            published(Progress, Root, Tmp, Save)
-    catch
-        Class:Reason:Stack ->
-            ok = erllama_cache_nif:abort(Tmp),
-            cancel_after_exception(Save),
-            erlang:raise(Class, Reason, Stack)
+write_slice(#save{guard = Guard, tmp = Tmp, payload = Payload} = Save) ->
+    case renew(Save) of
+        {lost, _} = Lost ->
+            Lost;
+        Renewed ->
+            Slice = fun(Turn) -> erllama_cache_nif:write_more(Turn, Guard, Tmp, Payload) end,
+            case in_turn(Save, Slice) of
+                Progress when is_atom(Progress) -> {next, Renewed#save{progress = Progress}};
+                Ended -> Ended
+            end
     end.
 
-published(more, Root, Tmp, Save) ->
+publish(Save) ->
+    published(in_turn(Save, publish_call(Save)), Save).
+
+published(more, Save) ->
     Renewed = renew_if_it_stands(Save),
     Meanwhile = fun() ->
         _ = renew_if_it_stands(Renewed),
         ok
     end,
-    Call = publish_call(Tmp, Renewed),
-    Progress = erllama_cache_io_limit:run(Call, erllama_cache_host:renew_every(), Meanwhile),
-    published(Progress, Root, Tmp, Renewed);
-published({ok, Outcome, Size, Header}, Root, _Tmp, Save) ->
-    ok = count_outcome(Outcome),
-    announce(Root, Size, Header, Save);
-published({error, _} = Error, _Root, _Tmp, Save) ->
-    cancel_reservation(Save),
-    Error.
+    published(in_turn_while(Meanwhile, publish_call(Renewed)), Renewed);
+published({ok, _Outcome, _Size, _Header} = Published, Save) ->
+    {published, Published, Save};
+published(Ended, _Save) ->
+    Ended.
 
-publish_call(Tmp, #save{guard = Guard}) ->
+publish_call(#save{guard = Guard, tmp = Tmp}) ->
     fun(Turn) -> erllama_cache_nif:publish(Turn, Guard, Tmp) end.
 
+%% A call of the library in its turn. On a slow disk the turn may be long in coming: the lease is
+%% renewed meanwhile. If it is lost then, the call is not made.
+in_turn(Save, Call) ->
+    in_turn_while(fun() -> check(Save) end, Call).
+
+in_turn_while(Meanwhile, Call) ->
+    case erllama_cache_io_limit:run(Call, erllama_cache_host:renew_every(), Meanwhile) of
+        {gave_up, Lost} -> Lost;
+        Result -> Result
+    end.
+
+%% A disk that takes longer than the lease must not lose a save that goes well.
+renew(#save{renewed = Renewed} = Save) ->
+    Now = erlang:monotonic_time(millisecond),
+    case Now - Renewed < erllama_cache_host:renew_every() orelse check(Save) of
+        true -> Save;
+        ok -> Save#save{renewed = Now};
+        {lost, _} = Lost -> Lost
+    end.
+
+check(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
+    case Host:check(TierSrv, Key, Token) of
+        ok -> ok;
+        {error, _} = Error -> {lost, Error}
+    end.
+
 %% The file may have its name already. Whether the reservation was lost, or the host does not
-%% answer, is for mark_published to tell.
+%% answer, is for mark_published to say.
 renew_if_it_stands(Save) ->
     try renew(Save) of
-        {ok, Renewed} -> Renewed;
-        {error, _} -> Save
+        {lost, _} -> Save;
+        Renewed -> Renewed
     catch
         _:_ -> Save
     end.
 
-%% Whether a save is to stop: it has been cancelled, or its caller has died.
+%% Whether a save must stop, because it was cancelled or its caller has died.
 stopped(never) ->
     false;
 stopped({Ref, []}) ->
@@ -295,17 +276,17 @@ count_outcome(adopted) -> erllama_cache_metrics:count(adoptions);
 count_outcome(replaced) -> erllama_cache_metrics:count(replacements).
 
 %% The file stays from here on, whatever the host answers: it is whole, and the host adopts it.
-announce(Root, Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, token = Token,
-                                   tokens = Tokens, meta = #{save_reason := Reason}}) ->
-    case Host:mark_published(TierSrv, Key, Token, Root) of
+announce(Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, token = Token,
+                             root = Root, tokens = Tokens, reason = Reason}) ->
+    Answer =
+        case Host:mark_published(TierSrv, Key, Token, Root) of
+            ok -> Host:announce(TierSrv, Key, Token, Size, Header, Tokens);
+            {error, _} = Expired -> Expired
+        end,
+    case Answer of
         ok ->
-            case Host:announce(TierSrv, Key, Token, Size, Header, Tokens) of
-                ok ->
-                    ok = Host:count(TierSrv, {saved, Reason}),
-                    {ok, Key};
-                {error, _} = Error ->
-                    Error
-            end;
+            ok = Host:count(TierSrv, {saved, Reason}),
+            {ok, Key};
         {error, _} = Error ->
             Error
     end.
@@ -313,8 +294,8 @@ announce(Root, Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, t
 cancel_reservation(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
     ok = Host:cancel(TierSrv, Key, Token).
 
-%% What is raised already is what the caller has to see. A host that cannot cancel either has no
-%% reservation to leave behind, or forgets it when this process dies or its lease ends.
+%% The caller has to see the first exception. A host that cannot cancel either has no reservation to
+%% leave behind, or forgets it when this process dies or its lease ends.
 cancel_after_exception(Save) ->
     try
         cancel_reservation(Save)

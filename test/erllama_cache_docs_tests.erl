@@ -44,7 +44,7 @@ the_picture_of_a_save_has_the_codes_numbers_test_() ->
     Numbers = [
         {Core, "const WRITE_PIECE: usize = ([0-9]+) \\* 1024;", "write ~ts KiB"},
         {Core, "const WRITEBACK: u64 = ([0-9]+) \\* 1024 \\* 1024;", "after each ~ts MiB"},
-        {"native/erllama_cache_nif/src/files.rs",
+        {"native/erllama_cache_nif/src/slices.rs",
          "const SLICE: Duration = Duration::from_millis\\(([0-9]+)\\);", "of ~ts ms"}
     ],
     [

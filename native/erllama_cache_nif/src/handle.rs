@@ -4,7 +4,7 @@
 use rustler::{Encoder, Env, LocalPid, Resource, ResourceArc, Term};
 
 use crate::atoms;
-use crate::live::{Kind, Live};
+use crate::live_count::{Kind, Live};
 
 struct Handle {
     pid: LocalPid,

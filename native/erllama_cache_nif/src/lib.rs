@@ -3,12 +3,16 @@
 
 mod atoms;
 mod error;
-mod files;
 mod handle;
-mod kvc;
-mod live;
+mod live_count;
+mod load;
+mod meta;
+mod root;
+mod save;
+mod scan;
 mod secret;
 mod semaphore;
+mod slices;
 mod waker;
 
 rustler::init!("erllama_cache_nif");

@@ -4,7 +4,7 @@ use erllama_cache_core::kvc;
 use rustler::{Binary, Error, NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
-use crate::live::{Kind, Live};
+use crate::live_count::{Kind, Live};
 
 pub(crate) struct Secret(kvc::Secret, #[allow(dead_code)] Live);
 

@@ -10,7 +10,7 @@ use rustler::{
 };
 
 use crate::atoms;
-use crate::live::{Kind, Live};
+use crate::live_count::{Kind, Live};
 use crate::waker::{Slots, SpareEnv, Waker, deliver};
 
 /// The semaphore. It outlives the server that opened it, and so do the slots.

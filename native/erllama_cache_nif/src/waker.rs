@@ -12,7 +12,7 @@ use rustler::thread::is_scheduler_thread;
 use rustler::{Encoder, Env, LocalPid, OwnedEnv, Reference, Resource, ResourceArc, sys};
 
 use crate::atoms;
-use crate::live::{Kind, Live};
+use crate::live_count::{Kind, Live};
 
 /// The semaphore beneath the resource.
 pub(crate) type Slots = Semaphore<LocalPid, Waker>;

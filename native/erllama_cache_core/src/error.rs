@@ -7,7 +7,7 @@ use crate::kvc::{Corrupt, ReadError};
 /// Why an operation on a file failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The system refused a call. Nothing is known about the file's contents.
+    /// The system refused a call. Nothing is known about the file's content.
     #[error("{call}: {source}")]
     Io {
         /// The call that failed, by its name in the manual.
@@ -18,20 +18,20 @@ pub enum Error {
     /// The file was read and is not what it claims to be: proof, not suspicion.
     #[error("corrupt file: {0}")]
     Corrupt(#[from] Corrupt),
-    /// A secret is set, and the file does not prove that its maker knew it.
+    /// A secret is set, and the file does not prove that its maker knew that secret.
     #[error("not made by this node")]
     Unauthenticated,
     /// Under the name stands something that is not a regular file.
     #[error("not a regular file")]
     NotRegular,
-    /// What was written is not what came back from the page cache.
+    /// The page cache does not return what was written.
     #[error("the written file does not read back: {0}")]
     ReadBack(Corrupt),
     /// The file system knows no way to give a file a name only if that is free: neither links, nor
     /// a rename that replaces nothing.
     #[error("the file system has neither links nor a rename that replaces nothing")]
     NoLinks,
-    /// A slice was called for out of its turn, or with another payload than the first.
+    /// A call came out of order, or with another payload than the first.
     #[error("called out of turn")]
     OutOfTurn,
 }

@@ -1,11 +1,11 @@
-//! A few threads that live for as long as the library, to work beside a save or a load: it would
-//! be slower to start one for each.
+//! A few threads that live as long as the library, to work beside a save or a load: starting one for
+//! each would be slower.
 //!
-//! [`join`] runs two things at once and returns when both have ended. What the pool has no idle
-//! thread for runs on the caller's: many saves at once keep all processors busy as it is, and
-//! nobody ever waits for a thread. [`ask_waiter`] is for what takes time and no processor,
-//! [`Errands`] for what may not be done where it comes up, [`reap`] for what takes long to be
-//! dropped.
+//! [`join`] runs two tasks at once and returns when both have ended. If no thread of the pool is idle,
+//! both run on the caller's: many concurrent saves keep all processors busy anyway, and no caller
+//! ever waits for a thread. [`ask_waiter`] is for waits, which take no processor time; [`Errands`] for
+//! work that must not be done by the thread that finds it; [`reap`] for values that take long to
+//! drop.
 
 use std::io;
 use std::mem;
@@ -19,32 +19,32 @@ use once_cell::sync::OnceCell;
 /// At most this many threads, whatever the machine has: a save needs one.
 const MOST_THREADS: usize = 4;
 
-/// How many wait for disks. They take no processor's time, so those that work are others.
+/// How many threads wait for disks. They take no processor time, so they are not those that work.
 const WAITERS: usize = 4;
 
 type Task = Box<dyn FnOnce() + Send>;
 
-/// Runs `theirs` on another thread, if one is idle, while `ours` runs on this one. A panic of
-/// either goes on here, after both have ended.
+/// Runs `theirs` on another thread, if one is idle, while `ours` runs on this one. A panic of either
+/// is resumed here, after both have ended.
 pub(crate) fn join<A: Send, B>(
     theirs: impl FnOnce() -> A + Send,
     ours: impl FnOnce() -> B,
 ) -> (A, B) {
-    let (tell, told) = channel::bounded::<thread::Result<A>>(1);
+    let (sender, receiver) = channel::bounded::<thread::Result<A>>(1);
     let task: Box<dyn FnOnce() + Send + '_> = Box::new(move || {
         let result = panic::catch_unwind(AssertUnwindSafe(theirs));
-        // The caller is there: it waits for this.
-        let _ = tell.send(result);
+        // The caller waits for this.
+        let _ = sender.send(result);
     });
     // SAFETY: the task borrows from this function's caller. It is run or dropped before this
-    // returns or unwinds: on this thread, or on another, which `Ended` waits for. Once `tell` has
+    // returns or unwinds: on this thread, or on another, which `Ended` waits for. Once `sender` has
     // been used or dropped, `theirs` is gone with all that it borrowed.
     let task: Task = unsafe { mem::transmute(task) };
     let mut result = None;
     let ours = match hand_over(task) {
         Ok(()) => {
             let _ended = Ended {
-                told: &told,
+                receiver: &receiver,
                 result: &mut result,
             };
             ours()
@@ -52,11 +52,11 @@ pub(crate) fn join<A: Send, B>(
         Err(task) => {
             let ours = ours();
             task();
-            result = told.recv().ok();
+            result = receiver.recv().ok();
             ours
         }
     };
-    match result.expect("a task tells how it ended") {
+    match result.expect("a task sends its result") {
         Ok(theirs) => (theirs, ours),
         Err(panicked) => panic::resume_unwind(panicked),
     }
@@ -64,24 +64,24 @@ pub(crate) fn join<A: Send, B>(
 
 /// Waits for a task's end when it is dropped.
 struct Ended<'a, A> {
-    told: &'a Receiver<thread::Result<A>>,
+    receiver: &'a Receiver<thread::Result<A>>,
     result: &'a mut Option<thread::Result<A>>,
 }
 
 impl<A> Drop for Ended<'_, A> {
     fn drop(&mut self) {
-        *self.result = self.told.recv().ok();
+        *self.result = self.receiver.recv().ok();
     }
 }
 
-/// Drops something whose drop takes long on a thread that does nothing else.
+/// Has a thread that does nothing else drop a value whose drop takes long.
 pub(crate) fn reap<T: Send + 'static>(value: T) {
     static REAPER: Errands = Errands::new();
     REAPER.run(move || drop(value));
 }
 
-/// A thread that does one thing after another, however many there are: none of it is ever done by
-/// whoever asks for it, unless there can be no such thread.
+/// A thread with a queue of errands, however many there are. The caller does an errand itself only if
+/// the thread cannot be started.
 pub(crate) struct Errands(OnceCell<Sender<Task>>);
 
 impl Errands {
@@ -107,29 +107,29 @@ impl Errands {
     }
 }
 
-/// What comes of something that another thread does meanwhile.
+/// The result of what another thread does meanwhile.
 #[derive(Debug)]
 pub(crate) struct Answer<T>(Receiver<T>);
 
-/// Has another thread wait for something; `None` when all that are for that wait already.
+/// Has another thread wait for something; `None` when all waiting threads are busy.
 pub(crate) fn ask_waiter<T: Send + 'static>(
     wait: impl FnOnce() -> T + Send + 'static,
 ) -> Option<Answer<T>> {
     static POOL: OnceCell<Sender<Task>> = OnceCell::new();
-    let (tell, told) = channel::bounded(1);
+    let (sender, receiver) = channel::bounded(1);
     let task = Box::new(move || {
-        // Whoever asked may not be interested any more.
-        let _ = tell.send(wait());
+        // The caller may have dropped its answer.
+        let _ = sender.send(wait());
     });
     let pool = POOL.get_or_try_init(|| start_pool(WAITERS)).ok()?;
-    pool.try_send(task).ok().map(|()| Answer(told))
+    pool.try_send(task).ok().map(|()| Answer(receiver))
 }
 
 impl<T> Answer<T> {
-    /// The answer, or the question again when there is none within this time; `None` is for ever.
+    /// The answer, or `self` when there is none within `time`; `None` waits for ever.
     ///
     /// # Panics
-    /// If the other thread has.
+    /// If the other thread panicked.
     pub(crate) fn within(self, time: Option<Duration>) -> Result<T, Answer<T>> {
         let answer = match time {
             Some(time) => self.0.recv_timeout(time),
@@ -138,7 +138,7 @@ impl<T> Answer<T> {
         match answer {
             Ok(answer) => Ok(answer),
             Err(RecvTimeoutError::Timeout) => Err(self),
-            Err(RecvTimeoutError::Disconnected) => panic!("nobody is left to answer"),
+            Err(RecvTimeoutError::Disconnected) => panic!("the other thread has panicked"),
         }
     }
 }
@@ -150,8 +150,8 @@ fn hand_over(task: Task) -> Result<(), Task> {
     }
 }
 
-/// A channel without room: a task goes to a thread that waits for one, or to none. `None` when no
-/// thread could be started; the next caller tries again.
+/// A channel without buffer: a task goes to a thread that waits for one, or is refused. `None` when
+/// no thread could be started; the next caller tries again.
 fn pool() -> Option<&'static Sender<Task>> {
     static POOL: OnceCell<Sender<Task>> = OnceCell::new();
     POOL.get_or_try_init(|| {
@@ -166,7 +166,7 @@ fn start_pool(threads: usize) -> io::Result<Sender<Task>> {
         let queue = queue.clone();
         start_thread(move || {
             for task in queue {
-                // What a task does with its panic is the task's affair.
+                // Each task reports its own panic.
                 let _ = panic::catch_unwind(AssertUnwindSafe(task));
             }
         })?;

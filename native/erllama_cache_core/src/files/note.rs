@@ -1,8 +1,8 @@
-//! Noting in a file that it was used, for those who evict by last use after a restart.
+//! Noting in a file that it was used, for eviction by last use after a restart.
 //!
-//! It is a hint, and a load must not pay for it, nor wait: on a frozen or hung file system a write
-//! may take for ever. So notes are made by one thread, later, and what comes when too many wait
-//! already is let go.
+//! A note is a hint. A load must neither pay for it nor wait: on a frozen or hung file system a write
+//! may take for ever. So one thread makes the notes later, and new ones are dropped when too many
+//! wait.
 
 use std::ffi::CString;
 use std::os::unix::fs::FileExt;
@@ -18,11 +18,11 @@ use super::sys;
 use crate::error::{Context, Error};
 use crate::kvc::{FIXED_LEN, Header, Key, read_exact_at};
 
-/// So many notes may wait.
+/// How many notes may wait.
 const WAITING: usize = 1024;
 
-/// What is written at one go: from the count of hits to the time of last use. No checksum covers
-/// the two, and what stands between them is written as it was read.
+/// The range that one write replaces: from the count of hits to the time of last use. No checksum
+/// covers the two, and the bytes between them are written as they were read.
 const HITS_AT: usize = 12;
 const LAST_USED_AT: usize = 32;
 const END: usize = 40;
@@ -41,7 +41,7 @@ pub struct Use {
 }
 
 impl Use {
-    /// Has it noted at some time, if nothing stands in the way.
+    /// Queues the note, or drops it.
     pub fn note_later(self) {
         static NOTES: OnceCell<Sender<Use>> = OnceCell::new();
         let notes = NOTES.get_or_try_init(|| {
@@ -60,8 +60,8 @@ impl Use {
         }
     }
 
-    /// Notes it now. `false` where that is not to be done: there is no such file, or it is somebody
-    /// else's, or has a second name somewhere, so that its bytes may not be ours to write; or the
+    /// Notes it now, and returns `true`. `false` where that must not be done: there is no such file; or
+    /// it is another user's or has a second name, so that its bytes may not be ours to write; or the
     /// file system would copy it first.
     ///
     /// # Errors

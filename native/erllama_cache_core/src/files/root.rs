@@ -14,8 +14,8 @@ use super::sys::{self, FileSystem};
 use crate::error::{Context, Error};
 use crate::lock::unpoisoned;
 
-/// An open root. Everything is done relative to it: whatever becomes of the path by which it was
-/// opened, this is the directory that is worked in.
+/// An open root. All names are relative to it: whatever becomes of the path by which it was opened,
+/// it stays this directory.
 #[derive(Debug)]
 pub struct Root {
     dir: File,
@@ -23,22 +23,22 @@ pub struct Root {
     capabilities: Arc<Capabilities>,
 }
 
-/// What has been learnt of a directory, kept for as long as the library lives, as each save opens
-/// the root anew.
+/// What was found out about a directory. It is kept as long as the library lives, because each save
+/// opens the root anew.
 #[derive(Debug, Default)]
 struct Capabilities {
     needs_names: AtomicBool,
-    /// Whether a file without a name was given one here, which some systems do not allow.
+    /// Whether a file without a name could be linked here, which some systems do not allow.
     links_unnamed: AtomicBool,
     sync_plan: OnceCell<SyncPlan>,
-    /// Shares directory syncs between all who save here at the same time.
+    /// Shares directory syncs among all saves that run here at the same time.
     directory_syncs: SyncGroup,
-    /// Shared by those who sync files, held alone by who syncs the directory, where that matters.
+    /// Where that matters: shared by syncs of files, held exclusively by a sync of the directory.
     name_syncs: RwLock<()>,
 }
 
-/// More roots than any node has; the bound only keeps a node that goes through thousands of
-/// directories from remembering them all.
+/// More roots than any node has. The bound matters only for a node that goes through thousands of
+/// directories.
 const REMEMBERED: usize = 256;
 
 /// A directory, by device and inode and by what is mounted there: the first two are used again for
@@ -89,7 +89,7 @@ impl Root {
     /// Opens the directory at `path`.
     ///
     /// # Errors
-    /// [`Error::Io`]: `ENOENT`, `ENOTDIR`, `EACCES`, `EMFILE` and whatever else the system says.
+    /// [`Error::Io`]: `ENOENT`, `ENOTDIR`, `EACCES`, `EMFILE` and whatever else the system returns.
     pub fn open(path: &CStr) -> Result<Root, Error> {
         let dir = sys::open_dir(path).call("open")?;
         let stat = sys::stat(&dir).call("fstat")?;

@@ -1,10 +1,10 @@
-//! Work in slices: no call works for much longer than it was given.
+//! Work in slices: no call works for much longer than its slice.
 
 use std::time::{Duration, Instant};
 
 /// Whether there is more to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "what has more to do has not happened yet"]
+#[must_use = "work that has more to do is not done yet"]
 pub enum Progress<T> {
     /// The slice is used up: call again.
     More,
@@ -12,7 +12,7 @@ pub enum Progress<T> {
     Done(T),
 }
 
-/// How long a call may work. It looks at the clock between pieces, so it overruns by at most one.
+/// How long a call may work. It checks the clock between pieces, so it overruns by at most one piece.
 #[derive(Clone, Copy, Debug)]
 pub struct Slice {
     deadline: Option<Instant>,
@@ -31,7 +31,7 @@ impl Slice {
         Slice { deadline: None }
     }
 
-    /// How long it still is; `None` without a limit.
+    /// The time that is left; `None` without a limit.
     pub(crate) fn left(&self) -> Option<Duration> {
         self.deadline
             .map(|deadline| deadline.saturating_duration_since(Instant::now()))

@@ -1,9 +1,10 @@
-//! One run of something slow for all who ask for it while the one before is still running.
+//! Group commit: one run of something slow serves all callers that asked for it while the run before
+//! was in progress.
 //!
-//! A directory sync makes every name in the directory durable, not only the caller's. So whoever
-//! comes while one runs waits for the next one, together with all others who come until it begins,
-//! and only one of them runs it. The one that is running may have begun before the caller's name
-//! was there: it proves nothing and is never joined.
+//! A directory sync makes every name in the directory durable, not only the caller's. So a caller that
+//! comes while a sync runs waits for the next one, together with all others that come before it
+//! begins, and one of them runs it. The sync in progress may have begun before the caller's name was
+//! there: it proves nothing and is never joined.
 
 use std::io;
 
@@ -18,28 +19,27 @@ pub(crate) struct SyncGroup {
 #[derive(Debug, Default)]
 struct State {
     running: bool,
-    /// How many wait, be it for the run that is running.
+    /// How many callers wait, including those whose run is in progress.
     waiting: usize,
-    /// Those who wait for the run after the one that is running.
+    /// The callers that wait for the run after the one in progress.
     next: Option<Arc<Batch>>,
 }
 
-/// What came of one run. Each batch keeps its own: a later success says nothing of an earlier
-/// failure, for the system tells an error once.
+/// The result of one run. Each batch keeps its own: a later success does not undo an earlier failure,
+/// because the system reports an error once.
 #[derive(Debug, Default)]
 struct Batch {
     result: Mutex<Option<Result<(), i32>>>,
 }
 
 impl SyncGroup {
-    /// Returns what came of a run that began after this call did. The run is `work`'s, or that of
-    /// somebody who asked at the same time.
+    /// Returns the result of a run that began after this call did: of `work`, or of another caller's.
     pub(crate) fn run(&self, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut state = lock(&self.state);
         if !state.running {
             state.running = true;
-            // Those who wait for the next run may not have woken yet: this is the next run, and it
-            // is theirs too. Otherwise one caller after another could get in ahead of them.
+            // Callers that wait for the next run may not have woken yet. This is the next run, so it
+            // is theirs too: otherwise one newcomer after another could get in ahead of them.
             let batch = state.next.take().unwrap_or_default();
             drop(state);
             return self.lead_for(&batch, work);
@@ -53,7 +53,7 @@ impl SyncGroup {
                 return result.map_err(io::Error::from_raw_os_error);
             }
             if !state.running {
-                // The first to wake runs it for all.
+                // The first to wake runs for the batch.
                 state.running = true;
                 state.next = None;
                 drop(state);
@@ -72,14 +72,14 @@ impl SyncGroup {
     }
 }
 
-/// The end of a run, by a panic too: wakes those it was for, and those who wait for the next.
+/// The end of a run, also by a panic: wakes its batch, and the callers that wait for the next run.
 struct Ended<'a>(&'a SyncGroup);
 
 impl Drop for Ended<'_> {
     fn drop(&mut self) {
         let mut state = lock(&self.0.state);
         state.running = false;
-        // It is a system call even when nobody waits.
+        // A notification is a system call even when nobody waits.
         if state.waiting > 0 {
             self.0.changed.notify_all();
         }
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_while_one_runs_shares_the_next() {
+    fn callers_that_come_while_one_runs_share_the_next() {
         let group = SyncGroup::default();
         let runs = AtomicUsize::new(0);
         let (go, gate) = mpsc::channel::<()>();
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_everybodys_whom_the_run_was_for_and_nobody_elses() {
+    fn a_failure_is_reported_to_the_whole_batch_and_to_no_other() {
         let group = SyncGroup::default();
         let (go, gate) = mpsc::channel::<()>();
         let failed = AtomicUsize::new(0);
@@ -221,9 +221,9 @@ mod tests {
         assert!(group.run(|| Ok(())).is_ok());
     }
 
-    /// Between the end of a run and the moment in which those who wait for the next one wake.
+    /// Between the end of a run and the moment in which the next batch wakes.
     #[test]
-    fn a_newcomer_runs_for_those_who_wait_already() {
+    fn a_newcomer_runs_for_the_callers_that_wait_already() {
         let group = SyncGroup::default();
         let batch = Arc::new(Batch::default());
         lock(&group.state).next = Some(Arc::clone(&batch));

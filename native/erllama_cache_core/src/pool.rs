@@ -1,11 +1,11 @@
-//! A few threads that live as long as the library, to work beside a save or a load: starting one for
-//! each would be slower.
+//! A few threads that live as long as the library, to work beside a save or a load: starting one
+//! for each would be slower.
 //!
-//! [`join`] runs two tasks at once and returns when both have ended. If no thread of the pool is idle,
-//! both run on the caller's: many concurrent saves keep all processors busy anyway, and no caller
-//! ever waits for a thread. [`ask_waiter`] is for waits, which take no processor time; [`Errands`] for
-//! work that must not be done by the thread that finds it; [`reap`] for values that take long to
-//! drop.
+//! [`join`] runs two tasks at once and returns when both have ended. If no thread of the pool is
+//! idle, both run on the caller's: many concurrent saves keep all processors busy anyway, and no
+//! caller ever waits for a thread. [`ask_waiter`] is for waits, which take no processor time;
+//! [`Errands`] for work that must not be done by the thread that finds it; [`reap`] for values that
+//! take long to drop.
 
 use std::io;
 use std::mem;
@@ -24,8 +24,8 @@ const WAITERS: usize = 4;
 
 type Task = Box<dyn FnOnce() + Send>;
 
-/// Runs `theirs` on another thread, if one is idle, while `ours` runs on this one. A panic of either
-/// is resumed here, after both have ended.
+/// Runs `theirs` on another thread, if one is idle, while `ours` runs on this one. A panic of
+/// either is resumed here, after both have ended.
 pub(crate) fn join<A: Send, B>(
     theirs: impl FnOnce() -> A + Send,
     ours: impl FnOnce() -> B,
@@ -80,8 +80,8 @@ pub(crate) fn reap<T: Send + 'static>(value: T) {
     REAPER.run(move || drop(value));
 }
 
-/// A thread with a queue of errands, however many there are. The caller does an errand itself only if
-/// the thread cannot be started.
+/// A thread with a queue of errands, however many there are. The caller does an errand itself only
+/// if the thread cannot be started.
 pub(crate) struct Errands(OnceCell<Sender<Task>>);
 
 impl Errands {

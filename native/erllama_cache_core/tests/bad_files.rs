@@ -1,10 +1,10 @@
 //! Files that are not what they should be. Whatever is done to a stored file, a load answers the
-//! payload that was saved, or an error; a save of the key replaces what is not worth keeping; a scan
-//! removes what its header proves to be nothing, and skips what it cannot judge.
+//! payload that was saved, or an error; a save of the key replaces what is not worth keeping; a
+//! scan removes what its header proves to be nothing, and skips what it cannot judge.
 //!
 //! A corpus of some thousand mutations is made of one file in each of the ways in which files are
-//! proven. What to expect of each comes from a second reader (`model`) and, for a part of them, from
-//! a third (`proofs/oracle/kvc_oracle.py`).
+//! proven. What to expect of each comes from a second reader (`model`) and, for a part of them,
+//! from a third (`proofs/oracle/kvc_oracle.py`).
 
 #[allow(dead_code, reason = "a part of it is for the fuzz targets")]
 mod model;
@@ -891,7 +891,8 @@ fn holes_are_refused_and_replaced() {
     }
 }
 
-/// Holes are no proof of anything: a file system that compresses makes them of zeros that were saved.
+/// Holes are no proof of anything: a file system that compresses makes them of zeros that were
+/// saved.
 #[test]
 fn holes_that_hold_their_checks_are_loaded() {
     let sample = sample(CRC, SMALL);

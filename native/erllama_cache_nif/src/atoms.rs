@@ -8,7 +8,7 @@ rustler::atoms! {
     undefined,
     infinity,
 
-    // Acquires and what waiters are told
+    // Answers to acquires, and verdicts on waiters
     granted,
     queued,
     busy,
@@ -19,7 +19,7 @@ rustler::atoms! {
     withdrawn,
     decided,
 
-    // What is told of a semaphore
+    // Keys of what describes a semaphore
     limit,
     current,
     max_inflight_bytes,
@@ -63,7 +63,7 @@ rustler::atoms! {
     check,
     scan,
 
-    // Keys of a build_meta map and of what a load tells
+    // Keys of a build_meta map and of what describes a loaded file
     version,
     save_reason,
     quant_bits,

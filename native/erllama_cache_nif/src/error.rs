@@ -36,7 +36,7 @@ pub(crate) fn reason<'a>(env: Env<'a>, error: &Error) -> Term<'a> {
     }
 }
 
-/// An atom from one of the core's own names, which are few: the table cannot be filled with them.
+/// An atom from one of the core's own names, which are too few to fill the atom table.
 pub(crate) fn atom<'a>(env: Env<'a>, name: &'static str) -> Term<'a> {
     match rustler::Atom::from_str(env, name) {
         Ok(atom) => atom.encode(env),
@@ -45,7 +45,7 @@ pub(crate) fn atom<'a>(env: Env<'a>, name: &'static str) -> Term<'a> {
 }
 
 fn posix<'a>(env: Env<'a>, error: &io::Error) -> Term<'a> {
-    // std makes these itself, without an error number.
+    // std makes these errors itself, without an error number.
     if error.kind() == io::ErrorKind::WriteZero {
         return atom(env, "enospc");
     }
@@ -69,7 +69,7 @@ macro_rules! posix {
     ($($number:ident $name:literal)*) => { &[$((libc::$number, $name)),*] };
 }
 
-/// What these calls are documented to answer. Anything else is told as `{errno, Number}`.
+/// The errors that these calls are documented to return. Any other becomes `{errno, Number}`.
 const POSIX: &[(i32, &str)] = posix! {
     EACCES "eacces" EAGAIN "eagain" EBADF "ebadf" EBUSY "ebusy" EDQUOT "edquot" EEXIST "eexist"
     EFAULT "efault" EFBIG "efbig" EINTR "eintr" EINVAL "einval" EIO "eio" EISDIR "eisdir"
@@ -80,7 +80,7 @@ const POSIX: &[(i32, &str)] = posix! {
     ETXTBSY "etxtbsy" EXDEV "exdev"
 };
 
-/// What Linux answers for damage that a file system has found, for a device that does not answer,
+/// The errors of Linux for damage that a file system has found, for a device that does not respond,
 /// and for a directory whose encryption key is not loaded.
 #[cfg(target_os = "linux")]
 const OF_DAMAGED_DISKS: &[(i32, &str)] = posix! {

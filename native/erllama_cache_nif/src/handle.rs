@@ -1,5 +1,5 @@
-//! What names a save in the background: a reference that knows the save's process, so that neither
-//! an answer of that process nor a registry is needed to have one.
+//! The name of a save in the background: a reference that knows the save's process, so that making
+//! one needs neither an answer of that process nor a registry.
 
 use rustler::{Encoder, Env, LocalPid, Resource, ResourceArc, Term};
 

@@ -1,5 +1,5 @@
-//! How many resource objects live: where a test sees that none is left behind. One counter for each
-//! type, touched when an object is made and when its destructor has run.
+//! How many resource objects are alive, for tests that look for leaks. There is one counter for
+//! each type, changed when an object is made and when its destructor has run.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 

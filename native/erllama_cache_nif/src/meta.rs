@@ -1,4 +1,4 @@
-//! What is told of a save, as terms and as the core's types.
+//! The metadata of saves and of stored files, as terms and as the core's types.
 
 use erllama_cache_core::kvc::{
     self, DigestKind, EncodeError, FingerprintMode, Key, Meta, ParsedPrefix, Prefix, SaveReason,
@@ -42,8 +42,8 @@ fn named<T>(map: Term<'_>, key: Atom, from_name: fn(&str) -> Option<T>) -> NifRe
         .ok_or(Error::BadArg)
 }
 
-/// Encodes what comes before the payload from a map that `erllama_cache_meta` has completed.
-/// `Ok(Err(_))` names the field that the format has no room for.
+/// Encodes the prefix of a file from a map that `erllama_cache_meta` has completed. `Ok(Err(_))`
+/// names the field that the format has no room for.
 pub(crate) fn prefix<'a>(
     meta: Term<'a>,
     quant_byte: u8,
@@ -130,11 +130,11 @@ fn quant_byte(env: Env<'_>, name: Atom) -> u8 {
         .map_or(kvc::QUANT_OTHER, |name| kvc::quant_byte(&name))
 }
 
-/// More would hold a scheduler for longer than a call should.
+/// Encoding more would occupy a scheduler for longer than a call should.
 const MAX_ENCODED: usize = 4 * 32768;
 
-/// Enough for most; a list does not say how long it is, and a walk to find out takes as long as
-/// growing.
+/// Enough for most lists. A list does not know its length, and walking it to find out takes as long
+/// as growing the buffer.
 const ROOM: usize = 16 * 1024;
 
 #[rustler::nif]
@@ -142,7 +142,7 @@ fn encode_tokens<'a>(env: Env<'a>, tokens: Term<'a>) -> Term<'a> {
     let mut encoded = Vec::with_capacity(ROOM);
     let mut rest = tokens;
     while let Some((token, tail)) = cell(rest) {
-        // Beyond 64 bits, or not a number: the caller knows what to do with either.
+        // Beyond 64 bits, or not a number: the caller handles both.
         let Some(token) = integer(token) else {
             return atoms::error().encode(env);
         };
@@ -161,9 +161,9 @@ fn encode_tokens<'a>(env: Env<'a>, tokens: Term<'a>) -> Term<'a> {
     }
 }
 
-/// The first element of a list and the rest. As rustler's own, and as [`integer`], but without a
-/// [`rustler::Error`] to be made and dropped for each of thousands of tokens: that takes three
-/// times as long as all else.
+/// The first element of a list and the rest. Like rustler's own, and like [`integer`], but without
+/// making and dropping a [`rustler::Error`] for each of thousands of tokens, which takes three
+/// times as long as everything else.
 #[inline]
 fn cell(list: Term<'_>) -> Option<(Term<'_>, Term<'_>)> {
     let env = list.get_env();
@@ -186,8 +186,7 @@ fn integer(term: Term<'_>) -> Option<i64> {
     (is_integer != 0).then_some(value)
 }
 
-/// The key of a state with few tokens: for more than some ten thousand, [`key_of_many`] is the
-/// call.
+/// The key of a state with few tokens: for more than some ten thousand, call [`key_of_many`].
 #[rustler::nif(name = "key")]
 fn key_nif<'a>(
     env: Env<'a>,
@@ -227,12 +226,12 @@ fn hash<'a>(
     Ok(binary(env, key.as_bytes()))
 }
 
-/// Bytes of tokens that take a percent of a millisecond, which is how schedulers count, on a
-/// processor without instructions for SHA-256.
+/// How many bytes of tokens take a percent of a millisecond, the unit in which schedulers count, on
+/// a processor without instructions for SHA-256.
 const BYTES_PER_PERCENT: usize = 2 * 1024;
 
-/// Has a call of this many bytes count as the work that it is: otherwise a process that makes many
-/// would be charged next to nothing for them.
+/// Charges a call for the time that so many bytes take: otherwise a process that makes many such
+/// calls would be charged next to nothing for them.
 fn report_time(env: Env<'_>, bytes: usize) {
     let percent = (bytes / BYTES_PER_PERCENT).clamp(1, 100);
     rustler::schedule::consume_timeslice(env, percent as i32);

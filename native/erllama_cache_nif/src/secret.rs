@@ -1,4 +1,4 @@
-//! A node's secret as a resource object: whatever prints a term, its bytes are not in it.
+//! A node's secret as a resource object, so that no printed term shows its bytes.
 
 use erllama_cache_core::kvc;
 use rustler::{Binary, Error, NifResult, Resource, ResourceArc, Term};

@@ -30,8 +30,8 @@ impl Semaphore {
 
 #[rustler::resource_impl]
 impl Resource for Semaphore {
-    /// The server is gone. If it did not close the semaphore, it was killed or crashed: who waits
-    /// goes on waiting, and who comes before the next server is told that there is none.
+    /// The server is gone. If it did not close the semaphore, it was killed or crashed: waiters
+    /// keep waiting, and acquires are refused until the next server opens it.
     fn down<'a>(&'a self, _env: Env<'a>, _pid: LocalPid, monitor: Monitor) {
         if self.is_server(&monitor) {
             self.core.suspend();
@@ -57,7 +57,7 @@ impl Resource for Guard {
     }
 }
 
-/// I/O that runs in the name of a guard's owner, until this is dropped, by a panic too.
+/// I/O that runs in the name of a guard's owner, until this is dropped, also by a panic.
 pub(crate) struct RunningIo<'a> {
     guard: &'a Guard,
     env: Env<'a>,
@@ -126,7 +126,7 @@ fn semaphore_new() -> ResourceArc<Semaphore> {
     closed_semaphore()
 }
 
-/// Without a server: open from the start, and for as long as it is there.
+/// Without a server: open from the start, for as long as it exists.
 #[rustler::nif(name = "semaphore_new")]
 fn semaphore_new_open(env: Env<'_>, limit: u32) -> NifResult<ResourceArc<Semaphore>> {
     let semaphore = closed_semaphore();
@@ -268,9 +268,9 @@ fn guard_new(env: Env<'_>, semaphore: &Semaphore) -> ResourceArc<Guard> {
         spare_env: Arc::default(),
         _live: Live::new(Kind::Guard),
     });
-    // One monitor for each process, for as long as it lives: set and removed on each acquire, it
-    // would cost more than all the rest. It can only fail for a process that is dying, and that
-    // runs no further: the destructor is enough then.
+    // One monitor for each process, for as long as it lives: setting and removing it on each
+    // acquire would cost more than all the rest. It can fail only for a process that is dying and
+    // runs no further: then the destructor is enough.
     let _ = env.monitor(&guard, &pid);
     guard
 }
@@ -283,7 +283,7 @@ fn try_acquire(guard: &Guard, weight: u32, bytes: u64) -> NifResult<Atom> {
         .map_or_else(refusal, |()| atoms::ok()))
 }
 
-/// The same for one slot and no bytes: fewer arguments to decode on the path that is taken most.
+/// The same for one slot and no bytes: fewer arguments to decode on the most frequent path.
 #[rustler::nif(name = "try_acquire")]
 fn try_acquire_slot(guard: &Guard) -> Atom {
     guard

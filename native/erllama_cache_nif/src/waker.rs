@@ -1,5 +1,5 @@
-//! How a waiter is woken: by one message, `{Ref, granted | closed | weight_exceeds_limit}`,
-//! whatever becomes of the process that gives the slot back.
+//! Waking a waiter: by one message, `{Ref, granted | closed | weight_exceeds_limit}`, whatever
+//! becomes of the process that gives the slot back.
 
 use std::mem;
 use std::ptr;
@@ -17,7 +17,7 @@ use crate::live_count::{Kind, Live};
 /// The semaphore beneath the resource.
 pub(crate) type Slots = Semaphore<LocalPid, Waker>;
 
-/// What wakes a waiter: a message that nobody else can send, in an environment of its own.
+/// Wakes a waiter by a message that no other process can send, in an environment of its own.
 pub(crate) struct Waker {
     pid: LocalPid,
     /// `None` only while this is being dropped.
@@ -26,8 +26,8 @@ pub(crate) struct Waker {
     spare: Arc<SpareEnv>,
 }
 
-/// Keeps a process's message environment from one wait to the next. It waits in one place at a
-/// time, so one is enough; and whoever wakes it has nothing to free.
+/// Keeps a process's message environment from one wait to the next. A process waits in one place at
+/// a time, so one environment is enough, and the waking process has nothing to free.
 #[derive(Default)]
 pub(crate) struct SpareEnv(Mutex<Option<OwnedEnv>>);
 
@@ -49,7 +49,7 @@ impl SpareEnv {
 }
 
 impl Waker {
-    /// Wakes `pid`, which says by `reference` what it waits for.
+    /// Wakes `pid`, which recognises by `reference` what it waits for.
     pub(crate) fn new(pid: LocalPid, reference: Reference<'_>, spare: &Arc<SpareEnv>) -> Waker {
         let env = spare.take();
         let reference = env.save(*reference);
@@ -61,8 +61,8 @@ impl Waker {
         }
     }
 
-    /// Sends in the name of `env`, which is that of the NIF or callback that runs, or of nobody.
-    /// Comes back when the receiver is dead, or when the sender is: see [`deliver`].
+    /// Sends in the name of `env`, which is that of the running NIF or callback, or in nobody's.
+    /// Returns the waker if the receiver or the sender is dead: see [`deliver`].
     fn send(self, env: Option<Env<'_>>, verdict: Verdict) -> Result<(), Waker> {
         let Some(own) = &self.env else {
             return Ok(());
@@ -102,9 +102,9 @@ impl Drop for Waker {
     }
 }
 
-/// Wakes waiters of `semaphore`, and has another thread wake those that are left. No lock is held
-/// here: a send takes the sender's main lock, and `down` runs with a dying process's main lock held
-/// and takes the semaphore's.
+/// Wakes waiters of `semaphore`, and has another thread wake the rest. No lock may be held here: a
+/// send takes the sender's main lock, and `down` runs with a dying process's main lock held and
+/// takes the semaphore's.
 #[inline]
 pub(crate) fn deliver(env: Env<'_>, semaphore: &Arc<Slots>, wakes: Wakes<Waker>) {
     if !wakes.is_empty() {
@@ -116,7 +116,7 @@ fn deliver_some(env: Env<'_>, semaphore: &Arc<Slots>, wakes: Wakes<Waker>) {
     if wakes.are_unfinished() {
         Semaphore::go_on_elsewhere(semaphore, |wakes| {
             for (waker, verdict) in wakes {
-                // In nobody's name it fails only where the receiver is dead.
+                // In nobody's name it fails only if the receiver is dead.
                 let _ = waker.send(None, verdict);
             }
         });
@@ -127,8 +127,8 @@ fn deliver_some(env: Env<'_>, semaphore: &Arc<Slots>, wakes: Wakes<Waker>) {
         .collect();
     if !left.is_empty() {
         // A process that was killed while its dirty NIF ran cannot send any more, although the
-        // receiver lives. The courier's only reference goes right here, so its destructor runs, in
-        // an environment that belongs to no process, and sends in this one's stead.
+        // receiver is alive. The courier's only reference is dropped right here, so its destructor
+        // runs, in an environment that belongs to no process, and sends instead of this one.
         drop(ResourceArc::new(Courier {
             left: Mutex::new(left),
             _live: Live::new(Kind::Courier),
@@ -136,8 +136,8 @@ fn deliver_some(env: Env<'_>, semaphore: &Arc<Slots>, wakes: Wakes<Waker>) {
     }
 }
 
-/// Delivers from its destructor. A send that fails there too has a dead receiver, whose guard gives
-/// the slot on by itself.
+/// Delivers from its destructor. If a send fails there too, the receiver is dead, and its guard
+/// hands the slot on by itself.
 struct Courier {
     left: Mutex<Vec<(Waker, Verdict)>>,
     _live: Live,

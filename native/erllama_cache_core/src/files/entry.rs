@@ -29,7 +29,7 @@ pub enum Name {
 }
 
 impl Name {
-    /// What a name is by its looks alone.
+    /// What a name is by its form alone.
     pub fn of(name: CString) -> Name {
         match Key::from_file_name(name.as_bytes()) {
             Some(key) => Name::Final(key),
@@ -176,7 +176,7 @@ pub(super) enum Claim {
     Held,
     /// Another process holds the lock.
     Locked,
-    /// The name is another file's by now, or nobody's.
+    /// The name is another file's by now, or gone.
     Changed,
 }
 
@@ -251,7 +251,7 @@ impl Stored {
         if self.lock(root).is_ok_and(|lock| lock == Lock::Others) {
             return Claim::Locked;
         }
-        // While this file is open nobody else gets its number.
+        // While this file is open, no other file gets its inode number.
         match sys::stat_at(root.dir(), &self.name) {
             Ok(there) if there.is_same_file(&self.stat) => Claim::Held,
             _ => Claim::Changed,
@@ -334,7 +334,7 @@ impl StaleTemp {
     /// The file's length in bytes.
     #[expect(
         clippy::len_without_is_empty,
-        reason = "nobody asks whether it is empty"
+        reason = "an empty one is as stale as any other"
     )]
     pub fn len(&self) -> u64 {
         self.len

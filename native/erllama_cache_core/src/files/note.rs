@@ -1,8 +1,8 @@
 //! Noting in a file that it was used, for eviction by last use after a restart.
 //!
-//! A note is a hint. A load must neither pay for it nor wait: on a frozen or hung file system a write
-//! may take for ever. So one thread makes the notes later, and new ones are dropped when too many
-//! wait.
+//! A note is a hint. A load must neither pay for it nor wait: on a frozen or hung file system a
+//! write may take for ever. So one thread makes the notes later, and new ones are dropped when too
+//! many wait.
 
 use std::ffi::CString;
 use std::os::unix::fs::FileExt;
@@ -60,9 +60,9 @@ impl Use {
         }
     }
 
-    /// Notes it now, and returns `true`. `false` where that must not be done: there is no such file; or
-    /// it is another user's or has a second name, so that its bytes may not be ours to write; or the
-    /// file system would copy it first.
+    /// Notes it now, and returns `true`. `false` where that must not be done: there is no such
+    /// file; or it is another user's or has a second name, so that its bytes may not be ours to
+    /// write; or the file system would copy it first.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`] when it has no header.

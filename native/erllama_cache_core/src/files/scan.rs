@@ -10,7 +10,7 @@ use super::sys;
 use crate::error::Error;
 use crate::kvc::{Corrupt, DigestMode, Header, Key};
 
-/// What a scan found under one name. Other names are nobody's business here and are not told.
+/// What a scan found under one name. It does not report names that are not the library's.
 #[derive(Debug)]
 pub enum Found {
     /// A file whose header fits its length. Its payload was not read.
@@ -29,20 +29,20 @@ pub enum Found {
         /// The proof.
         corrupt: Corrupt,
     },
-    /// A temporary file that nobody works on any more. It was removed.
+    /// A temporary file that no save works on any more. It was removed.
     Swept,
-    /// A name that could not be looked at, or not removed. It is still there.
+    /// An entry that could not be examined or removed. It is still there.
     Skipped {
         /// The key in its name, if it is a final one.
         key: Option<Key>,
         /// Why.
         error: Error,
-        /// The room that it takes, where that could be found out and it is a file.
+        /// The room that it takes, if it is a file and that could be found out.
         taken: Option<Taken>,
     },
 }
 
-/// The room that a file takes which was only looked at from outside.
+/// The room that a file takes that could not be opened or read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken {
     /// Its length in bytes.
@@ -70,10 +70,11 @@ pub struct Scan {
 }
 
 impl Scan {
-    /// Begins at the root's first name. If `keyed_only`, a file without a keyed digest is skipped:
-    /// no load would take it. Whether the digest is right is left to that load. What is no file of
-    /// its key is removed only if it has not changed for as long as `settled`: before that somebody
-    /// may be copying it here. Without `settled` nothing is removed, temporary files included.
+    /// Begins at the root's first name. If `keyed_only`, a file without a keyed digest is skipped,
+    /// since every load would refuse it; the digest itself is checked by that load. A file that is
+    /// proven corrupt is removed only if it has not changed for as long as `settled`: before that,
+    /// somebody may be copying it here. Without `settled` nothing is removed, not even temporary
+    /// files.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -136,13 +137,13 @@ impl Scan {
                     file_len: stored.len(),
                 }),
                 Ok(false) => skipped(Error::Unauthenticated),
-                // Damaged, or unreadable: that it was made without the secret is not known.
+                // Damaged or unreadable: whether it was made without the secret is unknown.
                 Err(error) => skipped(error),
             },
             Err(error) if error.may_be_newer() || !self.is_settled(&stored) => skipped(error),
             Err(Error::Corrupt(corrupt)) => match stored.remove(&self.root) {
                 Ok(true) => Some(Found::Removed { key, corrupt }),
-                // A save in another node replaces it just now, or has done so.
+                // A save in another node is replacing it, or has done so.
                 Ok(false) => None,
                 Err(error) => skipped(error),
             },
@@ -150,13 +151,13 @@ impl Scan {
         }
     }
 
-    /// Whether nobody seems to be writing the file any more.
+    /// Whether the file has not changed for so long that it is not being written any more.
     fn is_settled(&self, stored: &Stored) -> bool {
         self.settled
             .is_some_and(|settled| is_older_than(stored.stat().modified, settled))
     }
 
-    /// Whether a load would take the file, as far as its prefix tells.
+    /// Whether a load would accept the file, as far as its prefix shows.
     fn takes(&self, stored: &Stored) -> Result<bool, Error> {
         if !self.keyed_only {
             return Ok(true);
@@ -165,7 +166,7 @@ impl Scan {
         Ok(matches!(prefix.digest(), Some((DigestMode::Keyed, _))))
     }
 
-    /// Removes a temporary file unless somebody holds its lock: then it is being written.
+    /// Removes a temporary file unless its lock is taken: then it is being written.
     fn sweep(&self, name: &CStr) -> Option<Found> {
         let skipped = |error| {
             Some(Found::Skipped {

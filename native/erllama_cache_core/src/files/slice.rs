@@ -12,7 +12,8 @@ pub enum Progress<T> {
     Done(T),
 }
 
-/// How long a call may work. It checks the clock between pieces, so it overruns by at most one piece.
+/// How long a call may work. It checks the clock between pieces, so it overruns by at most one
+/// piece.
 #[derive(Clone, Copy, Debug)]
 pub struct Slice {
     deadline: Option<Instant>,

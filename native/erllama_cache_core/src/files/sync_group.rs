@@ -1,10 +1,10 @@
-//! Group commit: one run of something slow serves all callers that asked for it while the run before
-//! was in progress.
+//! Group commit: one run of something slow serves all callers that asked for it while the run
+//! before was in progress.
 //!
-//! A directory sync makes every name in the directory durable, not only the caller's. So a caller that
-//! comes while a sync runs waits for the next one, together with all others that come before it
-//! begins, and one of them runs it. The sync in progress may have begun before the caller's name was
-//! there: it proves nothing and is never joined.
+//! A directory sync makes every name in the directory durable, not only the caller's. So a caller
+//! that comes while a sync runs waits for the next one, together with all others that come before
+//! it begins, and one of them runs it. The sync in progress may have begun before the caller's name
+//! was there: it proves nothing and is never joined.
 
 use std::io;
 
@@ -25,21 +25,22 @@ struct State {
     next: Option<Arc<Batch>>,
 }
 
-/// The result of one run. Each batch keeps its own: a later success does not undo an earlier failure,
-/// because the system reports an error once.
+/// The result of one run. Each batch keeps its own: a later success does not undo an earlier
+/// failure, because the system reports an error once.
 #[derive(Debug, Default)]
 struct Batch {
     result: Mutex<Option<Result<(), i32>>>,
 }
 
 impl SyncGroup {
-    /// Returns the result of a run that began after this call did: of `work`, or of another caller's.
+    /// Returns the result of a run that began after this call did: of `work`, or of another
+    /// caller's.
     pub(crate) fn run(&self, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut state = lock(&self.state);
         if !state.running {
             state.running = true;
-            // Callers that wait for the next run may not have woken yet. This is the next run, so it
-            // is theirs too: otherwise one newcomer after another could get in ahead of them.
+            // Callers that wait for the next run may not have woken yet. This is the next run, so
+            // it is theirs too: otherwise one newcomer after another could get in ahead of them.
             let batch = state.next.take().unwrap_or_default();
             drop(state);
             return self.lead_for(&batch, work);

@@ -69,7 +69,7 @@ unsafe fn opened(call: impl FnMut() -> c_int) -> io::Result<File> {
     Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
-/// Opens a directory by its path. The path itself may be a symbolic link: it is the operator's.
+/// Opens a directory by its path. The path itself may be a symbolic link, which the operator made.
 pub(crate) fn open_dir(path: &CStr) -> io::Result<File> {
     let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_CLOEXEC;
     // SAFETY: `path` is a NUL-terminated string that lives through the call, which opens a new
@@ -110,8 +110,8 @@ pub(crate) fn link_unnamed(file: &File, dir: &File, to: &CStr) -> io::Result<()>
         .map(drop)
     };
     match link(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH) {
-        // Older kernels let only a privileged process link a descriptor; the others take the long
-        // way.
+        // Older kernels let only a privileged process link a descriptor; the others go through
+        // /proc.
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
             // A number's digits hold no NUL.
             let magic = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
@@ -121,7 +121,7 @@ pub(crate) fn link_unnamed(file: &File, dir: &File, to: &CStr) -> io::Result<()>
     }
 }
 
-/// There are no such files elsewhere.
+/// Elsewhere there are no such files.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn link_unnamed(_file: &File, _dir: &File, _to: &CStr) -> io::Result<()> {
     Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
@@ -171,7 +171,7 @@ pub(crate) fn rename_new(dir: &File, from: &CStr, to: &CStr) -> io::Result<()> {
     uninterrupted(rename).map(drop)
 }
 
-/// Elsewhere it is not known how.
+/// Elsewhere there is no such call, or it is not used.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn rename_new(_dir: &File, _from: &CStr, _to: &CStr) -> io::Result<()> {
     Err(io::Error::from_raw_os_error(libc::ENOSYS))
@@ -182,13 +182,13 @@ pub(crate) fn rename_new(_dir: &File, _from: &CStr, _to: &CStr) -> io::Result<()
 pub(crate) enum Lock {
     /// It is held, for as long as the file is open.
     Held,
-    /// Somebody else has it.
+    /// Another process holds it.
     Others,
     /// There are no locks here.
     Unknown,
 }
 
-/// Locks a file for as long as it is open. std's own call ends when a signal comes.
+/// Locks a file for as long as it is open. std's own call fails when a signal interrupts it.
 pub(crate) fn try_lock(file: &File) -> io::Result<Lock> {
     loop {
         match file.try_lock() {
@@ -264,9 +264,8 @@ pub(crate) fn effective_user() -> u32 {
     unsafe { libc::geteuid() }
 }
 
-/// What kind of file system something is on, and which one. Unlike the numbers of a device, which
-/// are given to the next file system as soon as one is unmounted, the two together are not used
-/// again.
+/// The kind of a file system, and which one it is. A device's number goes to the next file system
+/// as soon as one is unmounted; these two together are not reused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct FileSystem {
     kind: u64,
@@ -274,12 +273,12 @@ pub(crate) struct FileSystem {
 }
 
 impl FileSystem {
-    /// Whether its files live in memory, so that nothing done to them waits for a device.
+    /// Whether its files live in memory, so that no access to them waits for a device.
     pub(crate) fn is_in_memory(self) -> bool {
         self.kind == TMPFS
     }
 
-    /// Whether writing into a file of it can mean to copy that file first.
+    /// Whether writing into one of its files can copy that file first.
     pub(crate) fn copies_on_open(self) -> bool {
         self.kind == OVERLAY
     }
@@ -301,7 +300,7 @@ pub(crate) fn file_system(file: &File) -> io::Result<FileSystem> {
     // SAFETY: `file` is open, `stat` has room for what the call writes.
     match uninterrupted(|| unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) }) {
         Ok(_) => {}
-        // A file system in user space need not answer.
+        // A file system in user space need not implement it.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP)) => {
             return Ok(FileSystem::default());
         }
@@ -311,7 +310,7 @@ pub(crate) fn file_system(file: &File) -> io::Result<FileSystem> {
     let stat = unsafe { stat.assume_init() };
     // SAFETY: the type is two ints in C, and any bits make two ints.
     let id = unsafe { std::mem::transmute::<libc::fsid_t, [i32; 2]>(stat.f_fsid) };
-    // The type depends on the processor and on the C library, its upper half means nothing.
+    // The type depends on the processor and on the C library; its upper half has no meaning.
     #[allow(clippy::unnecessary_cast)]
     let kind = stat.f_type as u64 & 0xffff_ffff;
     Ok(FileSystem { kind, id })
@@ -325,8 +324,8 @@ pub(crate) fn file_system(_file: &File) -> io::Result<FileSystem> {
 
 /// Whether a file may become this long: `EFBIG` if not.
 ///
-/// A write or a reservation beyond `RLIMIT_FSIZE` would end the process: SIGXFSZ, which the VM does
-/// not handle. So it is never tried.
+/// A write or a reservation beyond `RLIMIT_FSIZE` would end the process by SIGXFSZ, which the VM
+/// does not handle. So none is ever tried.
 pub(crate) fn may_be_as_long_as(len: u64) -> io::Result<()> {
     let mut limit = MaybeUninit::<libc::rlimit>::uninit();
     // SAFETY: `limit` has room for what the call writes.
@@ -347,8 +346,8 @@ pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     uninterrupted(|| unsafe { libc::fchmod(file.as_raw_fd(), mode as libc::mode_t) }).map(drop)
 }
 
-/// Reserves room for `len` bytes from the start, so that a full disk says so before anything is
-/// written and the file lies in one piece. `Ok(false)` where the file system cannot.
+/// Reserves room for `len` bytes from the start, so that a full disk is an error before anything is
+/// written, and the file lies in one piece. `Ok(false)` where the file system cannot do that.
 #[cfg(target_os = "linux")]
 pub(crate) fn reserve(file: &File, len: u64) -> io::Result<bool> {
     let len =
@@ -369,8 +368,8 @@ pub(crate) fn reserve(_file: &File, _len: u64) -> io::Result<bool> {
     Ok(false)
 }
 
-/// Asks the kernel to begin writing a range to the disk, and does not wait for it. It is a hint
-/// that makes the later sync short; that sync alone makes anything durable and sees any error.
+/// Asks the kernel to start writing a range to the disk, and does not wait for it. It is a hint
+/// that makes the later sync short; only that sync makes anything durable and reports errors.
 #[cfg(target_os = "linux")]
 pub(crate) fn start_writeback(file: &File, offset: u64, len: u64) {
     let (Ok(offset), Ok(len)) = (
@@ -385,13 +384,13 @@ pub(crate) fn start_writeback(file: &File, offset: u64, len: u64) {
     };
 }
 
-/// Elsewhere the sync does all.
+/// Elsewhere the sync does it all.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn start_writeback(_file: &File, _offset: u64, _len: u64) {}
 
-/// Waits until a range has gone to the disk, whose own cache may still have it; a length of 0 is
+/// Waits until a range was written to the disk, whose own cache may still have it; a length of 0 is
 /// all up to the end. `Ok(false)` where there is no such call, or not for this file. An error is as
-/// final as a sync's, for the kernel tells it once.
+/// final as a sync's, because the kernel reports it once.
 #[cfg(target_os = "linux")]
 pub(crate) fn await_writeback(file: &File, offset: u64, len: u64) -> io::Result<bool> {
     let big = |_| io::Error::from_raw_os_error(libc::EFBIG);
@@ -421,18 +420,20 @@ pub(crate) fn await_writeback(_file: &File, _offset: u64, _len: u64) -> io::Resu
     Ok(false)
 }
 
-/// Lets the kernel forget a file's pages that are on the disk. A hint, as [`start_writeback`] is.
+/// Lets the kernel drop those of a file's pages that are on the disk. A hint, as
+/// [`start_writeback`] is.
 #[cfg(target_os = "linux")]
 pub(crate) fn drop_cache(file: &File) {
     // SAFETY: `file` is open; the call takes numbers only.
     let _ = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
 }
 
-/// Elsewhere it stays for as long as the kernel likes.
+/// Elsewhere they stay for as long as the kernel likes.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn drop_cache(_file: &File) {}
 
-/// Writes two slices as one, the first at the start of the file. Returns how many bytes went.
+/// Writes two slices as one, the first at the start of the file. Returns how many bytes were
+/// written.
 pub(crate) fn write_two(file: &File, first: &[u8], second: &[u8]) -> io::Result<usize> {
     let parts = [io::IoSlice::new(first), io::IoSlice::new(second)];
     loop {
@@ -450,7 +451,7 @@ pub(crate) fn write_two(file: &File, first: &[u8], second: &[u8]) -> io::Result<
     }
 }
 
-/// An open directory's names.
+/// A stream of an open directory's names.
 #[derive(Debug)]
 pub(crate) struct DirStream {
     stream: NonNull<libc::DIR>,
@@ -460,8 +461,8 @@ pub(crate) struct DirStream {
 unsafe impl Send for DirStream {}
 
 impl DirStream {
-    /// Reads `dir` from its start, through a description of its own, so that nobody else's place in
-    /// the directory moves.
+    /// Reads `dir` from its start, through a description of its own, so that no other reader's
+    /// position in the directory moves.
     pub(crate) fn of(dir: &File) -> io::Result<DirStream> {
         let own = OwnedFd::from(open_at(dir, c".", libc::O_RDONLY | libc::O_DIRECTORY, 0)?);
         // SAFETY: `own` is an open directory.

@@ -16,8 +16,9 @@ pub struct Wakes<W> {
     left: Left,
 }
 
-/// Which waiters are left undecided. As wide as a word: a `bool` is copied with its padding, in pieces
-/// from which the processor cannot forward what was just stored, and each release would wait 3 ns.
+/// Which waiters are left undecided. As wide as a word: a `bool` is copied with its padding, in
+/// pieces from which the processor cannot forward what was just stored, and each release would wait
+/// 3 ns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 enum Left {

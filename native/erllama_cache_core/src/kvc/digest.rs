@@ -15,7 +15,8 @@ use blake3::hazmat::{
 
 use crate::lock::unpoisoned;
 
-/// A node's secret: who knows it can make files that this node trusts. It is shown nowhere.
+/// A node's secret, with which a maker of files proves that this node may trust them. It is never
+/// printed.
 #[derive(Clone)]
 pub struct Secret([u8; 32]);
 
@@ -32,8 +33,8 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// How much of the input makes one part, which is hashed on its own: a whole subtree of BLAKE3's
-/// tree, and a piece that a processor's cache holds.
+/// How much of the input makes one part, which is hashed by itself: a whole subtree of BLAKE3's
+/// tree, small enough for a processor's cache.
 pub(crate) const PART: usize = 256 * 1024;
 
 /// Up to how many bytes of a view are hashed in one go. A view comes in pieces, most of them short,
@@ -55,7 +56,7 @@ pub struct Digester {
     tail: Hasher,
 }
 
-/// What a keyed hasher holds is the secret's: it is not shown.
+/// A keyed hasher contains the secret: it is not printed.
 impl fmt::Debug for Digester {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Digester")
@@ -114,7 +115,7 @@ impl Digester {
     /// Whether [`Digester::finish`] gives `digest`; compared in constant time.
     #[must_use]
     pub fn matches(self, view: &[&[u8]], digest: &[u8; 32]) -> bool {
-        // It is the comparison of this type that is in constant time.
+        // This type's comparison takes constant time.
         self.root(view) == blake3::Hash::from_bytes(*digest)
     }
 
@@ -151,8 +152,8 @@ fn mode(secret: Option<&Secret>) -> Mode<'_> {
     }
 }
 
-/// A stretch of a digest's input that several threads fetch and hash together, each taking the next
-/// part that nobody has: what a thread has fetched is in its processor's cache when it hashes it.
+/// A stretch of a digest's input that several threads fetch and hash together. Each takes the next
+/// free part, fetches it and hashes it while it is in the processor's cache.
 pub(crate) struct Parts<'a> {
     secret: Option<Secret>,
     first: u64,
@@ -161,7 +162,7 @@ pub(crate) struct Parts<'a> {
 }
 
 impl<'a> Parts<'a> {
-    /// Of `buf`, which takes what comes next in the input of `digester`, in whole parts.
+    /// The parts of `buf`, which will hold the next bytes of the input of `digester`.
     pub(crate) fn new(digester: &Digester, buf: &'a mut [u8]) -> Parts<'a> {
         debug_assert!(buf.len().is_multiple_of(PART) && digester.tail.count() == 0);
         let parts = buf.len() / PART;
@@ -173,8 +174,8 @@ impl<'a> Parts<'a> {
         }
     }
 
-    /// Fetches and hashes parts, one at least, until there are no more or it `is_enough`. `fetch`
-    /// fills a piece of the buffer, given how far from its start that is.
+    /// Fetches and hashes parts, at least one, until there are no more or it `is_enough`. `fetch`
+    /// gets a part of the buffer to fill and its offset there.
     pub(crate) fn work<E>(
         &self,
         fetch: impl Fn(usize, &mut [u8]) -> Result<(), E>,
@@ -188,7 +189,7 @@ impl<'a> Parts<'a> {
                 .set_input_offset(offset)
                 .update(part)
                 .finalize_non_root();
-            // Nobody else took this part.
+            // No other thread took this part.
             let _ = self.done[index].set(value);
             if is_enough() {
                 break;
@@ -201,9 +202,9 @@ impl<'a> Parts<'a> {
         unpoisoned(self.rest.lock()).next()
     }
 
-    /// Adds to `digester` what was hashed, once everybody's [`Parts::work`] has returned well, and
-    /// says how many bytes from the buffer's start that is: parts are taken in their order, and
-    /// each that was taken is done.
+    /// Adds to `digester` what was hashed, and returns how many bytes from the buffer's start that
+    /// is. Every thread's [`Parts::work`] must have returned without an error: parts are taken in
+    /// order, and each that was taken is then done.
     pub(crate) fn finish(self, digester: &mut Digester) -> usize {
         let mut parts = 0;
         for value in self.done.into_iter().map_while(OnceLock::into_inner) {
@@ -221,7 +222,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_come_to_the_digest_of_the_whole() {
+    fn pieces_have_the_digest_of_the_whole() {
         let mut digester = Digester::new(None);
         digester.update(b"pay");
         digester.update(b"load");
@@ -233,7 +234,7 @@ mod tests {
 
     /// Against the crate's own way, around every border of the tree.
     #[test]
-    fn parts_come_to_the_digest_of_the_whole() {
+    fn parts_have_the_digest_of_the_whole() {
         let input: Vec<u8> = (0..9 * PART + 7).map(|n| (n % 251) as u8).collect();
         let secret = Secret::new([7; 32]);
         for len in [

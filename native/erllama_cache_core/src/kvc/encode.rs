@@ -114,10 +114,10 @@ pub enum EncodeError {
         /// Its length in bytes.
         len: usize,
     },
-    /// All fields together come to more than [`MAX_PREFIX_LEN`], so no reader would take the file.
+    /// The prefix would exceed [`MAX_PREFIX_LEN`], so no reader would accept the file.
     #[error("the part before the payload would be longer than {MAX_PREFIX_LEN} bytes")]
     PrefixTooLong,
-    /// Prefix and payload together come to more bytes than a u64 counts.
+    /// The length of prefix and payload exceeds a u64.
     #[error("a payload of {payload_len} bytes is too long for a file")]
     PayloadTooLong {
         /// The payload's length in bytes.

@@ -9,10 +9,10 @@ pub const FIXED_LEN: usize = 72;
 /// Bytes of the smallest prefix the layout allows: the fixed part and two empty sections.
 pub const MIN_PREFIX_LEN: usize = FIXED_LEN + 2 * LENGTH_LEN;
 
-/// Bytes of the longest prefix that is written or read, 1 GiB.
+/// Bytes of the longest prefix that is written or read, 64 MiB.
 ///
 /// The prefix is the one part of a file that is held in memory whole. The length of the file does
-/// not bound it well, because a sparse file of a terabyte costs whoever makes it nothing. A million
+/// not bound it well, because a sparse file of a terabyte costs its maker nothing. A million
 /// tokens with their text take some 10 MB, so no honest file comes near this.
 pub const MAX_PREFIX_LEN: usize = 64 << 20;
 

@@ -121,7 +121,8 @@ impl FingerprintMode {
 pub enum DigestMode {
     /// Anybody can make it: it finds damage.
     Plain = 0,
-    /// Only who has the secret can make it: it proves where the file comes from.
+    /// Keyed with the secret, without which nobody can make it: it proves where the file comes
+    /// from.
     Keyed = 1,
 }
 

@@ -61,7 +61,7 @@
 //!
 //! Tags from 0x80 up are extensions, written after the others. A reader ignores tags it does not
 //! know, however often they occur. A tag it does know may occur once: with two fingerprints or two
-//! lists of tokens, which one makes the key would depend on who reads the file.
+//! lists of tokens, which one makes the key would depend on the reader.
 //!
 //! # What checks what
 //!

@@ -482,6 +482,31 @@ fn rebuilt(sample: &Sample, prompt: &[u8], records: &[(u8, Vec<u8>)]) -> Vec<u8>
     file
 }
 
+type Records = Vec<(u8, Vec<u8>)>;
+
+/// Records to add to a file's own.
+fn additions(sample: &Sample, own: &Records) -> [(&'static str, Records); 7] {
+    let unknown = (0..=255).filter(|tag| !own.iter().any(|(known, _)| known == tag));
+    [
+        (
+            "every other tag",
+            unknown.map(|tag| (tag, vec![tag])).collect(),
+        ),
+        ("10000 empty records", vec![(0x7F, vec![]); 10_000]),
+        (
+            "a record that looks like records",
+            vec![(0xFE, sample.file[72..sample.start].to_vec())],
+        ),
+        ("a megabyte", vec![(0x80, vec![0; 1 << 20])]),
+        ("a digest of mode 2", vec![(0xB3, vec![2; 33])]),
+        ("a digest of zeros", vec![(0xB3, vec![0; 33])]),
+        (
+            "a keyed digest of zeros",
+            vec![(0xB3, [&[1][..], &[0; 32]].concat())],
+        ),
+    ]
+}
+
 /// Records missing, twice, empty, too long, out of order, unknown, very many, very long.
 fn records(sample: &Sample) -> Corpus {
     let read = model::read(&sample.file).unwrap();
@@ -520,25 +545,7 @@ fn records(sample: &Sample) -> Corpus {
             lists.push((format!("{tag:#04x} twice, {place}"), records));
         }
     }
-    let unknown = (0..=255).filter(|tag| !own.iter().any(|(known, _)| known == tag));
-    for (what, more) in [
-        (
-            "every other tag",
-            unknown.map(|tag| (tag, vec![tag])).collect(),
-        ),
-        ("10000 empty records", vec![(0x7F, vec![]); 10_000]),
-        (
-            "a record that looks like records",
-            vec![(0xFE, sample.file[72..sample.start].to_vec())],
-        ),
-        ("a megabyte", vec![(0x80, vec![0; 1 << 20])]),
-        ("a digest of mode 2", vec![(0xB3, vec![2; 33])]),
-        ("a digest of zeros", vec![(0xB3, vec![0; 33])]),
-        (
-            "a keyed digest of zeros",
-            vec![(0xB3, [&[1][..], &[0; 32]].concat())],
-        ),
-    ] {
+    for (what, more) in additions(sample, &own) {
         for (place, records) in with(more) {
             lists.push((format!("{what}, {place}"), records));
         }

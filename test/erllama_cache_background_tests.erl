@@ -13,16 +13,16 @@
 
 background_test_() ->
     running_tests(#{max_concurrent => 1}, [
-        fun one_message_tells_the_result/1,
-        fun errors_are_told/1,
+        fun one_message_has_the_result/1,
+        fun errors_are_reported/1,
         fun mistakes_raise/1,
         fun cancelled_while_it_waits/1,
         fun cancelled_while_it_writes/1,
         fun cancelled_too_late/1,
         fun the_callers_death_cancels/1,
         fun the_callers_normal_end_cancels/1,
-        fun detached_it_goes_on/1,
-        fun a_killed_saver_is_told_of/1,
+        fun a_detached_save_goes_on/1,
+        fun a_killed_saver_is_reported/1,
         fun the_payload_is_not_copied/1
     ]).
 
@@ -34,7 +34,7 @@ result(Ref) ->
     end.
 
 %% A result is never waited for in vain.
-a_killed_saver_is_told_of(Root) ->
+a_killed_saver_is_reported(Root) ->
     ok = ?WRITER:acquire(0),
     {ok, Ref} = ?WRITER:save_async(?STORE, disk, meta([1]), <<"payload">>),
     eventually(fun() -> length(?WRITER:waiters()) =:= 1 end),
@@ -52,7 +52,7 @@ assert_nothing_left(Root) ->
     ?assertEqual({ok, []}, file:list_dir(Root)),
     ?assertEqual([], own_messages()).
 
-one_message_tells_the_result(_Root) ->
+one_message_has_the_result(_Root) ->
     Payload = rand:bytes(?LARGE),
     {ok, Ref} = ?WRITER:save_async(?STORE, disk, meta([1]), Payload),
     ?assert(is_reference(Ref)),
@@ -60,7 +60,7 @@ one_message_tells_the_result(_Root) ->
     ?assertMatch({ok, _, Payload}, erllama_cache_store:load(?STORE, Key)),
     ?assertEqual([], own_messages()).
 
-errors_are_told(Root) ->
+errors_are_reported(Root) ->
     {ok, Missing} = ?WRITER:save_async(?STORE, disk, maps:remove(tokens, meta([1])), <<"x">>),
     ?assertEqual({error, {missing_key, tokens}}, result(Missing)),
     {ok, Tier} = ?WRITER:save_async(?STORE, ram_file, meta([1]), <<"x">>),
@@ -123,7 +123,7 @@ the_callers_normal_end_cancels(Root) ->
     ok = go_on(Turns),
     assert_nothing_left(Root).
 
-detached_it_goes_on(_Root) ->
+a_detached_save_goes_on(_Root) ->
     Turns = hold_turns(),
     Payload = rand:bytes(?LARGE),
     Caller = caller(#{detach => true}, Payload),

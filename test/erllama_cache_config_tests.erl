@@ -17,7 +17,7 @@ config_test_() ->
         fun refuses_unknown_keys_of_the_environment/0,
         fun leaves_the_rest_of_the_environment_alone/0,
         fun start_link_takes_the_limit_from_the_environment/0,
-        fun start_link_refuses_what_is_no_limit/0
+        fun start_link_refuses_invalid_limits/0
     ]}.
 
 environment() ->
@@ -95,7 +95,7 @@ start_link_takes_the_limit_from_the_environment() ->
         application:unset_env(erllama, writer_max_concurrent)
     end.
 
-start_link_refuses_what_is_no_limit() ->
+start_link_refuses_invalid_limits() ->
     [
         ?assertError(function_clause, ?WRITER:start_link(Bad))
      || Bad <- [0, -1, 1.0, many, "3", <<3>>, infinity]

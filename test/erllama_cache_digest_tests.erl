@@ -14,30 +14,30 @@
 
 digest_test_() ->
     each(fun() -> temporary_dir(?MODULE) end, fun file:del_dir_r/1, [
-        fun tier_disk_has_one_and_ram_file_none/1,
-        fun either_can_be_chosen/1,
-        fun it_covers_what_no_checksum_does/1,
-        fun loads_may_note_their_use/1,
-        fun large_files_have_one_too/1,
+        fun files_on_disk_have_a_digest_and_in_ram_none/1,
+        fun the_digest_can_be_configured/1,
+        fun the_digest_covers_fields_that_no_checksum_covers/1,
+        fun a_noted_use_keeps_the_digest_valid/1,
+        fun large_files_have_a_digest/1,
         fun a_keyed_file_is_loaded/1,
-        fun without_the_secret_its_maker_is_nobodys_business/1,
-        fun what_is_not_proven_is_refused/1,
-        fun what_is_not_proven_is_replaced/1,
-        fun a_scan_skips_what_is_not_proven/1,
-        fun a_file_may_leave_the_page_cache/1
+        fun a_keyed_file_is_loaded_without_the_secret/1,
+        fun an_unauthenticated_file_is_refused/1,
+        fun an_unauthenticated_file_is_replaced/1,
+        fun a_scan_skips_unauthenticated_files/1,
+        fun files_dropped_from_the_page_cache_are_loaded/1
     ]).
 
-tier_disk_has_one_and_ram_file_none(Root) ->
+files_on_disk_have_a_digest_and_in_ram_none(Root) ->
     running(Root, #{}, fun() -> ?assertMatch({0, _}, digest(Root, save(1))) end),
     ram(Root, #{}, fun() -> ?assertEqual(none, digest(Root, save(ram_file, 2))) end).
 
-either_can_be_chosen(Root) ->
+the_digest_can_be_configured(Root) ->
     running(Root, #{digest => none}, fun() -> ?assertEqual(none, digest(Root, save(1))) end),
     ram(Root, #{digest => blake3}, fun() ->
         ?assertMatch({0, _}, digest(Root, save(ram_file, 2)))
     end).
 
-it_covers_what_no_checksum_does(Root) ->
+the_digest_covers_fields_that_no_checksum_covers(Root) ->
     running(Root, #{}, fun() ->
         Key = save(1),
         {ok, Good} = file:read_file(file_of(Root, Key)),
@@ -60,7 +60,7 @@ it_covers_what_no_checksum_does(Root) ->
     end).
 
 %% A note of use leaves the digest right.
-loads_may_note_their_use(Root) ->
+a_noted_use_keeps_the_digest_valid(Root) ->
     running(Root, #{}, fun() ->
         Meta = (meta(1))#{last_used_time => 1000},
         {ok, Key} = ?WRITER:save(?STORE, disk, Meta, <<"payload">>),
@@ -71,7 +71,7 @@ loads_may_note_their_use(Root) ->
     end).
 
 %% More than one block, the last one not whole: hashed beside the writing and the reading.
-large_files_have_one_too(Root) ->
+large_files_have_a_digest(Root) ->
     running(Root, #{}, fun() ->
         Payload = rand:bytes(9 * 1048576 + 12345),
         {ok, Key} = ?WRITER:save(?STORE, disk, meta(1), Payload),
@@ -96,11 +96,11 @@ a_keyed_file_is_loaded(Root) ->
         ?assertMatch({ok, _, <<"payload">>}, load(Key))
     end).
 
-without_the_secret_its_maker_is_nobodys_business(Root) ->
+a_keyed_file_is_loaded_without_the_secret(Root) ->
     Key = running(Root, #{mac_key => secret(?KEY)}, fun() -> save(1) end),
     running(Root, #{}, fun() -> ?assertMatch({ok, _, <<"payload">>}, load(Key)) end).
 
-what_is_not_proven_is_refused(Root) ->
+an_unauthenticated_file_is_refused(Root) ->
     Plain = running(Root, #{}, fun() -> save(1) end),
     None = running(Root, #{digest => none}, fun() -> save(2) end),
     Others = running(Root, #{mac_key => secret(?OTHER_KEY)}, fun() -> save(3) end),
@@ -119,7 +119,7 @@ what_is_not_proven_is_refused(Root) ->
         ?assertMatch(#{refused := 5}, erllama_cache_store:info(?STORE))
     end).
 
-what_is_not_proven_is_replaced(Root) ->
+an_unauthenticated_file_is_replaced(Root) ->
     Key = running(Root, #{}, fun() -> save(1) end),
     running(Root, #{mac_key => secret(?KEY)}, fun() ->
         ?assertEqual({error, unauthenticated}, load(Key)),
@@ -127,7 +127,7 @@ what_is_not_proven_is_replaced(Root) ->
         ?assertMatch({ok, _, <<"proven">>}, load(Key))
     end).
 
-a_scan_skips_what_is_not_proven(Root) ->
+a_scan_skips_unauthenticated_files(Root) ->
     Plain = running(Root, #{}, fun() -> save(1) end),
     Keyed = running(Root, #{mac_key => secret(?KEY)}, fun() -> save(2) end),
     running(Root, #{mac_key => secret(?KEY)}, fun() ->
@@ -147,7 +147,7 @@ a_scan_skips_what_is_not_proven(Root) ->
 
 secret(Key) -> fun() -> Key end.
 
-a_file_may_leave_the_page_cache(Root) ->
+files_dropped_from_the_page_cache_are_loaded(Root) ->
     running(Root, #{page_cache => drop}, fun() ->
         Payload = rand:bytes(2 * 1048576),
         {ok, Key} = ?WRITER:save(?STORE, disk, meta(1), Payload),

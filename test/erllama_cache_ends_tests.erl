@@ -30,11 +30,14 @@ in_its_own_node(Name) ->
 
 tests() ->
     [
-        {the_application_under_a_save, fun the_application_under_a_save/1},
-        {the_application_under_a_background_save, fun the_application_under_a_background_save/1},
-        {the_application_under_a_detached_save, fun the_application_under_a_detached_save/1},
-        {the_writers_code_under_a_waiter, fun the_writers_code_under_a_waiter/1},
-        {the_librarys_code_twice, fun the_librarys_code_twice/1},
+        {the_application_stops_under_a_save, fun the_application_stops_under_a_save/1},
+        {the_application_stops_under_a_background_save,
+            fun the_application_stops_under_a_background_save/1},
+        {the_application_stops_under_a_detached_save,
+            fun the_application_stops_under_a_detached_save/1},
+        {the_writers_code_is_purged_under_a_waiter,
+            fun the_writers_code_is_purged_under_a_waiter/1},
+        {the_library_is_loaded_twice, fun the_library_is_loaded_twice/1},
         {a_caller_with_little_memory, fun a_caller_with_little_memory/1}
     ].
 
@@ -57,7 +60,7 @@ play([Name, Root]) ->
 
 %% The store is gone when the save comes to publish, or has been published for it to find at its
 %% next start: a file is there whole or not at all.
-the_application_under_a_save(Root) ->
+the_application_stops_under_a_save(Root) ->
     Payload = rand:bytes(?LARGE),
     {Saver, Monitor} = spawn_monitor(fun() ->
         receive begin_it -> ?WRITER:save(?STORE, disk, meta(), Payload) end
@@ -68,10 +71,10 @@ the_application_under_a_save(Root) ->
     receive {'DOWN', Monitor, process, Saver, Reason} -> {noproc, _} = Reason end,
     whole_or_not_at_all(Root, Payload).
 
-the_application_under_a_background_save(Root) ->
+the_application_stops_under_a_background_save(Root) ->
     stopped_under_a_background_save(Root, #{}).
 
-the_application_under_a_detached_save(Root) ->
+the_application_stops_under_a_detached_save(Root) ->
     stopped_under_a_background_save(Root, #{detach => true}).
 
 stopped_under_a_background_save(Root, Opts) ->
@@ -106,7 +109,7 @@ whole_or_not_at_all(Root, Payload) ->
 
 %% A waiter in the code that is purged dies of that, as any process would, and leaves the queue;
 %% whoever holds a slot keeps it.
-the_writers_code_under_a_waiter(_Root) ->
+the_writers_code_is_purged_under_a_waiter(_Root) ->
     ok = ?WRITER:set_max_concurrent(1),
     ok = ?WRITER:acquire(0),
     {Waiter, Monitor} = spawn_monitor(fun() -> ?WRITER:acquire(infinity) end),
@@ -119,7 +122,7 @@ the_writers_code_under_a_waiter(_Root) ->
     {ok, _} = ?WRITER:save(?STORE, disk, meta(), <<"payload">>).
 
 %% A library that is in use is not replaced: who tries is told so, and all goes on.
-the_librarys_code_twice(_Root) ->
+the_library_is_loaded_twice(_Root) ->
     Holder = actor(),
     ok = ask(Holder, fun() -> ?WRITER:acquire(0) end),
     {ok, Key} = ?WRITER:save(?STORE, disk, meta(), <<"payload">>),

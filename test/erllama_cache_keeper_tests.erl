@@ -10,11 +10,11 @@
 
 keeper_test_() ->
     erllama_cache_store_util:application_tests([
-        fun whoever_is_killed_comes_back_alone/1
+        fun a_killed_server_is_restarted_alone/1
     ]).
 
 %% Each comes back, however often it is killed, and no other is any the worse for it.
-whoever_is_killed_comes_back_alone(Root) ->
+a_killed_server_is_restarted_alone(Root) ->
     Names = [store_a, store_b, erllama_cache_writer],
     [A, B] = [filename:join(Root, Dir) || Dir <- ["a", "b"]],
     _ = [ok = file:make_dir(Dir) || Dir <- [A, B]],

@@ -21,9 +21,9 @@ log_test_() ->
         fun a_start_is_logged/1,
         fun a_root_that_needs_names_is_logged/1,
         fun what_a_start_finds_is_logged/1,
-        fun a_root_that_is_another_is_logged/1,
+        fun a_root_that_was_replaced_is_logged/1,
         fun an_eviction_that_fails_is_logged/1,
-        fun a_save_that_goes_well_logs_nothing/1
+        fun a_successful_save_logs_nothing/1
     ]).
 
 save(N, Payload) ->
@@ -84,7 +84,7 @@ what_a_start_finds_is_logged(Root) ->
     ?assertEqual({false, true}, {filelib:is_file(Damaged), filelib:is_file(Later)}).
 
 %% And what is in it is found, with what was in the other one forgotten.
-a_root_that_is_another_is_logged(Root) ->
+a_root_that_was_replaced_is_logged(Root) ->
     ok = gen_server:stop(?STORE),
     Place = filename:join(Root, "place"),
     ok = file:make_dir(Place),
@@ -118,7 +118,7 @@ an_eviction_that_fails_is_logged(Root) ->
         ?assertMatch(#{store := ?STORE, file := Path, reason := _}, Event)
     end).
 
-a_save_that_goes_well_logs_nothing(_Root) ->
+a_successful_save_logs_nothing(_Root) ->
     with_log(fun() ->
         {ok, Key} = save(1, <<"payload">>),
         {ok, _, _} = erllama_cache_store:load(?STORE, Key),

@@ -21,7 +21,7 @@ all() ->
         missing_keys,
         invalid_values,
         extreme_values,
-        quant_type_of_no_table,
+        unknown_quant_type,
         defaults
     ].
 
@@ -92,7 +92,7 @@ extreme() ->
     ].
 
 %% The host's parser takes no such file: saved, it would be deleted, and its key never load.
-quant_type_of_no_table(Config) ->
+unknown_quant_type(Config) ->
     ok = erllama_fake:forget_calls(),
     Meta = (meta())#{quant_type := mxfp4},
     ?assertEqual({error, {unknown_quant_byte, 255}}, save(Meta)),

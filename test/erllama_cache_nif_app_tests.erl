@@ -11,8 +11,8 @@ application_test_() ->
     erllama_cache_store_util:application_tests([
         fun starts_nothing_without_stores/1,
         fun starts_the_stores_of_its_environment/1,
-        fun in_a_node_with_erllama_the_writer_is_erllamas/1,
-        fun a_configuration_that_is_none_is_named/1,
+        fun beside_erllama_the_writer_is_erllamas/1,
+        fun an_invalid_configuration_is_named/1,
         fun a_store_that_cannot_start_stops_the_start/1
     ]).
 
@@ -44,7 +44,7 @@ starts_the_stores_of_its_environment(Root) ->
     _ = [?assertEqual(undefined, whereis(N)) || N <- [store_a, store_b, erllama_cache_writer]].
 
 %% A node that runs erllama may have stores as well: its writer serves both.
-in_a_node_with_erllama_the_writer_is_erllamas(Root) ->
+beside_erllama_the_writer_is_erllamas(Root) ->
     ok = application:load({application, erllama, [{vsn, "0.5.1"}]}),
     try
         set_env(#{stores => [{store_a, #{root => Root}}]}),
@@ -59,7 +59,7 @@ in_a_node_with_erllama_the_writer_is_erllamas(Root) ->
         application:unload(erllama)
     end.
 
-a_configuration_that_is_none_is_named(Root) ->
+an_invalid_configuration_is_named(Root) ->
     [
         begin
             set_env(#{stores => Stores}),

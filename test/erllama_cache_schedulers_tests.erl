@@ -55,13 +55,13 @@ tests() ->
         {a_save_with_a_long_prompt, fun a_save_with_a_long_prompt/0},
         {a_load_of_a_long_prompt, fun a_load_of_a_long_prompt/0},
         {a_key_of_a_long_prompt, fun a_key_of_a_long_prompt/0},
-        {tokens_that_are_none, fun tokens_that_are_none/0},
+        {invalid_tokens, fun invalid_tokens/0},
         {large_saves_that_are_killed, fun large_saves_that_are_killed/0},
         {large_loads_that_are_killed, fun large_loads_that_are_killed/0},
-        {a_crowd_that_waits, fun a_crowd_that_waits/0},
+        {many_waiters, fun many_waiters/0},
         {many_slots_that_are_held, fun many_slots_that_are_held/0},
-        {a_crowd_that_is_refused, fun a_crowd_that_is_refused/0},
-        {a_crowd_that_dies, fun a_crowd_that_dies/0},
+        {many_waiters_that_are_refused, fun many_waiters_that_are_refused/0},
+        {many_holders_that_die, fun many_holders_that_die/0},
         {a_store_of_many_files, fun a_store_of_many_files/0}
     ].
 
@@ -108,7 +108,7 @@ a_key_of_a_long_prompt() ->
     end).
 
 %% Only the last one is.
-tokens_that_are_none() ->
+invalid_tokens() ->
     Prompt = actor(),
     ok = ask(Prompt, fun() -> keep(tokens, lists:seq(1, ?TOKENS) ++ [none]) end),
     never_held(fun() ->
@@ -149,7 +149,7 @@ large_loads_that_are_killed() ->
 
 %%% Many
 
-a_crowd_that_waits() ->
+many_waiters() ->
     ok = ?WRITER:acquire(0, #{weight => 4}),
     Crowd = crowd(?MANY, fun() -> ?WRITER:acquire(infinity) end),
     eventually(fun() -> map_get(waiting, ?WRITER:info()) =:= ?MANY end),
@@ -165,7 +165,7 @@ many_slots_that_are_held() ->
     [ok = ?WRITER:release() || _ <- lists:seq(1, ?MANY)].
 
 %% A limit that none of them fits under refuses them all at once.
-a_crowd_that_is_refused() ->
+many_waiters_that_are_refused() ->
     Self = self(),
     Queue = fun() ->
         ok = ?WRITER:set_max_concurrent(4),
@@ -185,7 +185,7 @@ a_crowd_that_is_refused() ->
     end).
 
 %% Whose slots all go to the one that waits for as many.
-a_crowd_that_dies() ->
+many_holders_that_die() ->
     Take = fun() ->
         ok = ?WRITER:set_max_concurrent(?CROWD),
         Crowd = crowd(?CROWD, fun() -> ?WRITER:acquire(infinity) end),

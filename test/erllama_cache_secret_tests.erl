@@ -14,7 +14,7 @@ secret_test_() ->
     each(fun() -> temporary_dir(?MODULE) end, fun file:del_dir_r/1, [
         fun a_secret_comes_from_a_file/1,
         fun a_bad_secret_starts_nothing/1,
-        fun a_secret_is_shown_nowhere/1
+        fun a_secret_is_never_shown/1
     ]).
 
 a_secret_comes_from_a_file(Root) ->
@@ -59,7 +59,7 @@ a_bad_secret_starts_nothing(Root) ->
     ?assertError({invalid_option, mac_key, hidden}, start_store(Root, #{mac_key => ?KEY})),
     ?assertError({invalid_config, mac_key, hidden}, start_writer(#{mac_key => ?KEY})).
 
-a_secret_is_shown_nowhere(Root) ->
+a_secret_is_never_shown(Root) ->
     running(Root, #{mac_key => secret(?KEY)}, fun() ->
         Key = save(1),
         {ok, _, _} = load(Key),

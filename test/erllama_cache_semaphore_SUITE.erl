@@ -72,12 +72,12 @@ groups() ->
         {bytes, [], [
             inflight_bytes_stay_within_the_bound,
             payload_above_the_bound_runs_alone,
-            refuses_what_is_no_bound
+            invalid_bounds_are_refused
         ]},
         {reports, [], [
             info_counts,
             holders_and_waiters_are_listed,
-            refuses_what_is_no_weight
+            invalid_weights_are_refused
         ]}
     ].
 
@@ -855,7 +855,7 @@ payload_above_the_bound_runs_alone(_Config) ->
     ok = go_on(inside()),
     [{ok, _}, {ok, _}] = [answered(Saver) || Saver <- [Large, Late]].
 
-refuses_what_is_no_bound(_Config) ->
+invalid_bounds_are_refused(_Config) ->
     [?assertError(function_clause, ?WRITER:set_max_inflight_bytes(Bytes))
      || Bytes <- [-1, 1.0, 1 bsl 64, none, <<"1">>]],
     [?assertError(function_clause, ?WRITER:set_max_concurrent(Limit))
@@ -924,7 +924,7 @@ holders_and_waiters_are_listed(_Config) ->
     ok = kill(Heavy),
     ok = answered(Light).
 
-refuses_what_is_no_weight(_Config) ->
+invalid_weights_are_refused(_Config) ->
     [?assertError(badarg, ?WRITER:acquire(0, #{weight => Weight}))
      || Weight <- [0, -1, 1.0, 1 bsl 31, one, infinity]],
     ?assertEqual({error, weight_exceeds_limit}, ?WRITER:acquire(infinity, #{weight => 2})),

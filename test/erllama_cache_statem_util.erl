@@ -1,5 +1,5 @@
-%% What the state machines of PropEr share: how many sequences run, what a failure prints, steps, and
-%% the comparison of a picture of the model with what is there.
+%% What the state machines of PropEr share: how many sequences run, what a failure prints, steps,
+%% and the comparison of a picture of the model with what is there.
 -module(erllama_cache_statem_util).
 
 -include_lib("proper/include/proper.hrl").
@@ -51,8 +51,8 @@ step(Step) ->
         Class:Reason:Stack -> {raised, Class, Reason, Stack}
     end.
 
-%% Whether what `See' returns comes to be what is wanted in so many milliseconds. If it does not, the
-%% difference is kept for property/2 to print.
+%% Whether `See' returns what is wanted within so many milliseconds. If it does not, the difference
+%% is kept for property/2 to print.
 -spec matches(term(), fun(() -> term()), non_neg_integer()) -> boolean().
 matches(Wanted, See, Deadline) ->
     Matches = fun() ->

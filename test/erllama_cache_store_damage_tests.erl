@@ -17,8 +17,8 @@ damage_test_() ->
         fun a_corrupt_file_is_replaced_by_a_save/1,
         fun a_corrupt_file_can_be_deleted/1,
         fun a_link_is_not_followed/1,
-        fun a_directory_in_the_way_is_an_error/1,
-        fun a_root_that_is_gone_is_an_error/1
+        fun a_directory_under_the_name_is_an_error/1,
+        fun a_missing_root_is_an_error/1
     ]).
 
 damage_is_found_by_a_load(Root) ->
@@ -121,7 +121,7 @@ a_link_is_not_followed(Root) ->
         ?assertEqual({ok, Old}, file:read_file(Elsewhere))
     end).
 
-a_directory_in_the_way_is_an_error(Root) ->
+a_directory_under_the_name_is_an_error(Root) ->
     with_store(#{root => Root}, fun(Store) ->
         ok = file:make_dir(file_of(Root, key(1))),
         ?assertEqual(
@@ -132,7 +132,7 @@ a_directory_in_the_way_is_an_error(Root) ->
         ?assertMatch(#{files := 0, reservations := 0}, erllama_cache_store:info(Store))
     end).
 
-a_root_that_is_gone_is_an_error(Root) ->
+a_missing_root_is_an_error(Root) ->
     Gone = filename:join(Root, "gone"),
     ok = file:make_dir(Gone),
     with_store(#{root => Gone}, fun(Store) ->

@@ -16,17 +16,17 @@
 
 eviction_test_() ->
     erllama_cache_store_util:store_tests([
-        fun what_was_not_used_for_longest_is_evicted/1,
+        fun the_least_recently_used_file_is_evicted/1,
         fun a_file_above_the_bound_is_refused/1,
         fun reserved_room_is_not_given_twice/1,
         fun room_comes_back/1,
         fun a_start_makes_room/1,
         fun many_savers_stay_within_the_bound/1,
         fun two_bounded_stores_share_a_root/1,
-        fun a_load_that_ends_at_once_is_heard_of/1
+        fun a_load_by_a_process_that_ends_is_entered/1
     ]).
 
-what_was_not_used_for_longest_is_evicted(Root) ->
+the_least_recently_used_file_is_evicted(Root) ->
     with_store(#{root => Root, max_bytes => 4 * ?ROOM}, fun(Store) ->
         _ = [save_big(Store, N) || N <- [1, 2, 3, 4]],
         ?assertEqual([1, 2, 3, 4], stored(Root, 6)),
@@ -215,7 +215,7 @@ two_bounded_stores_share_a_root(Root) ->
 
 %% In a bounded store the server enters what a load has found. It does so when the process that
 %% loaded is dead.
-a_load_that_ends_at_once_is_heard_of(Root) ->
+a_load_by_a_process_that_ends_is_entered(Root) ->
     with_store(#{root => Root, max_bytes => 2 * ?ROOM}, fun(Store) ->
         with_store(other_store, #{root => Root}, fun(Other) ->
             Key = save_big(Other, 1),

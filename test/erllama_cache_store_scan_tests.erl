@@ -15,12 +15,12 @@
 scan_test_() ->
     erllama_cache_store_util:store_tests([
         fun a_start_reads_headers_only/1,
-        fun a_start_removes_what_is_proven_corrupt/1,
+        fun a_start_removes_corrupt_files/1,
         fun a_start_keeps_later_versions/1,
         fun a_start_leaves_other_names_alone/1,
-        fun a_start_leaves_what_is_no_file_alone/1,
+        fun a_start_leaves_directories_fifos_and_links/1,
         fun an_unreadable_file_is_not_corrupt/1,
-        fun a_start_sweeps_what_nobody_writes/1
+        fun a_start_sweeps_abandoned_temporary_files/1
     ]).
 
 a_start_reads_headers_only(Root) ->
@@ -36,7 +36,7 @@ a_start_reads_headers_only(Root) ->
         ?assertEqual({error, {corrupt, digest_mismatch}}, erllama_cache_store:load(Store, Bad))
     end).
 
-a_start_removes_what_is_proven_corrupt(Root) ->
+a_start_removes_corrupt_files(Root) ->
     Key = with_store(#{root => Root}, fun(Store) -> save(Store, 1) end),
     {ok, Good} = file:read_file(file_of(Root, Key)),
     Damaged = #{
@@ -96,7 +96,7 @@ a_start_leaves_other_names_alone(Root) ->
         ?assertEqual(lists:sort(Names), files(Root))
     end).
 
-a_start_leaves_what_is_no_file_alone(Root) ->
+a_start_leaves_directories_fifos_and_links(Root) ->
     {Dir, Fifo, Link} = {<<1:256>>, <<2:256>>, <<3:256>>},
     ok = file:make_dir(file_of(Root, Dir)),
     [] = os:cmd("mkfifo " ++ file_of(Root, Fifo)),
@@ -153,7 +153,7 @@ unreadable_file(Root) ->
     end),
     ok = gen_server:stop(erllama_cache_writer).
 
-a_start_sweeps_what_nobody_writes(Root) ->
+a_start_sweeps_abandoned_temporary_files(Root) ->
     Hex = lists:duplicate(64, $a),
     [Stale, Locked] = [filename:join(Root, Hex ++ "." ++ lists:duplicate(16, C) ++ ".tmp")
                        || C <- "0f"],

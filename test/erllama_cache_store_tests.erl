@@ -15,29 +15,29 @@ store_test_() ->
     erllama_cache_store_util:store_tests([
         fun starts_with_any_kind_of_path/1,
         fun a_relative_root_stays_where_it_is/1,
-        fun refuses_what_is_no_root/1,
-        fun refuses_unknown_and_wrong_options/1,
+        fun invalid_roots_are_refused/1,
+        fun unknown_and_invalid_options_are_refused/1,
         fun a_name_is_taken_once/1,
-        fun a_name_of_anothers_table_is_refused/1,
+        fun the_name_of_a_foreign_table_is_refused/1,
         fun child_spec_starts_a_store/1,
-        fun stores_do_not_mix/1,
+        fun two_stores_are_independent/1,
         fun a_store_has_one_tier/1,
         fun without_a_store_calls_exit/1,
         fun a_save_is_loaded/1,
         fun a_save_in_many_slices_is_loaded/1,
         fun key_is_that_of_a_save/1,
-        fun key_wants_what_it_is_made_of/1,
+        fun key_needs_only_the_fields_that_it_hashes/1,
         fun a_quant_type_without_a_byte_is_refused/1,
         fun a_file_has_the_permissions_of_the_configuration/1,
         fun a_load_is_noted_in_the_file/1,
-        fun a_note_of_the_future_is_corrected/1,
+        fun a_last_use_in_the_future_is_corrected/1,
         fun loads_change_nothing_while_no_note_is_due/1,
-        fun a_miss_is_a_miss/1,
-        fun delete_deletes/1,
+        fun a_load_of_a_missing_file_is_a_miss/1,
+        fun delete_removes_the_file/1,
         fun a_second_save_is_already_present/1,
         fun bad_meta_leaves_nothing/1,
         fun info_counts/1,
-        fun works_while_the_server_does_not/1,
+        fun loads_and_saves_need_no_server/1,
         fun a_load_finds_what_another_node_saved/1,
         fun a_save_adopts_what_another_node_saved/1
     ]).
@@ -93,7 +93,7 @@ a_relative_root_stays_where_it_is(Root) ->
         ok = file:set_cwd(Before)
     end.
 
-refuses_what_is_no_root(Root) ->
+invalid_roots_are_refused(Root) ->
     process_flag(trap_exit, true),
     File = filename:join(Root, "file"),
     ok = file:write_file(File, <<>>),
@@ -117,7 +117,7 @@ refuses_what_is_no_root(Root) ->
     ?assertEqual(undefined, whereis(?STORE)),
     ?assertEqual(undefined, ets:whereis(?STORE)).
 
-refuses_unknown_and_wrong_options(Root) ->
+unknown_and_invalid_options_are_refused(Root) ->
     Start = fun(Options) -> erllama_cache_store:start_link(?STORE, Options) end,
     Wrong = [{tier, ram}, {max_bytes, 0}, {max_bytes, 1.5}, {max_bytes, all}],
     _ = [
@@ -138,7 +138,7 @@ a_name_is_taken_once(Root) ->
         )
     end).
 
-a_name_of_anothers_table_is_refused(Root) ->
+the_name_of_a_foreign_table_is_refused(Root) ->
     process_flag(trap_exit, true),
     Table = ets:new(?STORE, [named_table]),
     ?assertEqual(
@@ -155,7 +155,7 @@ child_spec_starts_a_store(Root) ->
     ?assertEqual(Pid, whereis(one)),
     ok = gen_server:stop(Pid).
 
-stores_do_not_mix(Root) ->
+two_stores_are_independent(Root) ->
     [A, B] = [filename:join(Root, Dir) || Dir <- ["a", "b"]],
     _ = [ok = file:make_dir(Dir) || Dir <- [A, B]],
     with_store(store_a, #{root => A}, fun(StoreA) ->
@@ -245,7 +245,7 @@ key_is_that_of_a_save(Root) ->
         )
     end).
 
-key_wants_what_it_is_made_of(Root) ->
+key_needs_only_the_fields_that_it_hashes(Root) ->
     Identity = maps:with([fingerprint, quant_type, ctx_params_hash, tokens], meta(5)),
     {ok, Key} = erllama_cache_store:key(Identity),
     with_store(#{root => Root}, fun(Store) -> ?assertEqual(Key, save(Store, 5)) end),
@@ -312,7 +312,7 @@ a_load_is_noted_in_the_file(Root) ->
     end).
 
 %% A clock was ahead: the file would be taken for just used at each start until it is that late.
-a_note_of_the_future_is_corrected(Root) ->
+a_last_use_in_the_future_is_corrected(Root) ->
     with_store(#{root => Root}, fun(Store) ->
         Meta = (meta(1))#{last_used_time => erlang:system_time(second) + 365 * 86400},
         {ok, Key} = erllama_cache_writer:save(Store, disk, Meta, ?PAYLOAD),
@@ -347,7 +347,7 @@ content_and_times(File) ->
     {0, Times} = run_command("stat", ["-c", "%y %z", File]),
     {file:read_file(File), Times}.
 
-a_miss_is_a_miss(Root) ->
+a_load_of_a_missing_file_is_a_miss(Root) ->
     with_store(#{root => Root}, fun(Store) ->
         ?assertEqual(miss, erllama_cache_store:load(Store, <<0:256>>)),
         Key = save(Store, 1),
@@ -358,7 +358,7 @@ a_miss_is_a_miss(Root) ->
         ?assertError(function_clause, erllama_cache_store:load(Store, <<0:248>>))
     end).
 
-delete_deletes(Root) ->
+delete_removes_the_file(Root) ->
     with_store(#{root => Root}, fun(Store) ->
         Key = save(Store, 1),
         ?assertEqual(ok, erllama_cache_store:delete(Store, Key)),
@@ -411,7 +411,7 @@ info_counts(Root) ->
         )
     end).
 
-works_while_the_server_does_not(Root) ->
+loads_and_saves_need_no_server(Root) ->
     with_store(#{root => Root}, fun(Store) ->
         Key = save(Store, 1),
         ok = sys:suspend(Store),

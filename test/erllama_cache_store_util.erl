@@ -23,7 +23,8 @@
 store_tests(Tests) ->
     silent(each(fun setup/0, fun teardown/1, Tests)).
 
-%% EUnit tests that find a store running, in a root of its own, and a writer with this configuration.
+%% EUnit tests that find a store running, in a root of its own, and a writer with this
+%% configuration.
 running_tests(Config, Tests) ->
     Setup = fun() ->
         Root = temporary_dir(?MODULE),
@@ -42,7 +43,8 @@ application_tests(Tests) ->
     silent(each(fun load_application/0, fun unload_application/1, Tests)).
 
 silent(Tests) ->
-    {setup, fun erllama_cache_test_util:silence/0, fun erllama_cache_test_util:unsilence/1, [Tests]}.
+    {setup, fun erllama_cache_test_util:silence/0, fun erllama_cache_test_util:unsilence/1,
+        [Tests]}.
 
 setup() ->
     Root = temporary_dir(?MODULE),

@@ -37,7 +37,7 @@ groups() ->
         ]},
         {slots, [], [
             acquire_and_release_nest,
-            slots_are_the_calling_processs,
+            slots_belong_to_the_calling_process,
             acquire_gives_up_in_time,
             waiters_are_served_in_order,
             a_higher_limit_is_handed_out_at_once,
@@ -209,7 +209,7 @@ acquire_and_release_nest(_Config) ->
     ?assertEqual(ok, ?WRITER:release()),
     Held(0).
 
-slots_are_the_calling_processs(_Config) ->
+slots_belong_to_the_calling_process(_Config) ->
     Actor = actor(),
     ok = ask(Actor, fun() -> ?WRITER:acquire(0) end),
     ?assertEqual(ok, ?WRITER:release()),

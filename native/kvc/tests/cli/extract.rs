@@ -46,7 +46,7 @@ fn a_payload_comes_out_as_it_went_in() {
 
 /// To the last byte: it is the end of a payload of several pieces that is damaged.
 #[test]
-fn what_is_not_verified_comes_nowhere() {
+fn an_unverified_payload_is_not_written() {
     let dir = tempfile::tempdir().unwrap();
     let path = Saved {
         len: 9 * MIB,

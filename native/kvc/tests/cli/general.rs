@@ -43,7 +43,7 @@ fn help_ends_with_examples() {
 }
 
 #[test]
-fn wrong_usage_is_2() {
+fn wrong_usage_exits_with_2() {
     let wrong: [&[&str]; 9] = [
         &[],
         &["list"],
@@ -63,7 +63,7 @@ fn wrong_usage_is_2() {
 }
 
 #[test]
-fn what_is_not_there_is_3_and_named() {
+fn a_missing_path_exits_with_3_and_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let nothing = dir.path().join("nothing");
     for args in [
@@ -101,7 +101,7 @@ fn completions_are_for_every_subcommand() {
 
 /// `kvc ls DIR | head -1`, with a reader that has gone already.
 #[test]
-fn a_reader_that_has_gone_is_no_error() {
+fn a_closed_pipe_is_no_error() {
     let dir = tempfile::tempdir().unwrap();
     for saved in saved(3) {
         saved.save(dir.path());
@@ -136,7 +136,7 @@ fn a_reader_that_has_gone_is_no_error() {
 }
 
 #[test]
-fn output_that_is_lost_is_an_error() {
+fn a_failed_write_of_the_output_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let file = Saved::default().save(dir.path());
     for (subcommand, path) in [
@@ -178,7 +178,7 @@ fn on_terminal(command: &mut Command) -> String {
 }
 
 #[test]
-fn colours_are_for_terminals_and_for_who_wants_them() {
+fn colours_are_for_terminals_or_by_option() {
     let dir = tempfile::tempdir().unwrap();
     Saved::default().save(dir.path());
     let ls = || {
@@ -198,7 +198,7 @@ fn colours_are_for_terminals_and_for_who_wants_them() {
 }
 
 #[test]
-fn a_check_on_a_terminal_has_a_bar_and_tells_only_what_is_wrong() {
+fn verify_on_a_terminal_has_a_bar_and_names_only_bad_files() {
     let dir = tempfile::tempdir().unwrap();
     for saved in saved(4) {
         saved.save(dir.path());

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::common::{DAY, Saved, command, damage, run, saved};
 
 #[test]
-fn a_line_tells_what_a_file_is() {
+fn a_line_describes_a_file() {
     let dir = tempfile::tempdir().unwrap();
     let saved = Saved {
         version: Version::Text,
@@ -70,7 +70,7 @@ fn both_versions_are_listed() {
 }
 
 #[test]
-fn json_tells_all_of_it_exactly() {
+fn json_has_every_field_exactly() {
     let dir = tempfile::tempdir().unwrap();
     let saved = Saved {
         hits: 5,
@@ -130,7 +130,7 @@ fn rows_are_sorted_as_asked_for() {
 }
 
 #[test]
-fn what_is_not_a_keys_file_is_not_listed() {
+fn other_files_are_not_listed() {
     let dir = tempfile::tempdir().unwrap();
     let saved = Saved::default();
     for name in [
@@ -146,7 +146,7 @@ fn what_is_not_a_keys_file_is_not_listed() {
 }
 
 #[test]
-fn what_cannot_be_listed_is_told_and_the_rest_is_listed() {
+fn unreadable_files_are_named_and_the_rest_is_listed() {
     let dir = tempfile::tempdir().unwrap();
     let [good, later, bad] = [0, 1, 2].map(|n| Saved {
         n,

@@ -16,7 +16,7 @@ fn left(saved: &[Saved], dir: &Path) -> Vec<u32> {
 }
 
 #[test]
-fn the_least_recently_used_go_until_the_rest_fits() {
+fn the_least_recently_used_are_removed_until_the_rest_fits() {
     let dir = tempfile::tempdir().unwrap();
     let saved = saved(6);
     let size = |n: usize| saved[n].bytes().len() as u64;
@@ -62,7 +62,7 @@ fn the_least_recently_used_go_until_the_rest_fits() {
 }
 
 #[test]
-fn what_was_not_used_for_long_goes() {
+fn files_unused_for_long_are_removed() {
     let dir = tempfile::tempdir().unwrap();
     let saved = saved(6);
     for saved in &saved {
@@ -104,7 +104,7 @@ fn sizes_have_units() {
 }
 
 #[test]
-fn what_is_not_a_keys_file_stays_and_so_does_what_cannot_be_read() {
+fn other_files_and_unreadable_files_stay() {
     let dir = tempfile::tempdir().unwrap();
     let bad = Saved {
         n: 1,
@@ -143,7 +143,7 @@ fn what_is_not_a_keys_file_stays_and_so_does_what_cannot_be_read() {
 }
 
 #[test]
-fn temporary_files_are_swept_if_asked_and_if_nobody_works_on_them() {
+fn abandoned_temporary_files_are_swept_on_request() {
     let dir = tempfile::tempdir().unwrap();
     let temporary = |n: u64| {
         let name = format!("{}.{n:016x}.tmp", Saved::default().key().to_hex());

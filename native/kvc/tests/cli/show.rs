@@ -103,7 +103,7 @@ fn text_from_a_file_cannot_harm_a_terminal() {
 }
 
 #[test]
-fn much_is_abbreviated_unless_asked_for() {
+fn long_values_are_abbreviated_without_all() {
     let dir = tempfile::tempdir().unwrap();
     let prompt = "é".repeat(300).leak();
     let path = Saved {
@@ -160,7 +160,7 @@ fn the_digest_is_shown_and_whether_it_is_keyed() {
 }
 
 #[test]
-fn a_key_under_another_ones_name_is_bad_and_shown() {
+fn a_file_under_another_keys_name_is_bad_and_shown() {
     let dir = tempfile::tempdir().unwrap();
     let (saved, other) = (
         Saved::default(),

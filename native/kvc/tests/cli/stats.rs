@@ -134,7 +134,7 @@ fn charts_fit_the_width() {
 }
 
 #[test]
-fn nothing_is_nothing() {
+fn an_empty_directory_has_no_statistics() {
     let dir = tempfile::tempdir().unwrap();
     let ran = run(command().arg("stats").arg(dir.path())).exits(0);
     assert_eq!(ran.lines().len(), 1, "{}", ran.text());

@@ -12,7 +12,7 @@ fn verify(args: &[&str], path: &Path) -> Ran {
 }
 
 #[test]
-fn sound_files_are_ok_and_told_in_the_order_of_their_names() {
+fn valid_files_are_ok_in_the_order_of_their_names() {
     let dir = tempfile::tempdir().unwrap();
     for saved in saved(20) {
         // Not the smallest last: what is checked at the same time ends in another order.
@@ -135,7 +135,7 @@ fn a_file_that_was_used_is_ok() {
 }
 
 #[test]
-fn what_cannot_be_known_is_unknown() {
+fn files_that_cannot_be_judged_are_unknown() {
     let dir = tempfile::tempdir().unwrap();
     let later = Saved::default().save(dir.path());
     damage(&later, 3);
@@ -285,7 +285,7 @@ fn keyed_digests_need_the_key() {
 }
 
 #[test]
-fn what_is_bad_is_removed_by_consent_only() {
+fn bad_files_are_removed_only_with_consent() {
     for (answered, removed) in [
         ("y\n", true),
         ("yes\n", true),

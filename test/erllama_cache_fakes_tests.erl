@@ -1,6 +1,6 @@
 %% The fakes of erllama's modules are as strict as those: what they let pass, a test of the
 %% writer would let pass.
--module(erllama_fake_tests).
+-module(erllama_cache_fakes_tests).
 
 -include_lib("eunit/include/eunit.hrl").
 
@@ -24,12 +24,12 @@ fake_test_() ->
         fun a_dead_holders_key_is_granted_anew/1,
         fun a_dead_holders_file_is_adopted_or_deleted/1,
         fun a_stale_token_is_refused/1,
-        fun what_is_announced_is_the_file/1,
+        fun the_announcement_describes_the_file/1,
         fun the_announcement_answers_those_who_wait/1,
         fun nothing_else_answers_those_who_wait/1,
         fun a_start_sweeps_the_root/1,
-        fun a_load_deletes_what_is_no_file/1,
-        fun the_parser_refuses_what_is_no_file/1,
+        fun a_load_deletes_an_invalid_file/1,
+        fun the_parser_refuses_invalid_files/1,
         fun a_writer_counts_in_its_own_slots/1
     ]).
 
@@ -122,7 +122,7 @@ a_stale_token_is_refused(Root) ->
     ?assertEqual(ok, ?META:cancel_reservation(Key, Stale)),
     ?assertMatch([{Key, _}], ?META:reserved()).
 
-what_is_announced_is_the_file(Root) ->
+the_announcement_describes_the_file(Root) ->
     {Path, #{key := Key, size := Size, header := Header, tokens := Tokens}} = vector(Root),
     {ok, Token} = ?META:reserve_save(Key, disk, self()),
     Breaks = fun(Call) -> ?assertError({breaks_the_contract, _}, Call()) end,
@@ -178,7 +178,7 @@ a_start_sweeps_the_root(Root) ->
     {ok, _} = ?DISK:start(?TIER, Root),
     ?assertEqual(lists:sort([Path, Other]), lists:sort(filelib:wildcard(filename:join(Root, "*")))).
 
-a_load_deletes_what_is_no_file(Root) ->
+a_load_deletes_an_invalid_file(Root) ->
     {Path, #{key := Key}} = vector(Root),
     {ok, Payload} = file:read_file(filename:join(vectors(), "02.payload")),
     ?assertMatch({ok, #{key := Key}, Payload}, ?DISK:load(?TIER, Key)),
@@ -189,7 +189,7 @@ a_load_deletes_what_is_no_file(Root) ->
 
 %%% The parser
 
-the_parser_refuses_what_is_no_file(Root) ->
+the_parser_refuses_invalid_files(Root) ->
     {Path, #{tags := Tags}} = vector(Root),
     {ok, File} = file:read_file(Path),
     ?assertMatch({ok, _, _}, erllama_fake_kvc:parse(File)),

@@ -9,20 +9,23 @@ use crate::help;
 use crate::out::Out;
 use crate::tally::Tally;
 
-/// Print a script that completes kvc's arguments in a shell
+/// Print a completion script for a shell
 #[derive(Debug, clap::Args)]
 #[command(after_help = help::examples(&[
-    ("kvc completions bash > ~/.local/share/bash-completion/completions/kvc", "for bash, from the next shell on"),
+    (
+        "kvc completions bash > ~/.local/share/bash-completion/completions/kvc",
+        "for bash, effective in new shells",
+    ),
     ("kvc completions zsh > ~/.zfunc/_kvc", "for zsh, if ~/.zfunc is in its fpath"),
     ("kvc completions fish > ~/.config/fish/completions/kvc.fish", "for fish"),
 ]))]
 pub(crate) struct Args {
-    /// The shell
+    /// The shell to complete for
     shell: Shell,
 }
 
 pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
-    // Through memory: the generator would panic where nobody reads.
+    // Through memory, because the generator panics when a write fails.
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut crate::Cli::command(), "kvc", &mut script);
     out.write_all(&script)?;

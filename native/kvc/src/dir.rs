@@ -1,4 +1,4 @@
-//! Directories and files as they are named on the command line.
+//! The directories and files that the command line names.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -13,14 +13,14 @@ use erllama_cache_core::kvc::{Header, Key};
 use crate::tally::Tally;
 use crate::text::Shown;
 
-/// An open directory and the path it was named by.
+/// An open directory and the path that the command line gives for it.
 #[derive(Debug)]
 pub(crate) struct Dir {
     pub(crate) root: Root,
     path: PathBuf,
 }
 
-/// What is in a directory, in the order of the names.
+/// The names in a directory, sorted.
 #[derive(Debug, Default)]
 pub(crate) struct Listing {
     pub(crate) keys: Vec<Key>,
@@ -38,10 +38,10 @@ impl Dir {
         })
     }
 
-    /// The path of what has this name in it.
+    /// The path of the entry with this name.
     pub(crate) fn join(&self, name: &CStr) -> PathBuf {
         let name = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
-        // `kvc verify file` shall say `file`, not `./file`.
+        // `kvc verify file` prints `file`, not `./file`.
         if self.path == Path::new(".") {
             return name.to_owned();
         }
@@ -63,7 +63,7 @@ impl Dir {
         Ok(listing)
     }
 
-    /// Opens a file that somebody has named, and so expects to be there.
+    /// Opens a file that the command line names: that it is missing is an error.
     pub(crate) fn open_named(&self, name: &CStr) -> Result<Stored, Error> {
         Stored::open(&self.root, name)?.ok_or_else(|| Error::Io {
             call: "open",
@@ -71,8 +71,8 @@ impl Dir {
         })
     }
 
-    /// Looks at the file of each key. What cannot be looked at is told and counted; what is gone
-    /// since its name was read is not.
+    /// Calls `look` with the file of each key. Reports and counts files that cannot be read, but
+    /// not files that were removed after the directory was listed.
     pub(crate) fn look<T>(
         &self,
         keys: &[Key],
@@ -95,14 +95,14 @@ impl Dir {
 
 /// The name of a key's file.
 pub(crate) fn file_name(key: &Key) -> CString {
-    // Hexadecimal digits hold no NUL.
+    // Hexadecimal digits contain no NUL.
     CString::new(key.file_name()).unwrap_or_default()
 }
 
-/// A file that was named by its path: the directory it is in, and its name there.
+/// Splits the path of a file into its directory and its name there.
 pub(crate) fn locate(path: &Path) -> anyhow::Result<(Dir, CString)> {
     let Some(name) = path.file_name() else {
-        bail!("{}: no file has such a name", Shown::path(path));
+        bail!("{}: not the name of a file", Shown::path(path));
     };
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -111,7 +111,7 @@ pub(crate) fn locate(path: &Path) -> anyhow::Result<(Dir, CString)> {
     Ok((Dir::open(parent)?, CString::new(name.as_bytes())?))
 }
 
-/// What can be said of a file without reading its payload.
+/// What a file's metadata says, read without its payload.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) key: Key,

@@ -17,25 +17,25 @@ use crate::secret::KeyFile;
 use crate::tally::{Tally, complain_of};
 use crate::text::Shown;
 
-/// Take the payload out of a file, verified
+/// Extract the payload of a file, verified
 ///
-/// To standard output, or with -o into a file, which appears whole and verified or not at all,
-/// readable by its owner only. For standard output the file is checked to its end before the first
-/// byte is written, and once more as it goes by.
+/// Writes the payload to standard output or, with -o, to a file. The output file appears complete
+/// and verified or not at all, and only its owner can read it. Before the first byte goes to
+/// standard output, the whole file is checked; it is checked again while its payload is written.
 #[derive(Debug, clap::Args)]
 #[command(after_help = help::examples(&[
-    ("kvc extract file.kvc -o state.bin", "into a file, replacing the one that is there"),
-    ("kvc extract file.kvc | sha256sum", "into a pipe"),
+    ("kvc extract file.kvc -o state.bin", "to a file, replacing an existing one"),
+    ("kvc extract file.kvc | sha256sum", "to a pipe"),
 ]))]
 pub(crate) struct Args {
-    /// The file; its name need not be that of its key
+    /// The file; its name need not be a key
     file: PathBuf,
-    /// Where to write; `-` is standard output
+    /// Where to write the payload; `-` is standard output
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]
     key_file: KeyFile,
-    /// Write to a terminal, too
+    /// Write even to a terminal
     #[arg(long)]
     force: bool,
 }
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
     match result {
         Ok(Some(DigestMode::Keyed)) if source.secret.is_none() => complain_of(
             &args.file,
-            "the digest is keyed, which needs --key-file: only the checksum was checked",
+            "its keyed digest needs --key-file: only the checksum was checked",
         ),
         Ok(_) => {}
         Err(error) => tally.note(&args.file, &error),
@@ -72,19 +72,20 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
     Ok(tally)
 }
 
-/// What a file has to prove.
+/// The key and the secret that a file is checked against.
 struct Source {
     key: Option<Key>,
     secret: Option<Secret>,
 }
 
-/// What the file has come to, inside what became of the output. A good file tells which digest it has.
+/// The outer result is the output's; the inner one is the file's: which digest a valid file has, or
+/// why it is bad.
 type Copied = anyhow::Result<Result<Option<DigestMode>, Error>>;
 
 impl Source {
     fn to_file(&self, stored: &Stored, path: &Path) -> Copied {
         let context = || Shown::path(path).to_string();
-        // A device, a FIFO or a link would be replaced by the file.
+        // The new file would replace a device, a FIFO or a link.
         match fs::symlink_metadata(path) {
             Ok(data) if !data.is_file() => bail!("{}: not a regular file", Shown::path(path)),
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -96,7 +97,7 @@ impl Source {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        // Gone when it is dropped before it gets its name.
+        // Removed if it is dropped before it gets its name.
         let mut file = NamedTempFile::new_in(parent).with_context(context)?;
         let result = self.copy(stored, |piece| {
             file.write_all(piece).with_context(context)?;

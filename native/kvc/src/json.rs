@@ -1,4 +1,4 @@
-//! JSON, one object to a line.
+//! JSON, one object per line.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -16,8 +16,8 @@ pub(crate) fn line(out: &mut impl Write, value: &impl Serialize) -> io::Result<(
     out.write_all(b"\n")
 }
 
-/// Writes whatever could do a terminal harm as `\u....`: JSON itself asks that of the first 32
-/// characters only, and terminals obey some others too.
+/// Escapes every character that a terminal could obey as `\u....`. JSON itself requires that of the
+/// first 32 characters only.
 struct Ascii;
 
 impl Formatter for Ascii {
@@ -41,8 +41,8 @@ impl Formatter for Ascii {
     }
 }
 
-/// Bytes that should be text. Where they are not UTF-8 they become `{"hex": "..."}`: replacing what
-/// does not fit would make another name or prompt of it.
+/// Bytes that should be text. If they are not UTF-8 they become `{"hex": "..."}`: replacing the
+/// invalid bytes would yield another name or prompt.
 pub(crate) struct Text<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Text<'a> {
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn strings_come_back_and_harm_no_terminal() {
+    fn strings_round_trip_without_control_characters() {
         for text in [
             "",
             "a\"b\\c",
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_utf_8_is_told_in_hex() {
+    fn invalid_utf_8_is_written_in_hex() {
         assert_eq!(shown(Text(b"a\xff")), "{\"hex\":\"61ff\"}\n");
         assert_eq!(shown(Text("é".as_bytes())), "\"é\"\n");
     }

@@ -15,30 +15,30 @@ use crate::text::{self, HEADING, SHORT};
 
 /// List the files of a directory
 ///
-/// A line for each file under a key's name: the beginning of the key, the file's size, how long
-/// ago the state was made and last used, how often it was found, its tokens, the version of its
-/// format (1: keyed by its tokens, 2: by its text), why it was saved, and the beginning of the
-/// model's fingerprint. Payloads are not read: `kvc verify` does that.
+/// Prints a line for each file whose name is a key: the beginning of the key, the file's size, how
+/// long ago the state was saved and last used, its hits, its number of tokens, the version of the
+/// format (1: keyed by its tokens, 2: by its text), the reason of the save, and the beginning of
+/// the model's fingerprint. Does not read payloads: `kvc verify` does.
 #[derive(Debug, clap::Args)]
 #[command(after_help = help::examples(&[
-    ("kvc ls /var/cache/kv", "what is there"),
-    ("kvc ls --sort used /var/cache/kv | head", "what would be evicted next"),
-    ("kvc ls --json /var/cache/kv | jq -r 'select(.hits == 0).file'", "files that nobody has needed yet"),
+    ("kvc ls /var/cache/kv", "all files"),
+    ("kvc ls --sort used /var/cache/kv | head", "the next files to be evicted"),
+    ("kvc ls --json /var/cache/kv | jq -r 'select(.hits == 0).file'", "files without a hit"),
 ]))]
 pub(crate) struct Args {
-    /// The directory
+    /// The directory to list
     dir: PathBuf,
-    /// What to sort by. Keys in their order; of all else the largest first, so for `used` what was
-    /// not used for longest
+    /// Sort by key, in ascending order, or by another column, largest first: `used` starts with the
+    /// least recently used file
     #[arg(long, value_enum, default_value = "key", value_name = "BY")]
     sort: Sort,
-    /// The other way round
+    /// Reverse the order
     #[arg(long, short)]
     reverse: bool,
-    /// Keys and fingerprints with all their digits
+    /// Print keys and fingerprints in full
     #[arg(long, short)]
     full: bool,
-    /// A JSON object to a line, with all digits, sizes in bytes and times in seconds since 1970
+    /// Print a JSON object per line, with full keys, sizes in bytes and times in seconds since 1970
     #[arg(long, conflicts_with = "full")]
     json: bool,
 }
@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
     Ok(tally)
 }
 
-/// Entries come in the order of their keys, and those that are equal stay in it.
+/// The entries come sorted by key; the sort is stable, so equal ones stay in that order.
 fn sort(entries: &mut [Entry], by: Sort) {
     use std::cmp::Reverse;
     match by {
@@ -89,7 +89,7 @@ fn sort(entries: &mut [Entry], by: Sort) {
 const COLUMNS: [&str; 9] = [
     "KEY", "SIZE", "AGE", "USED", "HITS", "TOKENS", "V", "REASON", "MODEL",
 ];
-/// Numbers end where others of their column do, words begin there.
+/// Numbers are aligned to the right, words to the left.
 const IS_NUMBER: [bool; 9] = [false, true, true, true, true, true, true, false, false];
 
 fn table(entries: &[Entry], full: bool, out: &mut Out) -> anyhow::Result<()> {

@@ -1,8 +1,8 @@
-//! `kvc`: what is in a directory of saved KV states, and whether it is sound.
+//! `kvc`: inspects directories of saved KV states.
 //!
-//! One module for each subcommand. What reads and judges files is the core's; what is here chooses,
-//! prints and asks. Nothing but `prune` and `verify --delete-bad` changes a directory, and both remove
-//! through the core, which does not follow links and removes only what was looked at.
+//! Each subcommand has a module. The core reads and checks files; this crate selects them, prints
+//! and asks. Only `prune` and `verify --delete-bad` change a directory. Both remove files through
+//! the core, which does not follow links and removes only the file that was checked.
 
 mod completions;
 mod dir;
@@ -29,11 +29,11 @@ use tally::{Tally, complain_chain};
 
 #[derive(Debug, Parser)]
 #[command(name = "kvc", version, styles = help::STYLES, after_help = help::exit_codes())]
-/// Look into directories of saved KV states: list, check, shrink, extract
+/// Inspect directories of saved KV states: list, check, prune, extract
 pub(crate) struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Colours: `auto` is on a terminal, unless NO_COLOR is set
+    /// When to use colours: `auto` uses them on a terminal unless NO_COLOR is set
     #[arg(long, value_name = "WHEN", global = true, default_value = "auto")]
     color: Color,
 }
@@ -75,7 +75,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<Tally> {
     if let Command::Extract(args) = command {
-        // Bytes, not text.
+        // It writes bytes, which no colour filter may touch.
         return extract::run(&args, &mut Out::bytes());
     }
     let mut out = Out::text();

@@ -4,15 +4,15 @@ use std::io::{self, BufWriter, ErrorKind, IsTerminal, Write};
 
 use anyhow::Context;
 
-/// Standard output, buffered. When the reader has gone (`kvc ls DIR | head -1`), what is written is
-/// dropped: that is no error, and who still has work to do, such as a check, goes on with it.
+/// Standard output, buffered. If its reader closes it (`kvc ls DIR | head -1`), later writes are
+/// dropped without an error, so that a command with work left, such as a check, still does it.
 pub(crate) struct Out {
     to: BufWriter<Box<dyn Write>>,
     closed: bool,
 }
 
 impl Out {
-    /// For text: colours are taken out where they are not wanted.
+    /// For text: strips colours unless they are wanted.
     pub(crate) fn text() -> Out {
         Out::new(Box::new(anstream::AutoStream::auto(io::stdout())))
     }
@@ -29,17 +29,17 @@ impl Out {
         }
     }
 
-    /// Whether nobody reads any more.
+    /// Whether the reader has closed it.
     pub(crate) fn is_closed(&self) -> bool {
         self.closed
     }
 
-    /// Whether a person reads it.
+    /// Whether it is a terminal.
     pub(crate) fn is_terminal() -> bool {
         io::stdout().is_terminal()
     }
 
-    /// Writes what is left. Dropped without, an error would go unseen.
+    /// Flushes the buffer. Dropping it would hide the error.
     pub(crate) fn finish(&mut self) -> anyhow::Result<()> {
         self.flush().context("standard output")
     }

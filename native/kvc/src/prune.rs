@@ -1,7 +1,9 @@
 //! `kvc prune`.
 
-use std::io::Write;
-use std::path::PathBuf;
+use std::ffi::CString;
+use std::fmt::Arguments;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -15,104 +17,72 @@ use crate::out::Out;
 use crate::tally::{Tally, complain};
 use crate::text::{self, FAINT, Shown};
 
-/// Remove the files that were not used for longest
+/// Remove the least recently used files
 ///
-/// In the order in which the store evicts: least recently used first, until the rest fits. Files under
-/// other names are left alone, and so are those that cannot be read: `kvc verify` says what they are.
-/// A node may run beside it: to it the files are gone as if evicted, and one that it uses in the very
-/// moment stays.
+/// Removes files in the order in which the store evicts them, the least recently used first, until
+/// the others fit. Leaves files alone whose names are not keys, and files that cannot be read: `kvc
+/// verify` reports those. A node may be running: it treats the removed files as evicted, and a file
+/// that it uses meanwhile stays.
 #[derive(Debug, clap::Args)]
 #[command(
     group = clap::ArgGroup::new("what").required(true).multiple(true),
     after_help = help::examples(&[
-        ("kvc prune --max-bytes 10GiB --dry-run /var/cache/kv", "what would go"),
-        ("kvc prune --older-than 7d /var/cache/kv", "what was not used for a week"),
-        ("kvc prune --sweep /var/cache/kv", "only what crashed nodes have left"),
+        ("kvc prune --max-bytes 10GiB --dry-run /var/cache/kv", "print what would be removed"),
+        ("kvc prune --older-than 7d /var/cache/kv", "remove files not used for a week"),
+        ("kvc prune --sweep /var/cache/kv", "remove only temporary files of crashed nodes"),
     ]),
 )]
 pub(crate) struct Args {
-    /// The directory
+    /// The directory to prune
     dir: PathBuf,
-    /// Until all files together have at most so many bytes: 500MB is 500,000,000, 10GiB is 10 × 1024³
+    /// Remove files until the others take at most this many bytes: 500MB is 500,000,000, 10GiB is
+    /// 10 × 1024³
     #[arg(long, value_name = "SIZE", group = "what")]
     max_bytes: Option<ByteSize>,
-    /// What was last used longer ago than this: 90m, 12h, 7d
+    /// Remove files that were last used longer ago than this: 90m, 12h, 7d
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, group = "what")]
     older_than: Option<Duration>,
-    /// Also temporary files that nobody works on any more, as the store does when it starts
+    /// Remove abandoned temporary files, as the store does when it starts
     #[arg(long, group = "what")]
     sweep: bool,
-    /// Remove nothing, say what would be removed
+    /// Remove nothing, print what would be removed
     #[arg(long, short = 'n')]
     dry_run: bool,
-    /// Only what went wrong
+    /// Print errors only
     #[arg(long, short)]
     quiet: bool,
 }
 
 pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
-    let mut tally = Tally::default();
     let dir = Dir::open(&args.dir)?;
     let listing = dir.list()?;
-    let mut candidates = dir.look(&listing.keys, &mut tally, Candidate::of);
-    candidates.sort_unstable_by_key(|candidate| (candidate.last_used, *candidate.key.as_bytes()));
-
-    let mut rest: u64 = candidates.iter().map(|candidate| candidate.size).sum();
-    let mut files = candidates.len() as u64;
-    let mut removed = Removed::default();
-    let now = text::now();
-    let max = args.max_bytes.map_or(u64::MAX, |max| max.as_u64());
-    let before = args.older_than.map(|age| now.saturating_sub(age.as_secs()));
-    for candidate in &candidates {
-        let is_old = before.is_some_and(|before| candidate.last_used < before);
-        if rest <= max && !is_old {
-            break;
-        }
-        let path = dir.join(&file_name(&candidate.key));
-        match candidate.remove(&dir, args.dry_run) {
-            Ok(true) => {
-                removed.add(candidate.size);
-                rest -= candidate.size;
-                files -= 1;
-                if !args.quiet {
-                    let (path, size) = (Shown::path(&path), text::size(candidate.size));
-                    let used = text::ago(candidate.last_used, now);
-                    writeln!(out, "{path} {FAINT}({size}, used {used} ago){FAINT:#}")?;
-                }
-            }
-            Ok(false) => {}
-            Err(error) => tally.note(&path, &error),
-        }
-    }
+    let mut prune = Prune {
+        args,
+        dir,
+        now: text::now(),
+        removed: Removed::default(),
+        tally: Tally::default(),
+    };
+    let left = prune.remove_oldest(&listing.keys, out)?;
     if args.sweep {
-        sweep(
-            args,
-            &dir,
-            &listing.temporary,
-            &mut removed,
-            &mut tally,
-            out,
-        )?;
+        prune.sweep(&listing.temporary, out)?;
     }
-    if !args.quiet {
-        let verb = if args.dry_run {
-            "would remove"
-        } else {
-            "removed"
-        };
-        let (gone, gone_size) = (text::files(removed.files), text::size(removed.bytes));
-        let (files, size) = (text::files(files), text::size(rest));
-        writeln!(out, "{verb} {gone}, {gone_size}; {files}, {size}, left")?;
-    }
-    if rest > max {
-        tally.unknown += 1;
-        complain(format_args!(
-            "{}: still more than {}",
-            Shown::path(&args.dir),
-            text::size(max)
-        ));
-    }
-    Ok(tally)
+    prune.summary(&left, out)?;
+    Ok(prune.tally)
+}
+
+struct Prune<'a> {
+    args: &'a Args,
+    dir: Dir,
+    now: u64,
+    removed: Removed,
+    tally: Tally,
+}
+
+/// The files that stay.
+struct Left {
+    files: u64,
+    bytes: u64,
 }
 
 #[derive(Debug, Default)]
@@ -144,8 +114,8 @@ impl Candidate {
         })
     }
 
-    /// Removes it unless it was used since, or replaced: then it stays, and `false` is returned. A file
-    /// that is gone already has been removed.
+    /// Removes the file, unless it was used or replaced since it was listed: then returns `false`.
+    /// A file that is missing counts as removed.
     fn remove(&self, dir: &Dir, dry_run: bool) -> Result<bool, Error> {
         if dry_run {
             return Ok(true);
@@ -160,37 +130,106 @@ impl Candidate {
     }
 }
 
-fn sweep(
-    args: &Args,
-    dir: &Dir,
-    names: &[std::ffi::CString],
-    removed: &mut Removed,
-    tally: &mut Tally,
-    out: &mut Out,
-) -> anyhow::Result<()> {
-    for name in names {
-        let path = dir.join(name);
-        let swept = StaleTemp::open(&dir.root, name).and_then(|abandoned| match abandoned {
-            None => Ok(None),
-            Some(file) => {
-                let size = file.len();
-                let removed = args.dry_run || file.remove(&dir.root)?;
-                Ok(removed.then_some(size))
-            }
-        });
-        match swept {
-            Ok(Some(size)) => {
-                removed.add(size);
-                if !args.quiet {
-                    let (path, size) = (Shown::path(&path), text::size(size));
-                    writeln!(out, "{path} {FAINT}({size}, temporary){FAINT:#}")?;
-                }
-            }
-            Ok(None) => {}
-            Err(error) => tally.note(&path, &error),
-        }
+impl Prune<'_> {
+    fn max(&self) -> u64 {
+        self.args.max_bytes.map_or(u64::MAX, |max| max.as_u64())
     }
-    Ok(())
+
+    fn remove_oldest(&mut self, keys: &[Key], out: &mut Out) -> anyhow::Result<Left> {
+        let mut candidates = self.dir.look(keys, &mut self.tally, Candidate::of);
+        candidates
+            .sort_unstable_by_key(|candidate| (candidate.last_used, *candidate.key.as_bytes()));
+        let mut left = Left {
+            files: candidates.len() as u64,
+            bytes: candidates.iter().map(|candidate| candidate.size).sum(),
+        };
+        let age = self.args.older_than;
+        let before = age.map(|age| self.now.saturating_sub(age.as_secs()));
+        for candidate in &candidates {
+            let is_old = before.is_some_and(|before| candidate.last_used < before);
+            if left.bytes <= self.max() && !is_old {
+                break;
+            }
+            let path = self.dir.join(&file_name(&candidate.key));
+            match candidate.remove(&self.dir, self.args.dry_run) {
+                Ok(true) => {
+                    left.files -= 1;
+                    left.bytes -= candidate.size;
+                    let used = text::ago(candidate.last_used, self.now);
+                    let what = format_args!("used {used} ago");
+                    self.report_removal(&path, candidate.size, what, out)?;
+                }
+                Ok(false) => {}
+                Err(error) => self.tally.note(&path, &error),
+            }
+        }
+        Ok(left)
+    }
+
+    fn sweep(&mut self, names: &[CString], out: &mut Out) -> anyhow::Result<()> {
+        let args = self.args;
+        for name in names {
+            let dir = &self.dir;
+            let path = dir.join(name);
+            let swept = StaleTemp::open(&dir.root, name).and_then(|abandoned| match abandoned {
+                None => Ok(None),
+                Some(file) => {
+                    let size = file.len();
+                    let removed = args.dry_run || file.remove(&dir.root)?;
+                    Ok(removed.then_some(size))
+                }
+            });
+            match swept {
+                Ok(Some(size)) => {
+                    self.report_removal(&path, size, format_args!("temporary"), out)?;
+                }
+                Ok(None) => {}
+                Err(error) => self.tally.note(&path, &error),
+            }
+        }
+        Ok(())
+    }
+
+    fn report_removal(
+        &mut self,
+        path: &Path,
+        size: u64,
+        what: Arguments<'_>,
+        out: &mut Out,
+    ) -> io::Result<()> {
+        self.removed.add(size);
+        if self.args.quiet {
+            return Ok(());
+        }
+        let (path, size) = (Shown::path(path), text::size(size));
+        writeln!(out, "{path} {FAINT}({size}, {what}){FAINT:#}")
+    }
+
+    fn summary(&mut self, left: &Left, out: &mut Out) -> io::Result<()> {
+        if !self.args.quiet {
+            let verb = if self.args.dry_run {
+                "would remove"
+            } else {
+                "removed"
+            };
+            let files = text::files(self.removed.files);
+            let size = text::size(self.removed.bytes);
+            let (files_left, size_left) = (text::files(left.files), text::size(left.bytes));
+            writeln!(
+                out,
+                "{verb} {files} ({size}); {files_left} left ({size_left})"
+            )?;
+        }
+        if left.bytes > self.max() {
+            self.tally.unknown += 1;
+            complain(format_args!(
+                "{}: still larger than {}",
+                Shown::path(&self.args.dir),
+                text::size(self.max())
+            ));
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -200,10 +239,10 @@ mod tests {
 
     use super::*;
 
-    /// A file that was used or replaced between the look and the removal is not the one that was
-    /// found to be old.
+    /// A file that was used or replaced since it was listed is not the one that was found to be
+    /// old.
     #[test]
-    fn what_was_used_or_replaced_since_stays() {
+    fn a_file_that_was_used_or_replaced_since_stays() {
         let vectors = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../test/vectors");
         let temp = tempfile::tempdir().expect("a directory");
         let dir = Dir::open(temp.path()).expect("it is there");

@@ -1,4 +1,4 @@
-//! The secret that digests are keyed with, from its file.
+//! Reads the secret of keyed digests from its file.
 
 use std::fs::File;
 use std::io::Read;
@@ -9,11 +9,12 @@ use erllama_cache_core::kvc::Secret;
 
 use crate::text::Shown;
 
-/// The option that names it.
+/// The option that names the file.
 #[derive(Debug, clap::Args)]
 pub(crate) struct KeyFile {
-    /// Secret of the node (`mac_key`): 32 bytes, or 64 hexadecimal digits. A file without a digest
-    /// that is keyed with it is bad then, as for the store. Without it keyed digests are not checked
+    /// File with the node's secret (`mac_key`): 32 bytes or 64 hexadecimal digits. A file whose
+    /// digest is not keyed with it is bad, as it is for the store. Without this option, keyed
+    /// digests are not checked
     #[arg(long, value_name = "FILE")]
     key_file: Option<PathBuf>,
 }
@@ -24,10 +25,10 @@ impl KeyFile {
     }
 }
 
-/// 64 digits and the end of a line are the longest that will do.
+/// 64 digits and the end of a line: no valid file is longer.
 const LONGEST: u64 = 66;
 
-/// No error has a byte of what was read.
+/// No error message contains a byte of the file.
 fn read(path: &Path) -> anyhow::Result<Secret> {
     let mut contents = Vec::new();
     File::open(path)

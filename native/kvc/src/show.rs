@@ -15,28 +15,28 @@ use crate::out::Out;
 use crate::tally::{Tally, complain_chain};
 use crate::text::{self, BAD, FAINT, HEADING, Shown};
 
-/// Show all that files say of themselves
+/// Show the metadata of files
 ///
-/// Everything before the payload. What the checksum and the digest say is shown, not checked: `kvc
-/// verify` does that. The key is computed anew, as the file's version has it, and compared with the
-/// name.
+/// Prints everything that precedes the payload. Prints the checksum and the digest without checking
+/// them: `kvc verify` checks them. Computes the key by the rule of the file's version and compares
+/// it with the file's name.
 #[derive(Debug, clap::Args)]
 #[command(after_help = help::examples(&[
-    ("kvc show /var/cache/kv/4f2a*.kvc", "the file whose key begins like that"),
-    ("kvc show --tokens file.kvc", "with all of its tokens"),
+    ("kvc show /var/cache/kv/4f2a*.kvc", "the file whose key begins with 4f2a"),
+    ("kvc show --tokens file.kvc", "with all tokens"),
     ("kvc show --json file.kvc | jq .prompt", "one field"),
 ]))]
 pub(crate) struct Args {
-    /// The files; their names need not be those of their keys
+    /// The files; their names need not be keys
     #[arg(required = true)]
     files: Vec<PathBuf>,
-    /// All tokens, not only the first and last ones
+    /// Print all tokens, not just the first and last ones
     #[arg(long)]
     tokens: bool,
-    /// All of the prompt, not only its beginning
+    /// Print the whole prompt, not just its beginning
     #[arg(long)]
     prompt: bool,
-    /// A JSON object to a line, with all tokens and all of the prompt
+    /// Print a JSON object per line, with all tokens and the whole prompt
     #[arg(long, conflicts_with_all = ["tokens", "prompt"])]
     json: bool,
 }
@@ -79,12 +79,12 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
     Ok(tally)
 }
 
-/// What a file's name says of its key.
+/// Whether a file's name is its key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Named {
     ByKey,
     Otherwise,
-    /// The name is no key's.
+    /// The name is not a key.
     Freely,
 }
 
@@ -106,9 +106,9 @@ impl Named {
     }
 }
 
-/// How much of a prompt is shown, in characters.
+/// The number of characters of an abbreviated prompt.
 const PROMPT: usize = 240;
-/// How many tokens are shown at each end.
+/// The number of tokens at each end of an abbreviated list.
 const TOKENS: usize = 8;
 
 fn show(
@@ -119,74 +119,89 @@ fn show(
     named: Named,
     out: &mut Out,
 ) -> io::Result<()> {
-    let header = prefix.header();
-    let now = text::now();
-    let when = |then| format!("{}, {} ago", text::date(then), text::ago(then, now));
-    let bytes = |n| format!("{}, {n} bytes", text::size(n));
     writeln!(out, "{HEADING}{}{HEADING:#}", Shown::path(path))?;
-    let mut field =
-        |name: &str, value: &dyn Display| writeln!(out, "  {FAINT}{name:<16}{FAINT:#} {value}");
+    let mut fields = Fields(out);
+    fields.content(size, prefix, named)?;
+    fields.model(prefix)?;
+    fields.history(prefix)?;
+    fields.text(args, prefix)
+}
 
-    let key = prefix.key().to_hex();
-    match named {
-        Named::ByKey => field("key", &key)?,
-        Named::Otherwise => {
-            field(
-                "key",
-                &format_args!("{key}, {BAD}not that of the name{BAD:#}"),
-            )?;
+/// Writes fields, one to a line.
+struct Fields<'a>(&'a mut Out);
+
+impl Fields<'_> {
+    fn field(&mut self, name: &str, value: impl Display) -> io::Result<()> {
+        writeln!(self.0, "  {FAINT}{name:<16}{FAINT:#} {value}")
+    }
+
+    fn content(&mut self, size: u64, prefix: &ParsedPrefix, named: Named) -> io::Result<()> {
+        let header = prefix.header();
+        let bytes = |n| format!("{}, {n} bytes", text::size(n));
+        let key = prefix.key().to_hex();
+        match named {
+            Named::ByKey => self.field("key", key)?,
+            Named::Otherwise => {
+                let differs = "but the file has another key's name";
+                self.field("key", format_args!("{key}, {BAD}{differs}{BAD:#}"))?;
+            }
+            Named::Freely => {
+                self.field("key", format_args!("{key}, the file's name is not a key"))?;
+            }
         }
-        Named::Freely => field("key", &format_args!("{key}, the name is no key's"))?,
-    }
-    let version = header.version;
-    field(
-        "version",
-        &format_args!("{}, keyed by its {}", version.number(), version.keyed_by()),
-    )?;
-    field("size", &bytes(size))?;
-    field(
-        "payload",
-        &format_args!(
-            "{}, from {} on",
-            bytes(header.payload_len),
-            header.payload_offset
-        ),
-    )?;
-    field("crc32c", &format_args!("{:08x}", header.crc32c))?;
-    match prefix.digest() {
-        None => field("digest", &"none")?,
-        Some((mode, digest)) => {
-            let mode = digest_name(mode);
-            field("digest", &format_args!("{}, {mode}", text::hex(digest)))?;
+        let version = header.version;
+        let (number, keyed_by) = (version.number(), version.keyed_by());
+        self.field("version", format_args!("{number}, keyed by its {keyed_by}"))?;
+        self.field("size", bytes(size))?;
+        let payload = bytes(header.payload_len);
+        let offset = header.payload_offset;
+        self.field("payload", format_args!("{payload}, at offset {offset}"))?;
+        self.field("crc32c", format_args!("{:08x}", header.crc32c))?;
+        match prefix.digest() {
+            None => self.field("digest", "none"),
+            Some((mode, digest)) => {
+                let digest = text::hex(digest);
+                self.field("digest", format_args!("{digest}, {}", digest_name(mode)))
+            }
         }
     }
-    field("save reason", &header.save_reason.name())?;
-    field("reason detail", &Quoted(prefix.save_reason_detail()))?;
-    field("model", &text::hex(prefix.fingerprint()))?;
-    field("fingerprint mode", &prefix.fingerprint_mode().name())?;
-    field(
-        "quantisation",
-        &format_args!("{}, {} bits", quant(prefix.quant_byte()), header.quant_bits),
-    )?;
-    field("context hash", &text::hex(prefix.ctx_params_hash()))?;
-    field(
-        "context size",
-        &format_args!("{} tokens", header.context_size),
-    )?;
-    field("created", &when(header.creation_time))?;
-    field("last used", &when(header.last_used_time))?;
-    field("hits", &header.hit_count)?;
-    field("host", &Quoted(prefix.hostname()))?;
-    field("erllama version", &Quoted(prefix.erllama_version()))?;
-    let prompt = prefix.prompt_text();
-    match (args.prompt, shorten(prompt)) {
-        (false, Some(short)) => field(
-            "prompt",
-            &format_args!("{}… ({} bytes)", Quoted(Some(short)), prompt.len()),
-        )?,
-        _ => field("prompt", &Quoted(Some(prompt)))?,
+
+    fn model(&mut self, prefix: &ParsedPrefix) -> io::Result<()> {
+        let header = prefix.header();
+        self.field("save reason", header.save_reason.name())?;
+        self.field("reason detail", Quoted(prefix.save_reason_detail()))?;
+        self.field("model", text::hex(prefix.fingerprint()))?;
+        self.field("fingerprint mode", prefix.fingerprint_mode().name())?;
+        let quant = quant(prefix.quant_byte());
+        let bits = header.quant_bits;
+        self.field("quantisation", format_args!("{quant}, {bits} bits"))?;
+        self.field("context hash", text::hex(prefix.ctx_params_hash()))?;
+        let context = header.context_size;
+        self.field("context size", format_args!("{context} tokens"))
     }
-    field("tokens", &tokens(prefix, args.tokens))
+
+    fn history(&mut self, prefix: &ParsedPrefix) -> io::Result<()> {
+        let header = prefix.header();
+        let now = text::now();
+        let when = |then| format!("{}, {} ago", text::date(then), text::ago(then, now));
+        self.field("created", when(header.creation_time))?;
+        self.field("last used", when(header.last_used_time))?;
+        self.field("hits", header.hit_count)?;
+        self.field("host", Quoted(prefix.hostname()))?;
+        self.field("erllama version", Quoted(prefix.erllama_version()))
+    }
+
+    fn text(&mut self, args: &Args, prefix: &ParsedPrefix) -> io::Result<()> {
+        let prompt = prefix.prompt_text();
+        match shorten(prompt) {
+            Some(short) if !args.prompt => {
+                let (short, bytes) = (Quoted(Some(short)), prompt.len());
+                self.field("prompt", format_args!("{short}… ({bytes} bytes)"))?;
+            }
+            _ => self.field("prompt", Quoted(Some(prompt)))?,
+        }
+        self.field("tokens", tokens(prefix, args.tokens))
+    }
 }
 
 fn digest_name(mode: DigestMode) -> &'static str {
@@ -200,7 +215,7 @@ fn quant(byte: u8) -> String {
     quant_name(byte).map_or_else(|| format!("other ({byte})"), str::to_owned)
 }
 
-/// Text from outside, or a dash.
+/// Untrusted text, or a dash.
 struct Quoted<'a>(Option<&'a [u8]>);
 
 impl Display for Quoted<'_> {
@@ -212,9 +227,9 @@ impl Display for Quoted<'_> {
     }
 }
 
-/// The beginning of a prompt that is too long to be shown.
+/// The beginning of a prompt that is too long to be printed in full.
 fn shorten(prompt: &[u8]) -> Option<&[u8]> {
-    // Where it is not UTF-8, a byte is as good as a character.
+    // Without valid UTF-8 there are no characters to count: count bytes.
     let Ok(text) = str::from_utf8(prompt) else {
         return (prompt.len() > PROMPT).then(|| &prompt[..PROMPT]);
     };

@@ -15,19 +15,19 @@ use crate::out::Out;
 use crate::tally::Tally;
 use crate::text::{self, BAR, HEADING, SHORT, Shown};
 
-/// Sum up what is in a directory
+/// Summarise a directory
 ///
-/// How many files and bytes there are, by why they were saved, by model, by version of the
-/// format, by size, by age and by last use. Bars stand for bytes. Payloads are not read.
+/// Prints the number of files and bytes by reason of the save, by model, by version of the format,
+/// by size, by age and by last use. The bars show shares of the bytes. Does not read payloads.
 #[derive(Debug, clap::Args)]
 #[command(after_help = help::examples(&[
-    ("kvc stats /var/cache/kv", "tables and bars, as wide as the terminal"),
+    ("kvc stats /var/cache/kv", "tables with bars, as wide as the terminal"),
     ("kvc stats --json /var/cache/kv | jq .bytes", "one figure"),
 ]))]
 pub(crate) struct Args {
-    /// The directory
+    /// The directory to summarise
     dir: PathBuf,
-    /// One JSON object
+    /// Print one JSON object
     #[arg(long)]
     json: bool,
 }
@@ -80,7 +80,7 @@ struct Class {
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-/// Each class ends where the next one begins.
+/// The end of each class, which is the beginning of the next one, and its name.
 const SIZES: [(u64, &str); 6] = [
     (64 * KIB, "< 64 KiB"),
     (MIB, "< 1 MiB"),
@@ -128,7 +128,7 @@ impl Stats<'_> {
     }
 }
 
-/// Those with most bytes first.
+/// Classes by name, the one with the most bytes first.
 fn named(entries: &[Entry], name: impl Fn(&Entry) -> String) -> Vec<Class> {
     let mut sums = BTreeMap::<String, (u64, u64)>::new();
     for entry in entries {
@@ -142,7 +142,7 @@ fn named(entries: &[Entry], name: impl Fn(&Entry) -> String) -> Vec<Class> {
     classes
 }
 
-/// In the order of the borders, from the first class that has a file to the last.
+/// Classes in the order of the borders, without the empty ones at both ends.
 fn ranked(
     entries: &[Entry],
     borders: &[(u64, &str)],
@@ -182,8 +182,8 @@ fn show(stats: &Stats<'_>, dir: &Shown<'_>, out: &mut Out) -> io::Result<()> {
     )?;
     let beside = [
         (stats.temporary, "temporary"),
-        (stats.others, "of other names"),
-        (stats.unreadable, "not readable"),
+        (stats.others, "with other names"),
+        (stats.unreadable, "unreadable"),
     ];
     let beside: Vec<_> = beside
         .iter()
@@ -191,7 +191,7 @@ fn show(stats: &Stats<'_>, dir: &Shown<'_>, out: &mut Out) -> io::Result<()> {
         .map(|(n, what)| format!("{n} {what}"))
         .collect();
     if !beside.is_empty() {
-        writeln!(out, "beside them {}", beside.join(", "))?;
+        writeln!(out, "not counted: {}", beside.join(", "))?;
     }
     let mut by_model: Vec<_> = stats.by_model.clone();
     for class in &mut by_model {
@@ -215,7 +215,7 @@ fn show(stats: &Stats<'_>, dir: &Shown<'_>, out: &mut Out) -> io::Result<()> {
     Ok(())
 }
 
-/// How many models have a line of their own.
+/// At most so many lines for models: the last one sums up the others.
 const MODELS: usize = 10;
 
 fn fold(classes: &mut Vec<Class>) {
@@ -230,7 +230,7 @@ fn fold(classes: &mut Vec<Class>) {
     });
 }
 
-/// Of the longest name, of `FILES` with room for more, of `1023.9 MiB`.
+/// The widths of the columns: the longest name, `FILES` and eight digits, `1023.9 MiB`.
 const NAME: usize = SHORT;
 const FILES: usize = 8;
 const SIZE: usize = 10;
@@ -260,13 +260,13 @@ fn table(
     Ok(())
 }
 
-/// What bars are drawn on.
+/// The room for a bar, and the characters to draw it with.
 struct Canvas {
     width: usize,
     is_unicode: bool,
 }
 
-/// What a terminal has that does not say how wide it is, and no bar is wider than.
+/// The width of a terminal that does not report one, and the greatest width that is used.
 const DEFAULT_WIDTH: usize = 80;
 const WIDEST: usize = 120;
 
@@ -283,13 +283,13 @@ impl Canvas {
         }
     }
 
-    /// As long beside the canvas as `part` is beside `whole`; in eighths of a character, where there
-    /// are such.
+    /// A bar whose share of the canvas is the share of `part` in `whole`, to an eighth of a
+    /// character with Unicode.
     fn bar(&self, part: u64, whole: u64) -> String {
         const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
         let steps = if self.is_unicode { 8 } else { 1 };
         let long = u128::from(part) * self.width as u128 * steps / u128::from(whole.max(1));
-        // At most the width times 8.
+        // Fits: it is at most eight times the width.
         let long = long as usize;
         if part > 0 && long == 0 && self.width > 0 {
             return if self.is_unicode { "▏" } else { "." }.to_owned();
@@ -302,7 +302,7 @@ impl Canvas {
     }
 }
 
-/// Whether the locale says that what is written is UTF-8.
+/// Whether the locale's encoding is UTF-8.
 fn is_unicode() -> bool {
     ["LC_ALL", "LC_CTYPE", "LANG"]
         .iter()
@@ -319,7 +319,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_bar_is_as_long_as_its_share() {
+    fn the_length_of_a_bar_is_its_share() {
         let canvas = |is_unicode| Canvas {
             width: 10,
             is_unicode,

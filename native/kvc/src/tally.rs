@@ -1,4 +1,4 @@
-//! What was wrong, how it is told, and the exit code that comes of it.
+//! Errors: how they are reported and counted, and the exit code that results.
 
 use std::fmt::Display;
 use std::io::Write;
@@ -9,7 +9,7 @@ use erllama_cache_core::Error;
 
 use crate::text::{BAD, Shown};
 
-/// Whether a file is proven not to be worth keeping, or only nothing could be found out.
+/// Whether an error proves that a file is bad, or leaves that unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Judgement {
     Bad,
@@ -19,7 +19,7 @@ pub(crate) enum Judgement {
 impl Judgement {
     pub(crate) fn of(error: &Error) -> Judgement {
         match error {
-            // Written by a later version, perhaps.
+            // A later version may have written it.
             error if error.may_be_newer() => Judgement::Unknown,
             error if error.proves_corrupt() => Judgement::Bad,
             _ => Judgement::Unknown,
@@ -27,7 +27,7 @@ impl Judgement {
     }
 }
 
-/// How many files were bad, and how many things could not be looked at or done.
+/// The number of bad files, and of files and directories that could not be read or changed.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) bad: u64,
@@ -35,7 +35,7 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Of a run that could not do what it was asked for.
+    /// For a run that could not do what it was asked to.
     pub(crate) fn failed() -> Tally {
         Tally { bad: 0, unknown: 1 }
     }
@@ -47,13 +47,13 @@ impl Tally {
         }
     }
 
-    /// Counts an error of a file and tells it.
+    /// Counts the error of a file and reports it.
     pub(crate) fn note(&mut self, path: &Path, error: &Error) {
         self.count(Judgement::of(error));
         complain_of(path, error);
     }
 
-    /// That something is bad says more than that something else is not known.
+    /// A bad file takes precedence over an unknown one.
     pub(crate) fn exit_code(self) -> ExitCode {
         match self {
             Tally { bad: 1.., .. } => ExitCode::from(1),
@@ -63,12 +63,13 @@ impl Tally {
     }
 }
 
-/// Tells of something wrong, on standard error. Where even that fails there is nobody to tell.
+/// Reports an error on standard error. If that fails too, there is nowhere left to report it.
 pub(crate) fn complain(what: impl Display) {
     let _ = writeln!(anstream::stderr(), "{BAD}kvc:{BAD:#} {what}");
 }
 
-/// As [`complain`], of an error and its causes. One that its cause is part of already says it once.
+/// As [`complain`], for an error and its causes. A cause that the message already ends with is not
+/// repeated.
 pub(crate) fn complain_chain(error: &anyhow::Error) {
     let mut what = String::new();
     for cause in error.chain().map(ToString::to_string) {
@@ -81,7 +82,7 @@ pub(crate) fn complain_chain(error: &anyhow::Error) {
     complain(what);
 }
 
-/// As [`complain`], of a file.
+/// As [`complain`], for a file.
 pub(crate) fn complain_of(path: &Path, what: impl Display) {
     complain(format_args!("{}: {what}", Shown::path(path)));
 }

@@ -1,4 +1,4 @@
-//! How things look as text.
+//! Sizes, times and foreign bytes as text.
 
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
@@ -16,8 +16,8 @@ pub(crate) const DOUBT: Style = AnsiColor::Yellow.on_default();
 pub(crate) const BAD: Style = AnsiColor::Red.on_default().bold();
 pub(crate) const BAR: Style = AnsiColor::Cyan.on_default();
 
-/// Bytes from outside, such as a prompt or a file's name, so that they can do a terminal no harm:
-/// control and formatting characters, quotes, backslashes and what is not UTF-8 are escaped.
+/// Untrusted bytes, such as a prompt or a file's name, made safe for a terminal: escapes control
+/// and formatting characters, quotes, backslashes and invalid UTF-8.
 pub(crate) struct Shown<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Shown<'a> {
@@ -29,7 +29,7 @@ impl<'a> Shown<'a> {
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for chunk in self.0.utf8_chunks() {
-            // As Rust shows a string, between the quotes.
+            // The escapes of a string in Rust, without its quotes.
             let shown = format!("{:?}", chunk.valid());
             f.write_str(&shown[1..shown.len() - 1])?;
             write!(f, "{}", chunk.invalid().escape_ascii())?;
@@ -43,7 +43,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// How many digits of a key or fingerprint are shown where all of them would not fit.
+/// The number of digits of an abbreviated key or fingerprint.
 pub(crate) const SHORT: usize = 12;
 
 /// As `1.5 GiB`.
@@ -56,7 +56,7 @@ pub(crate) fn files(n: u64) -> String {
     count(n, "file")
 }
 
-/// The same of other things, given the word for one of them.
+/// The same for other things, given the singular.
 pub(crate) fn count(n: u64, one: &str) -> String {
     format!("{n} {one}{}", if n == 1 { "" } else { "s" })
 }
@@ -68,16 +68,16 @@ pub(crate) fn now() -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
-/// As `3d`: how long ago a time was. One in the future was just now: clocks differ.
+/// As `3d`: the time since `then`. A time in the future counts as now, because clocks differ.
 pub(crate) fn ago(then: u64, now: u64) -> String {
     let since = now.saturating_sub(then);
     format!("{:#}", HumanDuration(Duration::from_secs(since)))
 }
 
-/// The last second of the year 9999: later ones have no form that everybody reads.
+/// The last second of the year 9999: RFC 3339 has no form for later ones.
 const LAST_SECOND: u64 = 253_402_300_799;
 
-/// As `2026-01-31T12:00:00Z`, or the bare number if it is absurd.
+/// As `2026-01-31T12:00:00Z`, or the bare number after the year 9999.
 pub(crate) fn date(seconds: u64) -> String {
     if seconds > LAST_SECOND {
         return seconds.to_string();
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_could_harm_a_terminal_is_escaped() {
+    fn unsafe_characters_are_escaped() {
         let shown = |bytes: &[u8]| Shown(bytes).to_string();
         assert_eq!(shown("prompt é世 0".as_bytes()), "prompt é世 0");
         assert_eq!(shown(b"\x1b[2J\r\n\x07"), r"\u{1b}[2J\r\n\u{7}");
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn times_that_no_calendar_has_are_numbers() {
+    fn times_after_the_year_9999_are_numbers() {
         assert_eq!(date(1_800_000_000), "2027-01-15T08:00:00Z");
         assert_eq!(date(LAST_SECOND), "9999-12-31T23:59:59Z");
         assert_eq!(date(u64::MAX), u64::MAX.to_string());

@@ -29,43 +29,43 @@ use crate::secret::KeyFile;
 use crate::tally::{Judgement, Tally, complain, complain_chain, complain_of};
 use crate::text::{self, BAD, DOUBT, FAINT, GOOD, Shown};
 
-/// Check files to their last byte
+/// Check whole files
 ///
-/// Reads each file whole, on all cores: its checksum (CRC-32C), its digest (BLAKE3) if it has
-/// one, its lengths, and whether its key, as its version has it, is that of its name. Of a
-/// directory, all files under keys' names are checked. Nothing is changed, unless by
-/// --delete-bad. A running node is not disturbed.
+/// Reads each file to its last byte, on all cores, and checks its lengths, its checksum (CRC-32C),
+/// its digest (BLAKE3) if it has one, and its key, by the rule of its version, against its name. In
+/// a directory, checks all files whose names are keys. Changes nothing without --delete-bad, and
+/// does not disturb a running node.
 ///
-/// A file that could not be read, or that a later version has written, is `unknown`, not bad.
+/// A file that cannot be read, or that a later version wrote, is `unknown`, not `bad`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = help::examples(&[
     ("kvc verify /var/cache/kv", "all files of a directory"),
-    ("kvc verify --key-file secret /var/cache/kv", "whether this node has made them, too"),
-    ("kvc verify --delete-bad /var/cache/kv", "ask whether to remove what is bad"),
-    ("kvc verify --quiet backup/*.kvc && echo sound", "in a script"),
-]))]
+    ("kvc verify --key-file secret /var/cache/kv", "also whether digests are keyed with a secret"),
+    ("kvc verify --delete-bad /var/cache/kv", "remove bad files, after a confirmation"),
+    ("kvc verify --quiet backup/*.kvc && echo ok", "in a script"),
+]) + "\n\n" + &help::verify_exit_codes())]
 pub(crate) struct Args {
-    /// Directories and files; files need not be named by their keys
+    /// Directories and files; names of files need not be keys
     #[arg(required = true, value_name = "DIR|FILE")]
     paths: Vec<PathBuf>,
     #[command(flatten)]
     key_file: KeyFile,
-    /// Remove files that are bad, after asking. The exit code is still 1
+    /// Remove bad files, after a confirmation. The exit code is still 1
     #[arg(long)]
     delete_bad: bool,
-    /// Don't ask
+    /// Remove without a confirmation
     #[arg(long, short, requires = "delete_bad")]
     yes: bool,
-    /// How many files to check at once
+    /// The number of files to check at once
     #[arg(long, short, value_name = "N", default_value_t = cores())]
     jobs: NonZeroUsize,
-    /// Nothing about what is sound, and no progress
+    /// Print bad and unknown files only, and no progress bar
     #[arg(long, short, conflicts_with = "verbose")]
     quiet: bool,
-    /// A line for each file, where otherwise there is a progress bar
+    /// Print a line for each file, even where there would be a progress bar
     #[arg(long, short)]
     verbose: bool,
-    /// A JSON object to a line for each file
+    /// Print a JSON object per line for each file
     #[arg(long, conflicts_with_all = ["quiet", "verbose"])]
     json: bool,
 }
@@ -96,9 +96,9 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
             if matches!(found, Found::Error(ref error) if Judgement::of(error) == Judgement::Bad) {
                 bad.push(target);
             }
-            // The bar is in the way of what is written to the same terminal.
+            // The bar must not be drawn while the same terminal is written to.
             bar.suspend(|| {
-                tell(target, &found, style, out)?;
+                report(target, &found, style, out)?;
                 if style == Style::Bar {
                     out.flush()
                 } else {
@@ -119,14 +119,14 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
     Ok(sum.tally)
 }
 
-/// How much is told.
+/// What is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Style {
-    /// What is not sound, above a bar.
+    /// Bad and unknown files, above a progress bar.
     Bar,
     /// A line for each file.
     Lines,
-    /// What is not sound.
+    /// Bad and unknown files.
     Quiet,
     Json,
 }
@@ -148,14 +148,14 @@ impl Style {
 struct Target {
     dir: Arc<Dir>,
     name: CString,
-    /// The key that its name says.
+    /// The key in its name.
     key: Option<Key>,
     path: PathBuf,
-    /// Whether it was named on the command line: then it has to be there.
+    /// Whether the command line names it: then it is an error if it is missing.
     is_named: bool,
 }
 
-/// What cannot even be named is told and counted.
+/// Reports and counts paths that cannot be opened.
 fn targets(paths: &[PathBuf], tally: &mut Tally) -> Vec<Target> {
     let mut targets = Vec::new();
     for path in paths {
@@ -194,16 +194,16 @@ fn expand(path: &Path) -> anyhow::Result<Vec<Target>> {
         .collect())
 }
 
-/// What came of a file.
+/// The result for a file.
 #[derive(Debug)]
 enum Found {
-    Sound(Checked),
+    Valid(Checked),
     Error(Error),
-    /// It was in the directory when that was read, and was removed since.
+    /// It was removed after the directory was listed.
     Gone,
 }
 
-/// What was checked of a sound file, beside its checksum and its lengths.
+/// What was checked in a valid file besides its checksum and its lengths.
 #[derive(Clone, Copy, Debug)]
 struct Checked {
     version: Version,
@@ -216,14 +216,14 @@ struct Checked {
 enum DigestCheck {
     Right,
     None,
-    /// Keyed with a secret that was not given.
+    /// It is keyed, and no secret was given.
     NotChecked,
 }
 
 impl Target {
     fn check(&self, secret: Option<&Secret>, progress: impl Fn(u64)) -> Found {
         match self.try_check(secret, progress) {
-            Ok(checked) => Found::Sound(checked),
+            Ok(checked) => Found::Valid(checked),
             Err(Error::Io { source, .. })
                 if source.kind() == io::ErrorKind::NotFound && !self.is_named =>
             {
@@ -253,7 +253,7 @@ impl Target {
     }
 }
 
-/// Checks files on several threads, and hands what is found to `found`, in the order of the targets.
+/// Checks files on several threads and calls `found` with the results, in the order of the targets.
 fn check_all<'a>(
     targets: &'a [Target],
     secret: Option<&Secret>,
@@ -262,28 +262,28 @@ fn check_all<'a>(
     mut found: impl FnMut(&'a Target, Found) -> io::Result<()>,
 ) -> io::Result<()> {
     let next = AtomicUsize::new(0);
-    let (tell, told) = mpsc::channel();
+    let (send, results) = mpsc::channel();
     thread::scope(|scope| {
         for _ in 0..jobs.get().min(targets.len()) {
-            let (next, tell) = (&next, tell.clone());
+            let (next, send) = (&next, send.clone());
             scope.spawn(move || {
                 while let Some((n, target)) = {
                     let n = next.fetch_add(1, Ordering::Relaxed);
                     targets.get(n).map(|target| (n, target))
                 } {
                     let found = target.check(secret, |bytes| bar.inc(bytes));
-                    // Nobody listens after an error of the output: then nothing is worth doing.
-                    if tell.send((n, target, found)).is_err() {
+                    // The receiver is gone if the output failed: stop.
+                    if send.send((n, target, found)).is_err() {
                         break;
                     }
                 }
             });
         }
-        drop(tell);
-        // What came before its turn.
+        drop(send);
+        // Results that arrived before their turn.
         let mut early = BTreeMap::new();
         let mut turn = 0;
-        for (n, target, result) in told {
+        for (n, target, result) in results {
             early.insert(n, (target, result));
             while let Some((target, result)) = early.remove(&turn) {
                 found(target, result)?;
@@ -298,28 +298,29 @@ fn bar(targets: &[Target], style: Style) -> ProgressBar {
     if style != Style::Bar {
         return ProgressBar::hidden();
     }
-    // A file that cannot be looked at will be told of when its turn comes.
+    // A file whose size cannot be read is reported when it is checked.
     let size = |target: &Target| fs::symlink_metadata(&target.path).map_or(0, |data| data.len());
     let bytes = targets.iter().map(size).sum();
     let template = if is_coloured() {
-        "{wide_bar:.cyan} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left{msg:.red}"
+        "{wide_bar:.cyan} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  \
+         {eta} left{msg:.red}"
     } else {
         "{wide_bar} {binary_bytes}/{binary_total_bytes}  {binary_bytes_per_sec}  {eta} left{msg}"
     };
     let bar = ProgressBar::with_draw_target(Some(bytes), ProgressDrawTarget::stderr());
-    // The template is right: the tests draw it.
+    // The template is valid: a test draws it.
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("━╸─"));
     }
     bar
 }
 
-/// The bar's colours are not taken out on their way, as those of text are.
+/// The output filter strips the colours of text, but not those of the bar.
 fn is_coloured() -> bool {
     AutoStream::choice(&io::stderr()) != ColorChoice::Never
 }
 
-fn tell(target: &Target, found: &Found, style: Style, out: &mut Out) -> io::Result<()> {
+fn report(target: &Target, found: &Found, style: Style, out: &mut Out) -> io::Result<()> {
     if style == Style::Json {
         return match Shape::of(target, found) {
             Some(shape) => json::line(out, &shape),
@@ -328,10 +329,10 @@ fn tell(target: &Target, found: &Found, style: Style, out: &mut Out) -> io::Resu
     }
     let path = Shown::path(&target.path);
     match found {
-        Found::Sound(checked) if style == Style::Lines => {
+        Found::Valid(checked) if style == Style::Lines => {
             writeln!(out, "{path}: {GOOD}ok{GOOD:#} {FAINT}({checked}){FAINT:#}")
         }
-        Found::Sound(_) | Found::Gone => Ok(()),
+        Found::Valid(_) | Found::Gone => Ok(()),
         Found::Error(error) => match Judgement::of(error) {
             Judgement::Bad => writeln!(out, "{path}: {BAD}bad{BAD:#}: {error}"),
             Judgement::Unknown => writeln!(out, "{path}: {DOUBT}unknown{DOUBT:#}: {error}"),
@@ -350,7 +351,7 @@ impl Display for Checked {
         f.write_str(if self.key {
             ", key"
         } else {
-            ", name is no key's"
+            ", name is not a key"
         })
     }
 }
@@ -376,7 +377,7 @@ impl<'a> Shape<'a> {
         let file = Text::path(&target.path);
         match found {
             Found::Gone => None,
-            Found::Sound(checked) => Some(Shape {
+            Found::Valid(checked) => Some(Shape {
                 file,
                 status: "ok",
                 error: None,
@@ -405,10 +406,10 @@ impl<'a> Shape<'a> {
     }
 }
 
-/// What all came to.
+/// The totals.
 #[derive(Debug, Default)]
 struct Sum {
-    sound: u64,
+    valid: u64,
     bytes: u64,
     not_checked: u64,
     tally: Tally,
@@ -417,8 +418,8 @@ struct Sum {
 impl Sum {
     fn add(&mut self, found: &Found) {
         match found {
-            Found::Sound(checked) => {
-                self.sound += 1;
+            Found::Valid(checked) => {
+                self.valid += 1;
                 self.bytes += checked.bytes;
                 self.not_checked += u64::from(checked.digest == DigestCheck::NotChecked);
             }
@@ -433,9 +434,9 @@ fn summary(sum: &Sum, begun: Instant, out: &mut Out) -> io::Result<()> {
     write!(
         out,
         "{GOOD}{} ok{GOOD:#} ({}, {}/s)",
-        text::files(sum.sound),
+        text::files(sum.valid),
         text::size(sum.bytes),
-        // A float becomes an integer by saturation.
+        // A cast from float to integer saturates.
         text::size((sum.bytes as f64 / took.max(1e-9)) as u64),
     )?;
     match sum.tally.bad {
@@ -450,13 +451,13 @@ fn summary(sum: &Sum, begun: Instant, out: &mut Out) -> io::Result<()> {
         let digests = text::count(sum.not_checked, "keyed digest");
         writeln!(
             out,
-            "{DOUBT}{digests} not checked{DOUBT:#}: that needs --key-file"
+            "{DOUBT}{digests} not checked{DOUBT:#}: --key-file is needed"
         )?;
     }
     Ok(())
 }
 
-/// Removes what is bad. It is checked once more right before: a node may have replaced it since.
+/// Removes bad files. Checks each one again right before, because a node may have replaced it.
 fn delete(
     bad: &[&Target],
     secret: Option<&Secret>,
@@ -470,7 +471,10 @@ fn delete(
     for target in bad {
         match target.delete(secret) {
             Ok(true) => complain_of(&target.path, "removed"),
-            Ok(false) => complain_of(&target.path, "not removed: it has been replaced or is gone"),
+            Ok(false) => complain_of(
+                &target.path,
+                "not removed: it was replaced or removed meanwhile",
+            ),
             Err(error) => {
                 tally.unknown += 1;
                 complain_of(&target.path, format_args!("not removed: {error}"));
@@ -495,14 +499,14 @@ impl Target {
     }
 }
 
-/// Whoever does not answer does not consent.
+/// No answer means no.
 fn consent(files: usize) -> anyhow::Result<bool> {
     let mut stderr = io::stderr();
     write!(stderr, "Remove {}? [y/N] ", text::files(files as u64))?;
     stderr.flush()?;
     let mut answer = String::new();
     if io::stdin().read_line(&mut answer).is_err() {
-        bail!("standard input: not an answer");
+        bail!("standard input: cannot read the answer");
     }
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }

@@ -253,7 +253,8 @@ pub(crate) fn terminal() -> (File, File) {
         ws_ypixel: 0,
     };
     // Some systems want mutable pointers here, and the others take them.
-    // SAFETY: the two numbers and the size live through the call, and the other pointers may be null.
+    // SAFETY: the two numbers and the size live through the call, and the other pointers may be
+    // null.
     let result = unsafe {
         libc::openpty(
             &mut ours,

@@ -1,6 +1,6 @@
-//! The examples of `docs/kvc.md`: each `console` block is run by a shell in a directory that is made
-//! as the page describes it, and has to print what the page says. In an expected line `[..]` stands
-//! for anything. What a block leaves is there for the next one.
+//! The examples of `docs/kvc.md`: a shell runs each `console` block in a directory that is made as
+//! the page describes it. The block has to print what the page says. In an expected line `[..]`
+//! stands for anything. What a block leaves is there for the next one.
 
 use std::fs;
 use std::path::Path;

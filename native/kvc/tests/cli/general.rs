@@ -35,11 +35,13 @@ fn help_ends_with_examples() {
     for subcommand in SUBCOMMANDS {
         assert!(help.text().contains(&format!("\n  {subcommand} ")));
     }
-    let (_, codes) = help.text().rsplit_once("\nExit codes:\n").unwrap();
-    assert!(
-        codes.starts_with("  0  ") && codes.contains("\n  3  "),
-        "{codes}"
-    );
+    for help in [help, kvc(["verify", "--help"]).exits(0)] {
+        let (_, codes) = help.text().rsplit_once("\nExit codes:\n").unwrap();
+        assert!(
+            codes.starts_with("  0  ") && codes.contains("\n  3  "),
+            "{codes}"
+        );
+    }
 }
 
 #[test]

@@ -171,7 +171,10 @@ fn a_file_under_another_keys_name_is_bad_and_shown() {
     );
     fs::write(other.path(dir.path()), saved.bytes()).unwrap();
     let ran = run(command().arg("show").arg(other.path(dir.path()))).exits(1);
-    let line = format!("{}, not that of the name", saved.key().to_hex());
+    let line = format!(
+        "{}, but the file has another key's name",
+        saved.key().to_hex()
+    );
     assert!(ran.text().contains(&line), "{}", ran.text());
     assert!(
         ran.stderr.contains("belongs to another key"),

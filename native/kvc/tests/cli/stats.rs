@@ -59,7 +59,11 @@ fn files_are_counted_by_what_they_have_in_common() {
             "by_reason": [class("evict", 2, b + c), class("cold", 1, a)],
             "by_model": [class(&model(2), 1, c), class(&model(1), 2, a + b)],
             "by_version": [class("2", 1, c), class("1", 2, a + b)],
-            "by_size": [class("< 64 KiB", 2, a + b), class("< 1 MiB", 0, 0), class("< 16 MiB", 1, c)],
+            "by_size": [
+                class("< 64 KiB", 2, a + b),
+                class("< 1 MiB", 0, 0),
+                class("< 16 MiB", 1, c),
+            ],
             "by_age": [
                 class("< 1 hour", 1, c),
                 class("< 1 day", 0, 0),

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use erllama_cache_core::kvc::{
@@ -241,6 +241,18 @@ pub(crate) fn answer(command: &mut Command, answer: &str) -> Ran {
         stdout: output.stdout,
         stderr: String::from_utf8(output.stderr).unwrap(),
     }
+}
+
+/// Makes a FIFO.
+pub(crate) fn mkfifo(path: &Path) {
+    let status = Command::new("mkfifo").arg(path).status().unwrap();
+    assert!(status.success());
+}
+
+/// Runs a command with this as its standard output.
+pub(crate) fn run_into(command: &mut Command, stdout: impl Into<Stdio>) -> Output {
+    let child = command.stdout(stdout).stderr(Stdio::piped()).spawn();
+    child.unwrap().wait_with_output().unwrap()
 }
 
 /// A terminal of 100 columns: our side, and the one that a program may have for its own.

@@ -3,11 +3,10 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
-use std::process::Command;
 
 use erllama_cache_core::kvc::DigestKind;
 
-use crate::common::{SECRET, Saved, command, damage, names, run};
+use crate::common::{SECRET, Saved, command, damage, mkfifo, names, run};
 
 const MIB: usize = 1 << 20;
 
@@ -94,13 +93,7 @@ fn only_a_regular_file_is_replaced() {
     let path = Saved::default().save(dir.path());
     let [link, fifo] = ["link", "fifo"].map(|name| dir.path().join(name));
     symlink("elsewhere", &link).unwrap();
-    assert!(
-        Command::new("mkfifo")
-            .arg(&fifo)
-            .status()
-            .unwrap()
-            .success()
-    );
+    mkfifo(&fifo);
     let nowhere = dir.path().join("nothing/out");
     for output in [&link, &fifo, dir.path(), Path::new("/dev/null"), &nowhere] {
         let ran = run(command().arg("extract").arg(&path).arg("-o").arg(output)).exits(3);

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 
-use crate::common::{Saved, command, damage, kvc, run, saved, terminal};
+use crate::common::{Saved, command, damage, kvc, mkfifo, run, run_into, saved, terminal};
 
 const SUBCOMMANDS: [&str; 7] = [
     "ls",
@@ -113,13 +113,7 @@ fn a_closed_pipe_is_no_error() {
     let with = |args: &[&str], path: &OsStr, code| {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
-        let child = command()
-            .args(args)
-            .arg(path)
-            .stdout(writer)
-            .stderr(Stdio::piped())
-            .spawn();
-        let output = child.unwrap().wait_with_output().unwrap();
+        let output = run_into(command().args(args).arg(path), writer);
         assert_eq!(output.status.code(), Some(code), "{args:?}");
         assert_eq!(String::from_utf8(output.stderr).unwrap(), "", "{args:?}");
     };
@@ -147,13 +141,7 @@ fn a_failed_write_of_the_output_is_an_error() {
         ("extract", &file),
     ] {
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let child = command()
-            .arg(subcommand)
-            .arg(path)
-            .stdout(full)
-            .stderr(Stdio::piped())
-            .spawn();
-        let output = child.unwrap().wait_with_output().unwrap();
+        let output = run_into(command().arg(subcommand).arg(path), full);
         assert_eq!(output.status.code(), Some(3), "{subcommand}");
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(stderr.contains("No space left on device"), "{stderr}");
@@ -290,13 +278,7 @@ fn links_and_fifos_are_bad_and_not_touched() {
     }
     .save(elsewhere.path());
     symlink(&target, &link).unwrap();
-    assert!(
-        Command::new("mkfifo")
-            .arg(&fifo)
-            .status()
-            .unwrap()
-            .success()
-    );
+    mkfifo(&fifo);
     for args in [
         &["ls"][..],
         &["stats"],

@@ -181,6 +181,23 @@ with_environment(Environment, Fun) ->
         [ok = application:unload(erllama_cache_nif) || Loaded =:= ok]
     end.
 
+%%% The page of the tests
+
+%% Its table names the tests of each module, and they are there; and it leaves no tests out.
+tests_page_test() ->
+    {ok, Page} = file:read_file(in_project("test/README.md")),
+    Names = fun(Pattern) ->
+        lists:usort([Name || [Name] <- matches(Pattern, Page)])
+    end,
+    Here = fun(Wildcard) ->
+        lists:sort([
+            list_to_binary(filename:basename(File, ".erl"))
+         || File <- filelib:wildcard(in_project(Wildcard))
+        ])
+    end,
+    ?assertEqual(Here("src/*.erl"), Names("^\\| `(\\w+)` \\| .*(?:_tests|_SUITE)`")),
+    ?assertEqual(Here("test/*_{tests,SUITE}.erl"), Names("`(\\w+_(?:tests|SUITE))`")).
+
 %%% The other pages
 
 pages_test_() ->

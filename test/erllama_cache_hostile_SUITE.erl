@@ -12,8 +12,8 @@
 
 -import(erllama_cache_hooked_host, [with_hook/2, stop_after_first_slice/1, go_on/1]).
 -import(erllama_cache_test_util, [
-    fresh_dir/2, files/1, open_files/1, file_of/2, meta/1, eventually/1,
-    actor/0, ask/2, tell/2, answer/2, kill/1, run_command/2, run_node/3
+    fresh_dir/2, files/1, open_files/1, file_of/2, meta/1, eventually/1, actor/0, ask/2, tell/2,
+    answer/2, kill/1, run_command/2, run_node/3, stop/1, flip/2
 ]).
 
 -define(STORE, hostile_store).
@@ -281,7 +281,7 @@ a_hard_link_is_not_written_to(Config) ->
 a_damaged_hard_link_is_replaced(Config) ->
     [Root, Outside] = [?config(Dir, Config) || Dir <- [root, outside]],
     File = valid(Outside, 1, rand:bytes(100_000)),
-    flip(File, filelib:file_size(File) - 1),
+    flip_in(File, filelib:file_size(File) - 1),
     Before = snapshot([File]),
     start(?STORE, Root),
     [
@@ -316,7 +316,7 @@ a_file_of_another_user_is_not_written_to(Config) ->
             Before = snapshot([path(Root, 1)]),
             [?assertMatch({ok, #{hit_count := 0}, ?OURS}, load(1)) || _ <- [once, again]],
             assert_unwritten(Before),
-            flip(path(Root, 1), 1),
+            flip_in(path(Root, 1), 1),
             ?assertMatch({error, {corrupt, _}}, load(1)),
             {ok, _} = save(1, ?OURS),
             ?assertMatch({ok, #file_info{uid = Us}}, file:read_file_info(path(Root, 1)));
@@ -790,12 +790,6 @@ start(Name, Root, Options) ->
     true = unlink(Pid),
     ok.
 
-stop(Name) ->
-    case whereis(Name) of
-        undefined -> ok;
-        Pid -> gen_server:stop(Pid)
-    end.
-
 restart_writer(Config) ->
     stop(?WRITER),
     {ok, Writer} = ?WRITER:start_link(Config#{host => erllama_cache_hooked_host}),
@@ -824,9 +818,9 @@ path(Root, N) ->
 temporary(Root, N) ->
     filename:rootname(path(Root, N)) ++ ".0123456789abcdef.tmp".
 
-flip(Path, At) ->
-    {ok, <<Before:At/binary, Byte, After/binary>>} = file:read_file(Path),
-    ok = file:write_file(Path, <<Before/binary, (Byte bxor 1), After/binary>>).
+flip_in(Path, At) ->
+    {ok, File} = file:read_file(Path),
+    ok = file:write_file(Path, flip(File, At)).
 
 adoptions(Fun) -> counted(adoptions, Fun).
 replacements(Fun) -> counted(replacements, Fun).

@@ -114,10 +114,7 @@ start_servers(Root, Limit) ->
     ok.
 
 stop_servers() ->
-    lists:foreach(
-        fun(Name) -> whereis(Name) =:= undefined orelse gen_server:stop(Name) end,
-        [?WRITER, ?STORE]
-    ).
+    lists:foreach(fun erllama_cache_test_util:stop/1, [?WRITER, ?STORE]).
 
 %% The semaphore is the same one in all tests: whoever is still there when one of them ends goes,
 %% and what nobody who lives holds must have come back.

@@ -21,14 +21,21 @@
 
 %%% EUnit
 
-%% These tests, each with what `Setup' returns as its argument and under its function's name.
+%% These tests, each with what `Setup' returns as its argument and under its function's name. With
+%% EUNIT_CASE= in the environment, only the one of this name.
 -spec each(fun(() -> State), fun((State) -> term()), [fun((State) -> term())]) -> tuple().
 each(Setup, Teardown, Tests) ->
+    Case = os:getenv("EUNIT_CASE"),
     {foreach, Setup, Teardown, [
         %% Minutes are for disks that others are busy with: no test waits for a time to pass.
         fun(State) -> {timeout, 300, {with, State, [Test]}} end
-     || Test <- Tests
+     || Test <- Tests, Case =:= false orelse is_named(Case, Test)
     ]}.
+
+%% `fun a/1' is named `a' or, by some releases, `-fun.a/1-'.
+is_named(Case, Test) ->
+    {name, Name} = erlang:fun_info(Test, name),
+    re:run(atom_to_list(Name), ["(^|[.])", Case, "(/|$)"]) =/= nomatch.
 
 %%% Files
 

@@ -55,7 +55,8 @@ hides_a_secret_given_in_the_wrong_way() ->
 names_the_nearest_key_for_an_unknown_one() ->
     Mistyped = [
         {max_concurent, max_concurrent}, {maxconcurrent, max_concurrent}, {slow_save, slow_save_ms},
-        {hots, host}, {"digest", digest}, {<<"page-cache">>, page_cache}, {<<255>>, host}, {{a, tuple}, host}
+        {hots, host}, {"digest", digest}, {<<"page-cache">>, page_cache}, {<<255>>, host},
+        {{a, tuple}, host}
     ],
     [
         ?assertError(

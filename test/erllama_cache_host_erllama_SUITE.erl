@@ -1,6 +1,6 @@
 %% A save and erllama's modules: what it asks of them and in which order, what becomes of it when
 %% one of them fails, and leases that end or go to another saver meanwhile. A save that waits for
-%% its turn is in erllama_cache_turn_SUITE.
+%% its turn is in erllama_cache_io_limit_SUITE.
 -module(erllama_cache_host_erllama_SUITE).
 
 -include("erllama_cache_erllama_util.hrl").

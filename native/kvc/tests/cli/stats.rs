@@ -41,7 +41,8 @@ fn files_are_counted_by_what_they_have_in_common() {
     fs::write(dir.path().join(temporary), "").unwrap();
 
     let [a, b, c] = files.each_ref().map(|saved| saved.bytes().len());
-    let class = |name: &str, files: u32, bytes: usize| json!({"name": name, "files": files, "bytes": bytes});
+    let class =
+        |name: &str, n: u32, bytes: usize| json!({"name": name, "files": n, "bytes": bytes});
     let model = |n: u8| format!("{n:02x}").repeat(32);
     let stats = || run(command().args(["stats", "--json"]).arg(dir.path()));
     assert_eq!(

@@ -1,5 +1,5 @@
 %% A bounded store: what it evicts, and that its room is neither given twice nor lost.
--module(erllama_cache_store_eviction_tests).
+-module(erllama_cache_evict_tests).
 
 -include("erllama_cache_store_util.hrl").
 -include_lib("eunit/include/eunit.hrl").

@@ -1,7 +1,7 @@
 %% A save whose slices wait for their turn on the dirty schedulers, or take long: its lease is
 %% renewed meanwhile, and without it nothing is published. That no scheduler is held for long is in
 %% erllama_cache_schedulers_tests.
--module(erllama_cache_turn_SUITE).
+-module(erllama_cache_io_limit_SUITE).
 
 -include("erllama_cache_erllama_util.hrl").
 -include_lib("common_test/include/ct.hrl").

@@ -3,21 +3,18 @@
 
 -include_lib("eunit/include/eunit.hrl").
 
--import(erllama_cache_test_util, [file_of/2, in_project/1]).
+-import(erllama_cache_test_util, [file_of/2, in_project/1, each/3, temporary_dir/1]).
 
 -define(STORE, versions_store).
 
 versions_test_() ->
-    {foreach, fun setup/0, fun teardown/1, [
-        fun(Vectors) -> {atom_to_list(Name), fun() -> Test(Vectors) end} end
-     || {Name, Test} <- [
-            {files_of_both_are_loaded, fun loaded/1},
-            {a_key_is_that_of_the_files_version, fun keyed/1},
-            {only_version_2_has_agent_prefix, fun agent_prefix/1}
-        ]
-    ]}.
+    each(fun setup/0, fun teardown/1, [
+        fun files_of_both_are_loaded/1,
+        fun a_key_is_that_of_the_files_version/1,
+        fun only_version_2_has_agent_prefix/1
+    ]).
 
-loaded({_Root, Vectors}) ->
+files_of_both_are_loaded({_Root, Vectors}) ->
     Files = length(Vectors),
     ?assertMatch(#{files := Files}, erllama_cache_store:info(?STORE)),
     [
@@ -31,7 +28,7 @@ loaded({_Root, Vectors}) ->
     ].
 
 %% What both versions have is what a file has in the other one, but for its name.
-keyed({Root, Vectors}) ->
+a_key_is_that_of_the_files_version({Root, Vectors}) ->
     [
         begin
             patch(Root, Key, 3, <<(3 - Version)>>),
@@ -42,7 +39,7 @@ keyed({Root, Vectors}) ->
         not lists:member(filename:basename(Path), ["00", "06"])
     ].
 
-agent_prefix({Root, Vectors}) ->
+only_version_2_has_agent_prefix({Root, Vectors}) ->
     [Key] = [Key || {2, Path, Key} <- Vectors, filename:basename(Path) =:= "06"],
     ?assertMatch({ok, #{save_reason := agent_prefix}, _}, erllama_cache_store:load(?STORE, Key)),
     patch(Root, Key, 3, <<1>>),
@@ -51,9 +48,7 @@ agent_prefix({Root, Vectors}) ->
 %% A store over the files that another implementation wrote, and of each its version, its path
 %% without an extension, and its key.
 setup() ->
-    Name = lists:concat([?MODULE, "_", os:getpid(), "_", erlang:unique_integer([positive])]),
-    Root = filename:join(os:getenv("TMPDIR", "/tmp"), Name),
-    ok = file:make_dir(Root),
+    Root = temporary_dir(?MODULE),
     Vectors = vectors(1, in_project("test/vectors")) ++ vectors(2, in_project("test/vectors2")),
     [{ok, _} = file:copy(Path ++ ".kvc", file_of(Root, Key)) || {_, Path, Key} <- Vectors],
     {ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store}),

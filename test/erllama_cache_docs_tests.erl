@@ -1,8 +1,8 @@
-%% What the documentation shows works: the examples of the modules' pages, the README's Erlang from
-%% the dependency to the last line, and all Erlang of the other pages.
+%% What the documentation shows works: the examples of the modules' pages, the Erlang of the README
+%% and of the guide from the first line to the last, and all Erlang of the other pages.
 %%
-%% An example that matches a pattern is checked by it. The README's Elixir is run by
-%% elixir_check.exs, its shell commands by tools/readme.sh.
+%% An example that matches a pattern is checked by it. The guide's Elixir is run by
+%% elixir_check.exs, the shell commands of the pages by tools/readme.sh.
 -module(erllama_cache_docs_tests).
 
 -include_lib("eunit/include/eunit.hrl").
@@ -145,16 +145,25 @@ stored_key(Example, Meta, Payload) ->
             #{}
     end.
 
-%%% The README
+%%% The README and the guide to Erlang
+
+-define(GUIDE, "docs/guide/erlang.md").
 
 readme_test_() ->
     {timeout, 60, fun readme/0}.
 
 readme() ->
+    [Session, Deps] = fenced("README.md", "erlang"),
+    {deps, [{erllama_cache_nif, {git, _, _}}]} = term(Deps),
+    with_root(fun(Root) -> evaluate(in(Root, Session), #{}) end).
+
+guide_test_() ->
+    {timeout, 60, fun guide/0}.
+
+guide() ->
     with_root(fun(Root) ->
         %% In the order of a reader.
-        [Deps, SysConfig, Session, ByHand, Async, WithSlot] = fenced("README.md", "erlang"),
-        {deps, [{erllama_cache_nif, {git, _, _}}]} = term(Deps),
+        [SysConfig, Session, ByHand, Async, WithSlot] = fenced(?GUIDE, "erlang"),
         [{erllama_cache_nif, Environment}] = term(in(Root, SysConfig)),
         with_environment(Environment, fun() ->
             Bound = evaluate(in(Root, Session), #{}),
@@ -203,7 +212,7 @@ tests_page_test() ->
 pages_test_() ->
     [
         {lists:concat([Page, ": ", hd(string:split(Block, "\n"))]), fun() -> page_block(Block) end}
-     || Page <- ["CONTRIBUTING.md" | pages()], Block <- fenced(Page, "erlang")
+     || Page <- ["CONTRIBUTING.md" | pages()], Page =/= ?GUIDE, Block <- fenced(Page, "erlang")
     ].
 
 pages() ->
@@ -248,11 +257,35 @@ bounds_test_() ->
 links_test_() ->
     [
         {lists:concat([Page, ": ", Target]), ?_assert(is_there(Page, Target))}
-     || Page <- ["README.md", "CONTRIBUTING.md" | pages() ++ proofs()],
+     || Page <- filelib:wildcard("*.md", in_project("")) ++ pages() ++ proofs() ++
+                    filelib:wildcard("examples/*/*.md", in_project("")),
         Link <- targets(Page),
         Target <- [binary_to_list(Link)],
         not lists:prefix("http", Target)
     ].
+
+%% A table of a page is held to the code that it is about.
+the_format_names_what_makes_a_file_corrupt_test() ->
+    {ok, Code} = file:read_file(in_project("native/erllama_cache_core/src/kvc/error.rs")),
+    Reasons = [Name || [Name] <- matches("=> \"([a-z_]+)\",", Code)],
+    ?assertEqual(lists:sort(Reasons), lists:sort(names("docs/reference/format.md", "reason"))).
+
+the_reference_names_each_metric_test() ->
+    with_root(fun(Root) ->
+        start_writer(),
+        start_store(Root),
+        Text = iolist_to_binary(erllama_cache_metrics:format([my_store])),
+        Printed = [Name || [Name] <- matches("^# TYPE erllama_cache_([a-z_]+) ", Text)],
+        Named = lists:append([names("docs/reference/metrics.md", Head)
+                              || Head <- ["metric of the writer", "metric of a store"]]),
+        ?assertEqual(lists:sort(Printed), lists:sort(Named))
+    end).
+
+%% What stands in backticks in the first cells of the table whose head begins so.
+names(Page, Head) ->
+    {ok, Text} = file:read_file(in_project(Page)),
+    [[Rows]] = matches(["^\\| ", Head, " \\|.*\n\\|[-|]+\n((?:\\|.*\n)+)"], Text),
+    [Name || [Name] <- matches("^\\| `([a-z_]+)` \\|", Rows)].
 
 targets(Page) ->
     {ok, Text} = file:read_file(in_project(Page)),
@@ -288,9 +321,36 @@ page_block(Block) ->
             "handle(" ++ _ -> handler(Block);
             "Ours = fun" ++ _ -> logging(in(Root, Block), filename:join(Root, "cache.log"));
             "Only = fun" ++ _ -> logging(in(Root, Block), filename:join(Root, "cache.log"));
+            "-module(" ++ _ -> host(in(Root, Block));
             _ -> evaluate(Block, page_bindings())
         end
     end).
+
+%% A host: what a writer saves by it is what a store on the same root loads.
+host(Block) ->
+    Module = host_module(Block),
+    Payload = <<"saved by another host">>,
+    Meta = (erllama_cache_test_util:meta())#{quant_type := f16},
+    ok = stop(erllama_cache_writer),
+    {ok, _} = erllama_cache_writer:start_link(#{host => Module}),
+    try
+        {ok, Key} = erllama_cache_writer:save(a_name, disk, Meta, Payload),
+        ?assertEqual({ok, Key}, erllama_cache_writer:save(a_name, disk, Meta, <<"again">>)),
+        ?assertMatch({ok, _, Payload}, erllama_cache_store:load(my_store, Key)),
+        ?assertEqual({ok, Key}, erllama_cache_store:key(Meta)),
+        ?assertMatch({error, {invalid_meta, quant_type}},
+                     erllama_cache_writer:save(a_name, disk, Meta#{quant_type => f32}, Payload))
+    after
+        true = code:delete(Module),
+        _ = code:purge(Module)
+    end.
+
+host_module(Block) ->
+    Forms = [begin {ok, Form} = erl_parse:parse_form(Tokens), Form end
+             || Tokens <- split(tokens(Block), [])],
+    {ok, Module, Code, []} = compile:forms(Forms, [return]),
+    {module, Module} = code:load_binary(Module, "a page", Code),
+    Module.
 
 %% Of one event of ours and one of somebody else, one is stopped, or one goes to the file.
 logging(Block, File) ->

@@ -1,29 +1,31 @@
 #!/bin/sh
-# Proves that the commands of README.md and docs/*.md work, as they stand there, in a clean copy of the
-# project: each command of the README's indented blocks and of the pages' text is looked up below, in
-# `do_it`, which runs it or says who does. One that is not known there is an error, so whoever adds one
-# says how it is checked; and so is a target that the Makefile does not have.
+# Proves that the commands of README.md and of the pages below docs/ work as they are printed, in a clean
+# copy of the project. Each command in an indented block of the README or of a guide, and each command
+# in the text of any page, is looked up in `do_it` below, which runs it or names the step that does. A
+# command that is not known there is an error, and so is a target that the Makefile does not have.
 #
-# The sessions in Erlang and Elixir that go with them are taken from the README's fences, and have to
-# end without an exception. Prints a table at the end. docs/kvc.md has a test of its own.
+# The sessions in Erlang and Elixir that go with them are taken from the fences of the README and of the
+# guides, and have to end without an exception. Prints a table at the end. The text and the examples of
+# the guide to kvc have a test of their own.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 . "$here/proofs/lib.sh"
 temp_dir
 copy=$work/erllama_cache_nif
-readme=$here/README.md
+guides=$here/docs/guide
 begun=$(date +%s)
 
 copy_project "$copy"
 copy_cargo_cache "$copy"
 
-# The N-th fence of a language that is not indented, with a directory of ours for the one that is named there.
-fence() { # LANGUAGE N
-    awk -v fence='```'"$1" -v want="$2" '
+# The N-th fence of a language in a page that is not indented, with a directory of ours for the one that
+# is named there.
+fence() { # PAGE LANGUAGE N
+    awk -v fence='```'"$2" -v want="$3" '
         $0 == "```" { inside = 0 }
         inside && n == want
-        $0 == fence { inside = 1; n++ }' "$readme" | sed "s|/tmp/kv|$work/kv|g"
+        $0 == fence { inside = 1; n++ }' "$1" | sed "s|/tmp/kv|$work/kv|g"
 }
 
 # A paragraph at a time: code may go on in the next line.
@@ -32,17 +34,33 @@ in_backticks() { # PAGE
         { for (n = 2; n <= NF; n += 2) { gsub(/[ \n]+/, " ", $n); print $n } }' "$1"
 }
 
+# What stands outside of the fences of some pages.
+text() { # PAGE...
+    for page; do
+        awk '/^ *```/ { fenced = !fenced } !fenced' "$page"
+    done
+}
+
+pages() { # FIND'S CONDITIONS...
+    find "$here/docs" -name '*.md' "$@" | sort
+}
+
 # One command a line, without comments: lines that are indented by four and at a shell's prompt where
-# there is one; and what stands between backticks and begins with the name of a program.
+# there is one; and what stands between backticks and begins with the name of a program. Of design and
+# proofs the pages name programs that nobody is asked to run, so fewer names count there.
 commands() {
-    awk '/^ *```/ { fenced = !fenced } !fenced' "$readme" >"$work/text"
-    for page in "$here"/docs/*.md; do
-        [ "$page" = "$here/docs/kvc.md" ] || awk '/^ *```/ { f = !f } !f' "$page"
-    done >"$work/pages"
-    sed -n -e 's/^ \{4,\}\$ //p' -e 's/^    \([a-z]\)/\1/p' "$work/text" | sed 's/  *#.*//'
-    in_backticks "$work/text" |
+    # shellcheck disable=SC2046  # names of ours, without spaces
+    text "$here/README.md" $(pages -path '*/guide/*') >"$work/blocks"
+    # shellcheck disable=SC2046
+    text "$here/README.md" "$guides/erlang.md" "$guides/elixir.md" \
+        $(pages -path '*/reference/*') >"$work/use"
+    # shellcheck disable=SC2046
+    text $(pages ! -path '*/reference/*' ! -path '*/guide/erlang.md' ! -path '*/guide/elixir.md' \
+        ! -path '*/guide/kvc.md') >"$work/other"
+    sed -n -e 's/^ \{4,\}\$ //p' -e 's/^    \([a-z]\)/\1/p' "$work/blocks" | sed 's/  *#.*//'
+    in_backticks "$work/use" |
         grep -E '^(make$|(make|mkdir|erl|mix|head|cargo|rebar3|kvc|git|sh|python3) )' || true
-    in_backticks "$work/pages" | grep -E '^(make|install|cargo|rebar3|kvc|git) ' || true
+    in_backticks "$work/other" | grep -E '^(make|install|cargo|rebar3|kvc|git) ' || true
 }
 
 # A session in a real shell. It prints what is raised and goes on, so that is what is looked for.
@@ -57,9 +75,9 @@ erlang() { # SESSION COMMAND...
 
 in_mix_project() { # COMMAND...
     mkdir -p "$work/mix/config"
-    fence elixir 1 | sed "s|\"../erllama_cache_nif\"|\"$copy\"|" >"$work/deps"
-    fence elixir 2 >"$work/mix/config/config.exs"
-    fence elixir 3 >"$work/mix/save.exs"
+    fence "$guides/elixir.md" elixir 1 | sed "s|\"../erllama_cache_nif\"|\"$copy\"|" >"$work/deps"
+    fence "$guides/elixir.md" elixir 2 >"$work/mix/config/config.exs"
+    fence "$guides/elixir.md" elixir 3 >"$work/mix/save.exs"
     {
         echo 'defmodule Readme.MixProject do'
         echo '  use Mix.Project'
@@ -94,12 +112,11 @@ do_it() { # COMMAND
         "make demo FILE=path") make demo FILE="$copy/README.md" ;;
         "make bench-"*) target "$1" "a step of its own, its figures by hand, on a machine at rest" ;;
         "make kvc") make kvc ;;
-        "cargo uninstall kvc")
-            CARGO_TARGET_DIR=native/target \
-                cargo install -q --path native/kvc --locked --root "$work/cargo"
+        "cargo install --path native/kvc --locked")
+            CARGO_TARGET_DIR=native/target $1 -q --root "$work/cargo"
             "$work/cargo/bin/kvc" --version
-            $1 --root "$work/cargo"
             ;;
+        "cargo uninstall kvc") $1 --root "$work/cargo" ;;
         kvc*" /var/cache/kv")
             built=$copy/native/target/release/kvc
             [ -x "$built" ] || make kvc
@@ -109,17 +126,23 @@ do_it() { # COMMAND
         kvc\ *) elsewhere "the tests of kvc" ;;
         "make "[a-z]*) target "$1" "a step of its own" ;;
         "rebar3 compile") elsewhere "make dropin" ;;
+        "rebar3 eunit --module="*)
+            [ -e "$here/test/${1#*=}.erl" ] || fail "there is no module for: $1"
+            elsewhere "make test"
+            ;;
         "install -d -m 700 -o node /var/cache/kv") install -d -m 700 -o "$(id -un)" "$work/cache" ;;
         "mkdir -p /tmp/kv") mkdir -p "$work/kv" ;;
         "erl -pa _build/default/lib/erllama_cache_nif/ebin -config sys")
-            fence erlang 1 >sys.config
+            fence "$guides/erlang.md" erlang 1 >sys.config
             # shellcheck disable=SC2086  # a command in words
-            erlang "$(fence erlang 2)" $1
+            erlang "$(fence "$guides/erlang.md" erlang 2)" $1
             ;;
         "erl -pa _build/default/lib/erllama_cache_nif/ebin")
+            # shellcheck disable=SC2086
+            erlang "$(fence "$here/README.md" erlang 1)" $1
             make chunks
             # shellcheck disable=SC2086
-            erlang "$(sed -n 's/^ *1> //p' "$work/text")" $1
+            erlang "$(sed -n 's/^ *1> //p' "$work/blocks")" $1
             grep -q 'Payload :: binary()' "$work/session" || fail "the shell shows no documentation"
             ;;
         "mix run save.exs") in_mix_project mix run save.exs ;;

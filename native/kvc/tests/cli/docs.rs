@@ -1,6 +1,6 @@
-//! The examples of `docs/kvc.md`: a shell runs each `console` block in a directory that is made as
-//! the page describes it. The block has to print what the page says. In an expected line `[..]`
-//! stands for anything. What a block leaves is there for the next one.
+//! The examples of `docs/guide/kvc.md`. A shell runs each `console` block in a directory that is
+//! made as the page describes it, and has to print what the page says. In an expected line `[..]`
+//! matches any text. A block finds what the one before it has left.
 
 use std::fs;
 use std::path::Path;
@@ -72,7 +72,7 @@ fn world() -> TempDir {
 
 #[test]
 fn the_pages_examples_print_what_it_says() {
-    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/kvc.md");
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/guide/kvc.md");
     let page = fs::read_to_string(page).unwrap();
     let dir = world();
     let mut commands = 0;

@@ -8,8 +8,8 @@
 -include_lib("eunit/include/eunit.hrl").
 
 -import(erllama_cache_test_util, [
-    in_project/1, run_command/2, source/1, matches/2, silence/0, unsilence/1, temporary_dir/1,
-    stop/1
+    in_project/1, page_tables_names/2, run_command/2, source/1, matches/2, silence/0, unsilence/1,
+    temporary_dir/1, stop/1
 ]).
 
 -define(PUBLIC, [erllama_cache_writer, erllama_cache_store, erllama_cache_metrics]).
@@ -268,7 +268,7 @@ links_test_() ->
 the_format_names_what_makes_a_file_corrupt_test() ->
     {ok, Code} = file:read_file(in_project("native/erllama_cache_core/src/kvc/error.rs")),
     Reasons = [Name || [Name] <- matches("=> \"([a-z_]+)\",", Code)],
-    ?assertEqual(lists:sort(Reasons), lists:sort(names("docs/reference/format.md", "reason"))).
+    ?assertEqual(lists:sort(Reasons), lists:sort(page_tables_names("format.md", "reason"))).
 
 the_reference_names_each_metric_test() ->
     with_root(fun(Root) ->
@@ -276,16 +276,10 @@ the_reference_names_each_metric_test() ->
         start_store(Root),
         Text = iolist_to_binary(erllama_cache_metrics:format([my_store])),
         Printed = [Name || [Name] <- matches("^# TYPE erllama_cache_([a-z_]+) ", Text)],
-        Named = lists:append([names("docs/reference/metrics.md", Head)
-                              || Head <- ["metric of the writer", "metric of a store"]]),
+        Named = page_tables_names("metrics.md", "metric of the writer") ++
+            page_tables_names("metrics.md", "metric of a store"),
         ?assertEqual(lists:sort(Printed), lists:sort(Named))
     end).
-
-%% What stands in backticks in the first cells of the table whose head begins so.
-names(Page, Head) ->
-    {ok, Text} = file:read_file(in_project(Page)),
-    [[Rows]] = matches(["^\\| ", Head, " \\|.*\n\\|[-|]+\n((?:\\|.*\n)+)"], Text),
-    [Name || [Name] <- matches("^\\| `([a-z_]+)` \\|", Rows)].
 
 targets(Page) ->
     {ok, Text} = file:read_file(in_project(Page)),

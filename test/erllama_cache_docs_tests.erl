@@ -264,6 +264,20 @@ links_test_() ->
         not lists:prefix("http", Target)
     ].
 
+%% Where a reader is sent: paths from the project, or below the core's sources.
+each_file_of_where_is_what_is_there_test_() ->
+    {ok, Page} = file:read_file(in_project("docs/design/overview.md")),
+    [_, Table] = binary:split(Page, <<"## Where is what">>),
+    Paths = lists:usort([Path || [Path] <- matches("`([^` ]+/[^` ]+\\.[a-z]+)`", Table)]),
+    ?assert(length(Paths) >= 40),
+    [
+        {Path, ?_assert(lists:any(fun filelib:is_regular/1, [
+            in_project(Path),
+            filename:join(in_project("native/erllama_cache_core/src"), Path)
+        ]))}
+     || Path <- Paths
+    ].
+
 %% A table of a page is held to the code that it is about.
 the_format_names_what_makes_a_file_corrupt_test() ->
     {ok, Code} = file:read_file(in_project("native/erllama_cache_core/src/kvc/error.rs")),

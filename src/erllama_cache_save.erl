@@ -1,6 +1,6 @@
 %% One save, from the metadata to the announcement, in the process that has a slot for it: the host
 %% computes a key and reserves room, the library writes and publishes slice by slice, and the host
-%% announces the file. docs/design.md, "A save", has the order and its reasons.
+%% announces the file. docs/design/save.md has the order and its reasons.
 %%
 %% @private
 -module(erllama_cache_save).

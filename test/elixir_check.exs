@@ -2,15 +2,15 @@
 # business of the Erlang tests; this checks that nothing about it needs to be Erlang.
 ExUnit.start(capture_log: true)
 
-# The README's Elixir, as it stands there: the dependency, the configuration, and what is done then.
-defmodule ReadmeCheck do
+# The guide's Elixir as it is printed: the dependency, the configuration, and what is done then.
+defmodule GuideCheck do
   use ExUnit.Case
 
-  @readme Path.join(__DIR__, "../README.md")
+  @guide Path.join(__DIR__, "../docs/guide/elixir.md")
   @app :erllama_cache_nif
 
   setup do
-    root = Path.join(System.tmp_dir!(), "readme_check_#{System.pid()}")
+    root = Path.join(System.tmp_dir!(), "guide_check_#{System.pid()}")
     File.mkdir!(root)
 
     on_exit(fn ->
@@ -19,9 +19,9 @@ defmodule ReadmeCheck do
       File.rm_rf!(root)
     end)
 
-    # The directory that the README names is not this machine's.
+    # The directory that the guide names is not this machine's.
     blocks =
-      for [_, code] <- Regex.scan(~r/^```elixir\n(.*?)^```$/ms, File.read!(@readme)) do
+      for [_, code] <- Regex.scan(~r/^```elixir\n(.*?)^```$/ms, File.read!(@guide)) do
         String.replace(code, "/tmp/kv", root)
       end
 

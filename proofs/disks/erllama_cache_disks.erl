@@ -115,7 +115,7 @@ scenario(named, Root, [Under]) ->
 %%% Other file systems
 
 %% All that is usual, on a file system that is not: whether temporary files have names there, and
-%% which syncs a save makes (docs/design.md), is known.
+%% which syncs a save makes (docs/design/save.md), is known.
 scenario(usual, Root, [Names, Plan]) ->
     ?assertEqual(Names =:= "unnamed", takes_unnamed(Root)),
     start_store(?STORE, Root, #{}),

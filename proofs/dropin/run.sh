@@ -1,7 +1,7 @@
 #!/bin/sh
-# Proves that docs/erllama.md puts this project into erllama and takes it out again, step by step, on
-# a project that stands in for erllama: its name, its supervisor's child, and for its modules those
-# of test/fakes. The dependency is a git one, as there, on a repository made of what is here now;
+# Proves that docs/guide/erllama.md puts this project into erllama and takes it out again, step by
+# step, on a project that stands in for erllama: its name, its supervisor's child, and for its modules
+# those of test/fakes. The dependency is a git one, as there, on a repository made of what is here now;
 # the two lines that are added are taken from the page.
 #
 #   before   the project has an erllama_cache_writer of its own
@@ -13,7 +13,7 @@ set -eu
 here=$(cd "$(dirname "$0")/../.." && pwd)
 . "$here/proofs/lib.sh"
 temp_dir
-page=$here/docs/erllama.md
+page=$here/docs/guide/erllama.md
 toy=$work/erllama
 root=$work/kv
 begun=$(date +%s)

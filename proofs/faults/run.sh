@@ -12,7 +12,7 @@
 # when, and judges. A table for each; the status is 1 when a promise has been broken, with what is
 # needed to see it again.
 #
-# Which syncs a save makes depends on the file system (docs/design.md): both are done in memory, and, by
+# Which syncs a save makes depends on the file system (docs/design/save.md): both are done in memory, and, by
 # root, the faults also on an ext4 with a journal and on one without, as FAULTS=quick does them.
 #
 #   proofs/faults/run.sh [faults|crashes [CASE [CALL N WHAT]]]

@@ -29,24 +29,35 @@ export FILE
   soak-semaphore soak-store faults crash kill disks fuzz soak sanitize valgrind readme dropin \
   chunks rustdoc bench-plots bench-semaphore bench-save bench-slow bench-build edoc clean distclean
 
-### Building and trying
+### Build
 
 all: ## Compile the application and its NIF (the default)
 	rebar3 compile
 
-kvc: ## Build kvc, which looks into directories of saved states, and say where it is
+kvc: ## Build kvc, the command-line tool for directories of saved states
 	cd $(NATIVE) && cargo build --locked --release -p kvc
 	@echo "$(CARGO_TARGET_DIR)/release/kvc"
 
-help: ## List the targets
-	@awk -F ':.*## ' '/^### / { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+demo: setup all ## Save a file into a cache and watch it happen: FILE=path
+	ERL_LIBS="$(LIBS)$${ERL_LIBS:+:$$ERL_LIBS}" escript examples/demo.escript $${FILE:+"$$FILE"}
 
-setup: ## Install what is missing (apt), or say what is
+setup: ## Install what is missing, or say what it is
 	@tools/setup.sh
 
-demo: setup all ## Save a file into a cache, watch it happen: make demo [FILE=path]
-	ERL_LIBS="$(LIBS)$${ERL_LIBS:+:$$ERL_LIBS}" escript examples/demo.escript $${FILE:+"$$FILE"}
+# EDoc succeeds whatever it warns of.
+strict = out=$$($(1) 2>&1); status=$$?; printf '%s\n' "$$out"; \
+  [ $$status -eq 0 ] && ! printf '%s\n' "$$out" | grep -qi warning
+
+edoc: ## Write the API documentation to doc/
+	@$(call strict,rebar3 edoc)
+
+chunks: all ## Write what h/1,2,3 of the shell show
+	@$(call strict,rebar3 as chunks edoc)
+	erl -noinput -pa "$(EBIN)" -eval \
+	  '{ok, Docs} = code:get_doc(erllama_cache_writer), [_ | _] = shell_docs:render(erllama_cache_writer, save, 4, Docs), halt(0).'
+
+rustdoc: ## Write the reference of the Rust crates to native/target/doc
+	cd $(NATIVE) && RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace
 
 clean: ## Remove what was compiled, but keep cargo's cache
 	rm -rf _build/*/lib/erllama_cache_nif priv/erllama_cache_nif.so
@@ -55,14 +66,18 @@ distclean: ## Remove everything that was built
 	$(MAKE) -C c_src clean
 	rm -rf _build doc
 
-### Testing
+help: ## List the targets
+	@awk -F ':.*## ' '/^### / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+
+### Test
 
 # The NIF crates have no tests of their own: outside a VM they do not link. Erlang tests them.
 test: setup ## Run all tests: Rust, EUnit, Common Test, Elixir
 	cd $(NATIVE) && cargo test --locked -p erllama_cache_core -p kvc
 	$(MAKE) test-beam
 
-test-beam: ## Those of them that need Erlang or Elixir, warnings being errors
+test-beam: ## Run those of them that need Erlang or Elixir
 	rebar3 as check compile
 	rebar3 eunit
 	rebar3 ct
@@ -71,15 +86,12 @@ test-beam: ## Those of them that need Erlang or Elixir, warnings being errors
 	$(MAKE) elixir
 
 # A store's directory has to be there before the store is.
-elixir: ## The tests of the example in Elixir
+elixir: ## Run the tests of the example in Elixir
 	root=$$(mktemp -d) && trap 'rm -rf "$$root"' EXIT && cd examples/elixir_kv && \
 	  mix format --check-formatted && KV_ROOT="$$root" MIX_REBAR3="$$(command -v rebar3)" \
 	  ELIXIR_ERL_OPTIONS="+fnu" mix test --warnings-as-errors
 
-matrix: setup ## All of those on OTP 27 and on Debian's newest OTP, in roots of their own
-	proofs/matrix/run.sh
-
-check: setup ## Formatting, lints, warnings as errors, xref, dialyzer, documentation
+check: setup ## Formatting, lints, warnings, xref, dialyzer, documentation, licences, shape
 	cd $(NATIVE) && cargo fmt --all --check
 	cd $(NATIVE) && cargo clippy --locked --workspace --all-targets -- -D warnings
 	tools/targets.sh
@@ -90,81 +102,61 @@ check: setup ## Formatting, lints, warnings as errors, xref, dialyzer, documenta
 	$(MAKE) edoc chunks rustdoc
 	escript tools/shape.escript
 
-cover: ## Run the Erlang tests with coverage, report in _build/test/cover
+cover: ## Run the Erlang tests with coverage; the report is in _build/test/cover
 	rebar3 do eunit --cover, ct --cover, cover --verbose
 
-### Proofs
+readme: setup all ## Run the commands that the pages show, in a clean copy
+	tools/readme.sh
 
-loom: setup ## Check the models of semaphore and shared sync: every interleaving of each
+### Prove: proofs/README.md says what
+
+loom: setup ## Every interleaving of the semaphore and of the sync that saves share
 	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
 	  --test loom_semaphore --target-dir target/loom
 	cd $(NATIVE) && RUSTFLAGS="--cfg loom" cargo test --locked --release -p erllama_cache_core \
 	  --lib --target-dir target/loom files::sync_group::models
 
 # Against the configuration, which asks for libraries that can be loaded (native/.cargo/config.toml).
-musl: setup ## The tests of the core and of kvc, linked statically with musl, as on Alpine
+musl: setup ## The tests of the core and of kvc, linked statically with musl
 	tools/setup.sh musl-gcc target:$(MUSL)
 	cd $(NATIVE) && RUSTFLAGS="-C target-feature=+crt-static" \
 	  cargo test --locked -p erllama_cache_core -p kvc --target $(MUSL)
 
-soak-semaphore: setup ## The semaphore's state machine for 50,000 sequences (minutes)
-	PROPER_SEQUENCES=$${PROPER_SEQUENCES:-50000} rebar3 eunit --module=prop_semaphore_tests
-
-soak-store: setup ## The store's state machine for 10,000 sequences (minutes)
-	PROPER_SEQUENCES=$${PROPER_SEQUENCES:-10000} rebar3 eunit --module=prop_store_tests
-
-faults: setup all ## Each I/O call fails once, the VM ends at each one; FAULTS=quick does less
-	proofs/faults/run.sh
-
-crash: setup all ## Cut the power of machines that save, check all that is left: CUTS= SAVES= (minutes)
-	proofs/crash/run.sh
-
-kill: setup all ## kill -9 of nodes in the middle of saves, KILLS=300 times on each of two roots
-	proofs/kill/run.sh
-
-disks: setup all ## Full, frozen, read-only disks; xfs, btrfs, overlays, FUSE, NFS: on real mounts, as root
-	proofs/disks/run.sh
-
-fuzz: setup ## What reads files, on bytes that a fuzzer makes up: make fuzz [FUZZ_RUNS=n]
-	proofs/fuzz/run.sh
-
-soak: setup all ## A store in every use at once, for an hour: make soak [SOAK=seconds]
-	proofs/soak/run.sh
-
-sanitize: setup ## Threads under ThreadSanitizer, the core and the NIF under AddressSanitizer
-	proofs/sanitize/run.sh
-
-valgrind: setup ## The NIF in a VM under memcheck, with all Erlang tests (long)
-	proofs/sanitize/run.sh valgrind
-
-### Pages and benchmarks
-
-readme: setup all ## Run the commands that the README shows, in a clean copy
-	tools/readme.sh
+matrix: setup ## The Erlang and Elixir tests on other OTP releases, as root
+	proofs/matrix/run.sh
 
 dropin: setup all ## Put it into a project that stands in for erllama, and take it out again
 	proofs/dropin/run.sh
 
-chunks: all ## What h/1,2,3 of the shell show, beside the compiled modules
-	@$(call strict,rebar3 as chunks edoc)
-	erl -noinput -pa "$(EBIN)" -eval \
-	  '{ok, Docs} = code:get_doc(erllama_cache_writer), [_ | _] = shell_docs:render(erllama_cache_writer, save, 4, Docs), halt(0).'
+soak-semaphore: setup ## The semaphore's state machine: PROPER_SEQUENCES=50000
+	PROPER_SEQUENCES=$${PROPER_SEQUENCES:-50000} rebar3 eunit --module=prop_semaphore_tests
 
-rustdoc: ## The reference of the Rust crates, in native/target/doc
-	cd $(NATIVE) && RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace
+soak-store: setup ## The store's state machine: PROPER_SEQUENCES=10000
+	PROPER_SEQUENCES=$${PROPER_SEQUENCES:-10000} rebar3 eunit --module=prop_store_tests
 
-bench-plots: ## Draw the pictures from what bench-save and bench-semaphore have measured
-	bench/plots.sh
+faults: setup all ## Fail each I/O call once, end the VM at each one: FAULTS=quick does less
+	proofs/faults/run.sh
 
-bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
-	$(BENCH) -s bench_semaphore main
+crash: setup all ## Cut the power of machines that save: CUTS=100 SAVES=25
+	proofs/crash/run.sh
 
-bench-save: setup bench-build ## Saves and loads beside the bare floor and the plain Erlang way
-	bench/disk.sh $(BENCH) -s bench_save main
+kill: setup all ## Kill nodes in the middle of saves: KILLS=300 on each of two roots
+	proofs/kill/run.sh
 
-bench-slow: setup bench-build _build/iofault.so ## What others wait for beside a slow disk
-	IOFAULT_SYNC_MS=30 IOFAULT_READ_MS=20 LD_PRELOAD=$(CURDIR)/_build/iofault.so \
-	  $(BENCH) -s bench_slow main
+disks: setup all ## Full, frozen and read-only disks, other file systems, as root
+	proofs/disks/run.sh
+
+fuzz: setup ## Feed made-up bytes to what reads files: FUZZ_RUNS= FUZZ_SECONDS=600
+	proofs/fuzz/run.sh
+
+soak: setup all ## Use a store in every way at once: SOAK=3600 seconds
+	proofs/soak/run.sh
+
+sanitize: setup ## Run the tests under ThreadSanitizer and AddressSanitizer
+	proofs/sanitize/run.sh
+
+valgrind: setup ## Run the Erlang tests in a VM under memcheck
+	proofs/sanitize/run.sh valgrind
 
 # What is preloaded: into a VM, to make calls of the NIF library fail or slow; into a guest kernel.
 _build/iofault.so: proofs/faults/iofault.c
@@ -174,13 +166,21 @@ _build/%.so:
 	mkdir -p _build
 	$(CC) -std=gnu11 -O1 -Wall -Wextra -Werror -U_FORTIFY_SOURCE -fPIC -shared -o $@ $< -ldl
 
+### Measure
+
+bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one and the floors
+	$(BENCH) -s bench_semaphore main
+
+bench-save: setup bench-build ## Saves and loads beside the bare floor and the plain Erlang way
+	bench/disk.sh $(BENCH) -s bench_save main
+
+bench-slow: setup bench-build _build/iofault.so ## What another process waits for beside a slow disk
+	IOFAULT_SYNC_MS=30 IOFAULT_READ_MS=20 LD_PRELOAD=$(CURDIR)/_build/iofault.so \
+	  $(BENCH) -s bench_slow main
+
+bench-plots: ## Write pictures and tables of the pages from what those have measured
+	bench/plots.sh
+
 bench-build:
 	cd $(NATIVE) && cargo build --locked --release -p erllama_cache_bench
 	rebar3 as bench compile
-
-# EDoc succeeds whatever it warns of.
-strict = out=$$($(1) 2>&1); status=$$?; printf '%s\n' "$$out"; \
-  [ $$status -eq 0 ] && ! printf '%s\n' "$$out" | grep -qi warning
-
-edoc: ## Write the API documentation to doc/
-	@$(call strict,rebar3 edoc)

@@ -1,7 +1,7 @@
 %% Figures: percentiles, a table that says which bounds are met, and JSON.
 -module(bench_report).
 
--export([main/2, summary/1, median/1]).
+-export([main/2, large/1, summary/1, median/1]).
 -export_type([summary/0, values/0]).
 
 -type summary() :: #{p50 := number(), p99 := number(), max := number(), n := pos_integer()}.
@@ -17,6 +17,7 @@
 -spec main(atom(), fun(() -> {values(), Figures :: map()})) -> no_return().
 main(Benchmark, Measure) ->
     ok = io:setopts([{encoding, unicode}]),
+    is_quick() andalso io:format("Quick: large sizes and counts are a sixteenth of those said.~n"),
     {_, Monitor} = spawn_monitor(fun() -> exit(judge(Benchmark, Measure())) end),
     receive
         {'DOWN', Monitor, process, _, Code} when is_integer(Code) -> halt(Code);
@@ -29,6 +30,18 @@ judge(Benchmark, {Values, Figures}) ->
     print(Targets),
     write_json(atom_to_list(Benchmark), Targets, Figures),
     exit_code(Targets).
+
+%% How many there are of what there are many of, or of what is large: with BENCH_QUICK=yes a
+%% sixteenth, which shows that it runs, and nothing else.
+-spec large(pos_integer()) -> pos_integer().
+large(Count) ->
+    case is_quick() of
+        true -> max(1, Count div 16);
+        false -> Count
+    end.
+
+is_quick() ->
+    os:getenv("BENCH_QUICK") =:= "yes".
 
 -spec summary([number(), ...]) -> summary().
 summary(Samples) ->
@@ -89,7 +102,7 @@ write_json(Name, Targets, Figures) ->
     io:format("~n  ~ts~n", [File]).
 
 %% With BENCH_JUDGE=no it has run, and that is all that counts: on a machine that is not at rest the
-%% figures mean nothing.
+%% figures mean nothing. Nor do those of a quick run.
 exit_code(Targets) ->
     case [Name || #{name := Name, met := false} <- Targets] of
         [_ | _] ->
@@ -99,7 +112,7 @@ exit_code(Targets) ->
     end.
 
 is_judged() ->
-    os:getenv("BENCH_JUDGE") =/= "no".
+    os:getenv("BENCH_JUDGE") =/= "no" andalso not is_quick().
 
 json(Map) when is_map(Map) ->
     Pairs = [[json(name(Key)), $:, json(Value)] || {Key, Value} <- lists:sort(maps:to_list(Map))],

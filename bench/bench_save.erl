@@ -100,7 +100,7 @@ with_store(Root, Tier, Fun) ->
 %% threads of the VM that spin. What they take in the cold is measured by itself.
 sizes() ->
     All = [{4 * ?KIB, 100, 100, 10}, {64 * ?KIB, 50, 50, 10}, {?MIB, 12, 6, 5},
-           {16 * ?MIB, 15, 7, 1}, {256 * ?MIB, 7, 3, 1}, {1024 * ?MIB, 7, 1, 1}],
+           {large(16), 15, 7, 1}, {large(256), 7, 3, 1}, {large(1024), 7, 1, 1}],
     case os:getenv("BENCH_SIZES") of
         false ->
             All;
@@ -178,6 +178,10 @@ timed(Root, {Prepare, Save}, Saves) ->
     ],
     [remove(Root, Key) || {_, Key} <- Timed],
     [Time || {Time, _} <- Timed].
+
+%% A large payload's size.
+large(Mib) ->
+    bench_report:large(Mib) * ?MIB.
 
 %% Random enough that nothing below can compress it.
 crypto_like(Bytes) ->
@@ -294,7 +298,7 @@ writers(Root) ->
     with_store(Root, disk, fun() ->
         Rows = [
             {{Writers, Bytes}, writer_rounds(Root, Writers, Bytes, Each)}
-         || {Bytes, Each} <- [{64 * ?KIB, 40}, {16 * ?MIB, 4}], Writers <- [1, 4, 16]
+         || {Bytes, Each} <- [{64 * ?KIB, 40}, {large(16), 4}], Writers <- [1, 4, 16]
         ],
         io:format("~nwriters at once, disk (saves per second)~n"),
         [
@@ -346,7 +350,7 @@ rate(Root, {Prepare, Save}, Writers, Each) ->
 
 processor(Root) ->
     with_store(Root, disk, fun() ->
-        Payload = crypto_like(256 * ?MIB),
+        Payload = crypto_like(large(256)),
         [This, Plain] = [
             bench_report:median([cpu_ms(Root, side(Name, disk, Root, Payload))
                                  || _ <- lists:seq(1, 3)])
@@ -377,7 +381,7 @@ processor_ms() ->
 %% The peak of the VM's resident memory during a save, above what it was before.
 memory(Root) ->
     with_store(Root, disk, fun() ->
-        Rows = [{Bytes, peak(Root, Bytes)} || Bytes <- [256 * ?MIB, 1024 * ?MIB]],
+        Rows = [{Bytes, peak(Root, Bytes)} || Bytes <- [large(256), large(1024)]],
         io:format("~nresident memory above the payload: ~ts~n", [
             lists:join(", ", [io_lib:format("~ts ~w KiB", [size_name(B), K]) || {B, K} <- Rows])
         ]),
@@ -408,7 +412,7 @@ status(Field) ->
 %% The calls that a save of 4 GiB is made of, one by one.
 long_calls(Root) ->
     with_store(Root, disk, fun() ->
-        Payload = crypto_like(4096 * ?MIB),
+        Payload = crypto_like(large(4096)),
         Tracer = self(),
         {Pid, Monitor} = spawn_monitor(fun() ->
             receive go -> ok end,
@@ -465,7 +469,7 @@ on_dirty_scheduler(Pid, Since) ->
 %% An unrelated call that needs a dirty I/O scheduler too, while 16 saves of 256 MiB run.
 neighbours(Root) ->
     with_store(Root, disk, fun() ->
-        Payload = crypto_like(256 * ?MIB),
+        Payload = crypto_like(large(256)),
         Self = self(),
         Savers = [
             spawn_monitor(fun() ->
@@ -506,7 +510,7 @@ look_around(Root, Savers, Times) ->
 
 stands_still(Root) ->
     with_store(Root, disk, fun() ->
-        Payload = crypto_like(256 * ?MIB),
+        Payload = crypto_like(large(256)),
         Times = [
             begin
                 Meta = meta(fresh()),
@@ -530,7 +534,7 @@ stands_still(Root) ->
 %%% A store's start
 
 start(Root) ->
-    Files = 100000,
+    Files = bench_report:large(100000),
     Directory = filename:join(Root, "many"),
     ok = file:make_dir(Directory),
     {ok, Key} = with_store(Root, disk, fun() ->

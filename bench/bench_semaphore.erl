@@ -67,7 +67,7 @@ ten_million() ->
         pairs(100000),
         Before = [nanoseconds(fun() -> pairs(200000) end) / 200000 || _ <- lists:seq(1, ?ROUNDS)],
         MemoryBefore = memory(),
-        pairs(10000000),
+        pairs(bench_report:large(10000000)),
         Grown = memory() - MemoryBefore,
         After = [nanoseconds(fun() -> pairs(200000) end) / 200000 || _ <- lists:seq(1, ?ROUNDS)],
         Self ! {self(), bench_report:median(Before), bench_report:median(After), Grown}
@@ -306,7 +306,7 @@ turn(Acquire, Release) ->
 
 killed_owner() ->
     limit(1),
-    Samples = [kill_one() || _ <- lists:seq(1, 3000)],
+    Samples = [kill_one() || _ <- lists:seq(1, bench_report:large(3000))],
     Summary = bench_report:summary(Samples),
     say_summary("from an owner's kill to the next waiter running", [{"this", Summary}]),
     #{p99 := P99} = Summary,
@@ -338,7 +338,7 @@ kill_one() ->
 ten_thousand_timeouts() ->
     limit(1),
     ok = erllama_cache_writer:acquire(infinity),
-    N = 10000,
+    N = bench_report:large(10000),
     Timeout = 300,
     First = fun() -> erllama_cache_writer:acquire(0) end,
     Sleep = fun() -> receive never -> ok after Timeout -> {error, max_concurrent} end end,

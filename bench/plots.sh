@@ -3,7 +3,7 @@
 # tables of figures of that page and of the README. What `make bench-save`, `make bench-semaphore` and
 # `make bench-slow` have left in bench/results is first taken into bench/figures, so that a picture is
 # committed together with the figures that it shows; of a run that left out parts or sizes
-# ($BENCH_PARTS, $BENCH_SIZES), or was not judged ($BENCH_JUDGE), it is not.
+# ($BENCH_PARTS, $BENCH_SIZES), or was not judged ($BENCH_JUDGE, $BENCH_QUICK), it is not.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)

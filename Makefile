@@ -31,8 +31,9 @@ export FILE
 
 ### Build
 
+# BUILT=yes says that all is installed and compiled, for targets that run side by side.
 all: ## Compile the application and its NIF (the default)
-	rebar3 compile
+	$(if $(BUILT),@:,rebar3 compile)
 
 kvc: ## Build kvc, the command-line tool for directories of saved states
 	cd $(NATIVE) && cargo build --locked --release -p kvc
@@ -42,7 +43,7 @@ demo: setup all ## Save a file into a cache and watch it happen: FILE=path
 	ERL_LIBS="$(LIBS)$${ERL_LIBS:+:$$ERL_LIBS}" escript examples/demo.escript $${FILE:+"$$FILE"}
 
 setup: ## Install what is missing, or say what it is
-	@tools/setup.sh
+	@$(if $(BUILT),:,tools/setup.sh)
 
 # EDoc succeeds whatever it warns of.
 strict = out=$$($(1) 2>&1); status=$$?; printf '%s\n' "$$out"; \
@@ -79,8 +80,8 @@ test: setup ## Run all tests: Rust, EUnit, Common Test, Elixir
 
 test-beam: ## Run those of them that need Erlang or Elixir
 	rebar3 as check compile
-	rebar3 eunit
-	rebar3 ct
+	rebar3 eunit $(COVER)
+	rebar3 ct $(COVER)
 	rebar3 compile
 	ELIXIR_ERL_OPTIONS="+fnu" elixir -pa "$(EBIN)" test/elixir_check.exs
 	$(MAKE) elixir
@@ -102,6 +103,7 @@ check: setup ## Formatting, lints, warnings, xref, dialyzer, documentation, lice
 	$(MAKE) edoc chunks rustdoc
 	escript tools/shape.escript
 
+# COVER=--cover make test, then rebar3 cover: the same beside the other tests.
 cover: ## Run the Erlang tests with coverage; the report is in _build/test/cover
 	rebar3 do eunit --cover, ct --cover, cover --verbose
 

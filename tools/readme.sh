@@ -16,6 +16,8 @@ copy=$work/erllama_cache_nif
 guides=$here/docs/guide
 begun=$(date +%s)
 
+# The copy is not built, whatever is said of this one.
+unset BUILT
 copy_project "$copy"
 copy_cargo_cache "$copy"
 

@@ -96,6 +96,7 @@ for release in $releases; do
     find "$root/src" \( -name _build -o -name target -o -name priv -o -name deps \) -prune \
         -o -type f -exec rm -f {} +
     copy_project "$root/src"
+    [ -d "$root/src/native/target" ] || copy_cargo_cache "$root/src"
     run "$root" tools/setup.sh
     otp=$(run "$root" 'erl -noinput -eval \
         "io:put_chars(erlang:system_info(otp_release)), halt()."')

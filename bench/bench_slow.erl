@@ -1,8 +1,8 @@
 %% What others in the node wait for while the disk is slow: `make bench-slow'. Each sync of the
-%% library takes 30 ms longer, each read of it 20 ms (proofs/faults/iofault.c is preloaded), and
-%% meanwhile everything at once wants a dirty I/O scheduler: small saves, large ones, large ones that
-%% are killed, loads, and a store that starts on many files. Another process looks at a file with
-%% OTP's own call, which needs such a scheduler too and no slow disk. Files are in $BENCH_DISK,
+%% library takes 30 ms longer, each read of it 20 ms (proofs/faults/iofault.c is preloaded).
+%% Meanwhile a dirty I/O scheduler is wanted by small saves, large ones, large ones that are killed,
+%% loads, and a store that starts on many files. Another process looks at a file with OTP's call,
+%% which needs such a scheduler too and no slow disk. Files are in $BENCH_DISK,
 %% default /tmp.
 -module(bench_slow).
 

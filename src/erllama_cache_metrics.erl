@@ -1,29 +1,13 @@
-%% @doc Counts this node's saves and loads since its first writer or store started, and prints the
-%% counts for Prometheus.
-%%
-%% A count is one atomic addition. Nothing here takes a lock or asks a process.
+%% @doc Prints the counters and histograms of this node's writer and stores for Prometheus.
 -module(erllama_cache_metrics).
 
 -export([format/0, format/1]).
--export([setup/0, count/1, save_ended/4, read/0]).
--export_type([metrics/0, info/0, histogram/0]).
+-export_type([info/0, histogram/0]).
 
 -type histogram() :: #{count := non_neg_integer(), sum_us := non_neg_integer(),
                        buckets := [{UpToUs :: pos_integer() | infinity, non_neg_integer()}]}.
-%% How many observations, their sum in microseconds, and how many were at most so long: each bucket
-%% counts those of the ones before it too.
-
--type metrics() :: #{
-    saves := non_neg_integer(),
-    saved_bytes := non_neg_integer(),
-    save_errors := non_neg_integer(),
-    refused := non_neg_integer(),
-    adoptions := non_neg_integer(),
-    replacements := non_neg_integer(),
-    sync_failures := non_neg_integer(),
-    save_time := histogram(),
-    wait_time := histogram()
-}.
+%% The number of observations, their sum in microseconds, and how many took at most so long. Each
+%% bucket includes those before it.
 
 -type info() :: #{
     limit := pos_integer(),
@@ -47,30 +31,10 @@
     save_time := histogram(),
     wait_time := histogram()
 }.
-%% What {@link erllama_cache_writer:info/0} returns: the semaphore and these metrics.
+%% What {@link erllama_cache_writer:info/0} returns: the state of the semaphore and the counts.
 
-%% Every metric of the writer: its name, where its value comes from (`info', or a counter or a
-%% histogram of this module), its type for Prometheus, and what it says. A metric more is one row
-%% more, its field in `info()', and its line in docs/reference/metrics.md.
--define(METRICS, [
-    {limit, info, gauge, "Slots there are."},
-    {current, info, gauge, "Slots that are held."},
-    {waiting, info, gauge, "Processes that wait for a slot."},
-    {inflight_bytes, info, gauge, "Bytes of payload that running saves hold."},
-    {saves, counted, counter, "Saves that ended well, adoptions among them."},
-    {saved_bytes, counted, counter, "Bytes of payload that those had."},
-    {save_errors, counted, counter, "Saves that ended with an error, or raised."},
-    {adoptions, counted, counter, "Saves that found a valid file of their key and left it."},
-    {replacements, counted, counter, "Saves that replaced a file that was not valid."},
-    {refused, counted, counter, "Saves and acquires that would not wait and found no slot free."},
-    {sync_failures, info, counter, "Syncs that the system has failed. The files were dropped."},
-    {granted, info, counter, "Slots that were given."},
-    {timed_out, info, counter, "Waits for a slot that ended without one."},
-    {owner_died, info, counter, "Slots that came back by their owner's death."},
-    {save_time, observed, histogram, "From the slot to the end of a save."},
-    {wait_time, observed, histogram, "How long saves waited for their slots."}
-]).
-%% The same for a store, whose {@link erllama_cache_store:info/1} has all values.
+%% Every metric of a store: its name, its type and what it says. {@link erllama_cache_store:info/1}
+%% has the values. The writer's metrics are in erllama_cache_counts.
 -define(STORE_METRICS, [
     {files, gauge, "Files in the store."},
     {bytes, gauge, "Bytes of those."},
@@ -81,90 +45,6 @@
     {duplicates, counter, "Saves of keys that were there."},
     {evictions, counter, "Files that made room for others."}
 ]).
-
-%% Upper bounds in microseconds.
--define(BOUNDS, [100, 250, 500, 1000, 2500, 5000, 10000, 25000, 50000, 100000, 250000, 500000,
-                 1000000, 2500000, 5000000, 10000000]).
-%% A histogram takes a cell for each bound, one for what is above all, and one for the sum.
--define(HISTOGRAM_SIZE, 18).
-
-%% @private
-%% The cells, and for each metric of this module the place of its first one.
-setup() ->
-    case persistent_term:get(?MODULE, undefined) of
-        undefined ->
-            {Places, Size} = places(?METRICS, #{}, 1),
-            Cells = counters:new(Size, [write_concurrency]),
-            persistent_term:put(?MODULE, {Cells, Places});
-        _Cells ->
-            ok
-    end.
-
-places([{_, info, _, _} | Rows], Places, Next) ->
-    places(Rows, Places, Next);
-places([{Name, counted, _, _} | Rows], Places, Next) ->
-    places(Rows, Places#{Name => Next}, Next + 1);
-places([{Name, observed, _, _} | Rows], Places, Next) ->
-    places(Rows, Places#{Name => Next}, Next + ?HISTOGRAM_SIZE);
-places([], Places, Next) ->
-    {Places, Next - 1}.
-
-%% @private
--spec count(Counter :: atom()) -> ok.
-count(Counter) ->
-    count(Counter, 1).
-
-%% @private
-%% Counts a save that had its slot. Times are in microseconds.
--spec save_ended({ok, erllama_cache_writer:key()} | {error, term()}, Bytes :: non_neg_integer(),
-                 Waited :: non_neg_integer(), Took :: non_neg_integer()) -> ok.
-save_ended(Result, Bytes, Waited, Took) ->
-    ok = observe(wait_time, Waited),
-    case Result of
-        {ok, _Key} ->
-            ok = count(saves),
-            ok = count(saved_bytes, Bytes),
-            observe(save_time, Took);
-        {error, already_present} ->
-            ok;
-        {error, _} ->
-            count(save_errors)
-    end.
-
-count(Counter, N) ->
-    {Cells, #{Counter := Place}} = persistent_term:get(?MODULE),
-    counters:add(Cells, Place, N).
-
-observe(Histogram, Us) ->
-    {Cells, #{Histogram := Place}} = persistent_term:get(?MODULE),
-    ok = counters:add(Cells, Place + bucket(Us, ?BOUNDS, 0), 1),
-    counters:add(Cells, Place + ?HISTOGRAM_SIZE - 1, Us).
-
-bucket(Us, [Bound | _], Index) when Us =< Bound -> Index;
-bucket(Us, [_ | Bounds], Index) -> bucket(Us, Bounds, Index + 1);
-bucket(_Us, [], Index) -> Index.
-
-%% @private
--spec read() -> metrics().
-read() ->
-    {Cells, Places} = persistent_term:get(?MODULE),
-    Own = [
-        {Name, read(Source, Cells, maps:get(Name, Places))}
-     || {Name, Source, _, _} <- ?METRICS, Source =/= info
-    ],
-    maps:from_list([{sync_failures, erllama_cache_nif:sync_failures()} | Own]).
-
-read(counted, Cells, Place) ->
-    counters:get(Cells, Place);
-read(observed, Cells, Place) ->
-    Bounds = ?BOUNDS ++ [infinity],
-    Each = [counters:get(Cells, Place + N) || N <- lists:seq(0, length(Bounds) - 1)],
-    {Sums, Count} = lists:mapfoldl(fun(N, Sum) -> {Sum + N, Sum + N} end, 0, Each),
-    #{
-        count => Count,
-        sum_us => counters:get(Cells, Place + ?HISTOGRAM_SIZE - 1),
-        buckets => lists:zip(Bounds, Sums)
-    }.
 
 %% @doc {@link format/1} of the writer alone.
 %%
@@ -189,7 +69,10 @@ format(Stores) ->
     Info = erllama_cache_writer:info(),
     Infos = [{Store, erllama_cache_store:info(Store)} || Store <- Stores],
     [
-        [metric(Type, Name, Help, maps:get(Name, Info)) || {Name, _, Type, Help} <- ?METRICS],
+        [
+            metric(Type, Name, Help, maps:get(Name, Info))
+         || {Name, _Source, Type, Help} <- erllama_cache_counts:metrics()
+        ],
         [store_metric(Type, Name, Help, Infos) || {Name, Type, Help} <- ?STORE_METRICS]
     ].
 

@@ -272,8 +272,8 @@ stopped({Ref, [Monitor]}) ->
     end.
 
 count_outcome(linked) -> ok;
-count_outcome(adopted) -> erllama_cache_metrics:count(adoptions);
-count_outcome(replaced) -> erllama_cache_metrics:count(replacements).
+count_outcome(adopted) -> erllama_cache_counts:count(adoptions);
+count_outcome(replaced) -> erllama_cache_counts:count(replacements).
 
 %% The file stays from here on, whatever the host answers: it is whole, and the host adopts it.
 announce(Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, token = Token,

@@ -42,7 +42,7 @@ init({Name, Path, Options}) ->
 
 open(Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}, Secret) ->
     ok = erllama_cache_io_limit:setup(),
-    ok = erllama_cache_metrics:setup(),
+    ok = erllama_cache_counts:setup(),
     Config = #config{
         name = Name, server = self(), path = Path, root = Root, tier = Tier, max_bytes = MaxBytes,
         secret = Secret, counters = counters:new(length(?COUNTERS), [write_concurrency]),

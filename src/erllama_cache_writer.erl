@@ -120,7 +120,7 @@ open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret
     process_flag(trap_exit, true),
     Semaphore = semaphore(),
     ok = erllama_cache_io_limit:setup(),
-    ok = erllama_cache_metrics:setup(),
+    ok = erllama_cache_counts:setup(),
     {ok, Hostname} = inet:gethostname(),
     persistent_term:put(?STATE, Config#{
         semaphore => Semaphore,
@@ -269,7 +269,7 @@ take(Weight, Bytes, Timeout, Stop) ->
     end.
 
 refuse() ->
-    ok = erllama_cache_metrics:count(refused),
+    ok = erllama_cache_counts:count(refused),
     {error, max_concurrent}.
 
 try_take(Guard, 1, 0) -> erllama_cache_nif:try_acquire(Guard);
@@ -356,7 +356,7 @@ set_max_inflight_bytes(Bytes) when ?IS_BYTES(Bytes) ->
 -spec info() -> info().
 info() ->
     Semaphore = erllama_cache_nif:semaphore_info(semaphore_of(info, [])),
-    maps:merge(Semaphore, erllama_cache_metrics:read()).
+    maps:merge(Semaphore, erllama_cache_counts:read()).
 
 %% @doc Lists the slots that are held, one row for each acquire, with the milliseconds since. A
 %% killed process is listed for as long as its last write runs.
@@ -445,7 +445,7 @@ save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
                     Result
             catch
                 Class:Reason:Stack ->
-                    ok = erllama_cache_metrics:count(save_errors),
+                    ok = erllama_cache_counts:count(save_errors),
                     erlang:raise(Class, Reason, Stack)
             after
                 erllama_cache_nif:release(Guard)
@@ -455,7 +455,7 @@ save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
 ended(Result, TierSrv, Payload, Begun, Granted) ->
     Waited = microseconds(Granted - Begun),
     Took = microseconds(erlang:monotonic_time() - Granted),
-    ok = erllama_cache_metrics:save_ended(Result, byte_size(Payload), Waited, Took),
+    ok = erllama_cache_counts:save_ended(Result, byte_size(Payload), Waited, Took),
     #{slow_save_ms := Slow} = state(save, []),
     case Result of
         {ok, Key} when Took > Slow * 1000 ->

@@ -187,7 +187,7 @@ say_and_wait(Line) ->
     "ok" = line().
 
 totals() ->
-    #{adoptions := Adopted, replacements := Replaced} = erllama_cache_metrics:read(),
+    #{adoptions := Adopted, replacements := Replaced} = erllama_cache_counts:read(),
     #{evictions := Evicted} = erllama_cache_store:info(kv_b),
     [{"adopted", Adopted}, {"replaced", Replaced}, {"evicted", Evicted}].
 

@@ -1,5 +1,5 @@
-//! Any bytes as a file in a root: what a start makes of it, and what a save of its key does that finds it
-//! there, is what the second reader says.
+//! Any bytes as a file in a root. What a start makes of it, and what a save of its key does that
+//! finds it there, is what the second reader says.
 
 #![no_main]
 

@@ -11,7 +11,7 @@ main() ->
     bench_report:main(semaphore, fun run/0).
 
 run() ->
-    {ok, _} = erllama_cache_writer:start_link(64),
+    {ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store, max_concurrent => 64}),
     {ok, _} = plain_semaphore:start_link(64),
     Parts = [
         fun uncontended/0, fun ten_million/0, fun eight_processes/0, fun wake_up/0,

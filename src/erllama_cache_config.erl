@@ -9,7 +9,7 @@
 -module(erllama_cache_config).
 
 -export([complete/1, environment/0, erllama_limit/0, save_options/2]).
--export([complete_options/1]).
+-export([complete_options/1, keyed_by/1]).
 
 -include("erllama_cache_limits.hrl").
 
@@ -17,7 +17,7 @@
 -define(WRITER, [max_concurrent, max_inflight_bytes, host, file_mode, digest, mac_key, page_cache,
                  slow_save_ms]).
 -define(APPLICATION, [stores, start_writer]).
--define(OPTIONS, [root, tier, max_bytes, mac_key]).
+-define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by]).
 
 %%% The writer
 
@@ -82,11 +82,18 @@ complete_options(Options) ->
     Complete.
 
 default_options() ->
-    Defaults = #{tier => disk, max_bytes => infinity},
+    Defaults = #{tier => disk, max_bytes => infinity, keyed_by => tokens},
     case application:get_env(erllama_cache_nif, mac_key) of
         {ok, Source} -> Defaults#{mac_key => Source};
         undefined -> Defaults
     end.
+
+%% What keys are made of, from some options or by default.
+-spec keyed_by(#{keyed_by => erllama_cache_host:keyed_by()}) -> erllama_cache_host:keyed_by().
+keyed_by(Options) ->
+    ok = check_keys(Options, [keyed_by], unknown_option),
+    ok = check_values(Options, invalid_option),
+    maps:get(keyed_by, Options, tokens).
 
 %%% Both
 
@@ -114,6 +121,7 @@ is_valid(slow_save_ms, Ms) -> is_integer(Ms) andalso Ms > 0;
 %% Whether it is a path, its encoding and the system say.
 is_valid(root, _Root) -> true;
 is_valid(tier, Tier) -> Tier =:= disk orelse Tier =:= ram_file;
+is_valid(keyed_by, KeyedBy) -> KeyedBy =:= tokens orelse KeyedBy =:= text;
 is_valid(max_bytes, Bytes) -> Bytes =:= infinity orelse (is_integer(Bytes) andalso Bytes > 0).
 
 check_keys(Given, Known, Unknown) ->

@@ -16,6 +16,9 @@ format(already_present) -> "the key is stored already";
 format(conflict) -> "another process is saving the key";
 format(expired) -> "the reservation of the key was lost to another process";
 format(prefix_too_long) -> "prompt, tokens and texts are too long together";
+format({unknown_host, Missing}) ->
+    Names = [io_lib:format("~ts:~ts/~w", [M, F, A]) || {M, F, A} <- Missing],
+    text("erllama is not there, or of an unknown kind: it lacks ~ts", [lists:join(", ", Names)]);
 format({missing_key, Key}) -> text("the build_meta has no ~tp", [Key]);
 format({invalid_meta, Key}) -> text("the build_meta's ~tp has the wrong type or size", [Key]);
 format({unknown_quant_byte, Byte}) ->

@@ -4,7 +4,8 @@
 %% and {@link erllama_cache_store}, built in. The writer calls them in the process that saves:
 %%
 %% <ul>
-%% <li>`identify', first, with a slot held. Its error ends the save.</li>
+%% <li>`keyed_by', once, when the writer starts.</li>
+%% <li>`identify', first in each save, with a slot held. Its error ends the save.</li>
 %% <li>`reserve', next. Its error ends the save; `already_present' is counted.</li>
 %% <li>`root', next. Its error ends the save. It exits when there is no such tier server.</li>
 %% <li>`check': before a small file is written; for any other file between writing and publishing,
@@ -17,13 +18,19 @@
 %% </ul>
 -module(erllama_cache_host).
 
+-export([recognise/1]).
 -export([lease/0, lease_left/0, renew_every/0]).
--export_type([tier_srv/0, tier/0, identity/0, token/0, event/0]).
+-export_type([tier_srv/0, tier/0, keyed_by/0, identity/0, content/0, token/0, event/0]).
 
 -type tier_srv() :: atom().
 -type tier() :: disk | ram_file.
--type identity() :: {Key :: <<_:256>>, QuantByte :: byte(), Tokens :: binary()}.
-%% The key, the byte that stands for the quant type, the tokens as u32 little-endian each.
+-type keyed_by() :: tokens | text.
+%% What a key is made of, beside fingerprint, quant byte and context parameters: the tokens, and the
+%% file is of version 1; or the bytes of the prompt's text, and it is of version 2.
+-type identity() :: {Key :: <<_:256>>, QuantByte :: byte(), content()}.
+%% The key, the byte that stands for the quant type, and the content.
+-type content() :: {keyed_by(), Tokens :: binary(), TextBytes :: non_neg_integer()}.
+%% What the key is made of, the tokens as u32 little-endian each, and the size of the prompt's text.
 -type token() :: reference().
 -type event() :: {saved, erllama_cache_meta:save_reason()} | duplicate_dropped.
 
@@ -32,8 +39,13 @@
 %% A save renews its reservation this often, in milliseconds.
 -define(RENEW_EVERY, 15000).
 
-%% The key of a save, and what the host makes it from. An error leaves nothing behind.
--callback identify(erllama_cache_meta:complete()) ->
+%% What the host makes keys of. Called when the writer starts, which fails with the error. A host
+%% without this callback makes them of tokens.
+-callback keyed_by() -> {ok, keyed_by()} | {error, term()}.
+-optional_callbacks([keyed_by/0]).
+
+%% The key of a save, and what it was made of. An error leaves nothing behind.
+-callback identify(keyed_by(), erllama_cache_meta:complete()) ->
     {ok, identity()} | {error, erllama_cache_meta:invalid()}.
 
 %% Reserves a key for the calling process. `Size' is the file's size, or some bytes more.
@@ -52,7 +64,7 @@
 
 %% The save is complete. `Size' is the file's size in bytes, `Header' its first 48 bytes.
 -callback announce(tier_srv(), Key :: binary(), token(), Size :: pos_integer(),
-                   Header :: binary(), Tokens :: binary()) ->
+                   Header :: binary(), content()) ->
     ok | {error, expired}.
 
 %% Gives up the reservation, stale or not.
@@ -60,6 +72,21 @@
 
 %% Counts an event.
 -callback count(tier_srv(), event()) -> ok.
+
+%% @doc Asks a configuration's host what it makes keys of, and adds the answer.
+-spec recognise(#{host := module(), Key => Value}) ->
+    {ok, #{host := module(), keyed_by := keyed_by(), Key => Value}} | {error, term()} when
+    Key :: atom(), Value :: term().
+recognise(#{host := Host} = Config) ->
+    _ = code:ensure_loaded(Host),
+    Answer = case erlang:function_exported(Host, keyed_by, 0) of
+        true -> Host:keyed_by();
+        false -> {ok, tokens}
+    end,
+    case Answer of
+        {ok, KeyedBy} -> {ok, Config#{keyed_by => KeyedBy}};
+        {error, _} = Error -> Error
+    end.
 
 %% @doc Milliseconds for which a reservation stands without being renewed.
 -spec lease() -> pos_integer().

@@ -1,13 +1,17 @@
 %% @doc The application `erllama' as a host: its own modules, called by name. They exist inside
 %% `erllama' only.
+%%
+%% Two kinds of it exist: token-keyed (0.5) and text-keyed (0.10 and later). They differ in what
+%% keys are made of and in what they export, by which the kind is recognised.
 -module(erllama_cache_host_erllama).
 -behaviour(erllama_cache_host).
 
--export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
+-export([keyed_by/0]).
+-export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 
 %% These call modules that exist inside erllama only, which dialyzer reports from OTP 26 on.
 -if(?OTP_RELEASE >= 26).
--dialyzer({no_unknown, [identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6,
+-dialyzer({no_unknown, [identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6,
                         cancel/3, count/2]}).
 -endif.
 
@@ -18,15 +22,39 @@
 -define(SAVES_EVICT, 7).
 -define(SAVES_SHUTDOWN, 8).
 -define(DUPLICATE_DROPPED, 16).
+-define(SAVES_AGENT_PREFIX, 22).
+
+%% What the kinds export, and only one of them each.
+-define(TOKEN_KEYED, [{erllama_cache_key, make, 4}, {erllama_cache_meta_srv, announce_saved, 5}]).
+-define(TEXT_KEYED, [{erllama_cache_key, make_text, 4},
+                     {erllama_cache_meta_srv, announce_saved, 6}]).
 
 %% The quant byte of all types that the host's table does not name.
 -define(NO_KNOWN_TYPE, 255).
 
 %% @private
-%% Key and quant byte are asked of the host: its table may have grown since this was written, and
-%% a key of our own making would be one it cannot find.
-identify(#{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash := CtxParamsHash,
-           tokens := Tokens}) ->
+%% The kind of host that runs here. If it is neither, the error has the functions that it lacks.
+-spec keyed_by() ->
+    {ok, erllama_cache_host:keyed_by()} | {error, {unknown_host, Missing :: [mfa()]}}.
+keyed_by() ->
+    case {missing(?TEXT_KEYED), missing(?TOKEN_KEYED)} of
+        {[], _} -> {ok, text};
+        {_, []} -> {ok, tokens};
+        {OfText, OfTokens} -> {error, {unknown_host, OfTokens ++ OfText}}
+    end.
+
+missing(Functions) ->
+    [MFA || {Module, _, _} = MFA <- Functions, not is_exported(code:ensure_loaded(Module), MFA)].
+
+is_exported({module, _}, {Module, Function, Arity}) ->
+    erlang:function_exported(Module, Function, Arity);
+is_exported({error, _}, _MFA) ->
+    false.
+
+%% @private
+%% Key and quant byte are the host's: its table may have grown since this was written, and it could
+%% not find a key that was made in another way.
+identify(KeyedBy, #{quant_type := QuantType, tokens := Tokens, prompt_text := Text} = Meta) ->
     case {erllama_cache_key:quant_byte(QuantType), erllama_cache_meta:are_tokens(Tokens)} of
         {?NO_KNOWN_TYPE, _} ->
             %% The host's parser refuses such a file and deletes it, but its row would stay: the key
@@ -36,9 +64,16 @@ identify(#{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash 
             {error, {invalid_meta, tokens}};
         {QuantByte, true} ->
             Encoded = erllama_cache_key:encode_tokens(Tokens),
-            Key = erllama_cache_key:make(Fingerprint, QuantType, CtxParamsHash, Encoded),
-            {ok, {Key, QuantByte, Encoded}}
+            {ok, {key(KeyedBy, Meta, Encoded), QuantByte, {KeyedBy, Encoded, byte_size(Text)}}}
     end.
+
+key(tokens, Meta, Encoded) ->
+    #{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash := CtxParamsHash} = Meta,
+    erllama_cache_key:make(Fingerprint, QuantType, CtxParamsHash, Encoded);
+key(text, Meta, _Encoded) ->
+    #{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash := CtxParamsHash,
+      prompt_text := Text} = Meta,
+    erllama_cache_key:make_text(Fingerprint, QuantType, CtxParamsHash, Text).
 
 %% @private
 reserve(_TierSrv, Tier, Key, _Size) ->
@@ -64,8 +99,10 @@ mark_published(_TierSrv, Key, Token, Root) ->
     erllama_cache_meta_srv:mark_published(Key, Token, Path).
 
 %% @private
-announce(_TierSrv, Key, Token, Size, Header, Tokens) ->
-    erllama_cache_meta_srv:announce_saved(Key, Token, Size, Header, Tokens).
+announce(_TierSrv, Key, Token, Size, Header, {tokens, Tokens, _TextBytes}) ->
+    erllama_cache_meta_srv:announce_saved(Key, Token, Size, Header, Tokens);
+announce(_TierSrv, Key, Token, Size, Header, {text, Tokens, TextBytes}) ->
+    erllama_cache_meta_srv:announce_saved(Key, Token, Size, Header, Tokens, TextBytes).
 
 %% @private
 cancel(_TierSrv, Key, Token) ->
@@ -78,4 +115,5 @@ count(_TierSrv, {saved, continued}) -> erllama_cache_counters:incr(?SAVES_CONTIN
 count(_TierSrv, {saved, finish}) -> erllama_cache_counters:incr(?SAVES_FINISH);
 count(_TierSrv, {saved, evict}) -> erllama_cache_counters:incr(?SAVES_EVICT);
 count(_TierSrv, {saved, shutdown}) -> erllama_cache_counters:incr(?SAVES_SHUTDOWN);
+count(_TierSrv, {saved, agent_prefix}) -> erllama_cache_counters:incr(?SAVES_AGENT_PREFIX);
 count(_TierSrv, duplicate_dropped) -> erllama_cache_counters:incr(?DUPLICATE_DROPPED).

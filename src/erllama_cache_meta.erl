@@ -1,11 +1,12 @@
 %% @doc The `build_meta' map, which describes a payload: its types, checks and defaults.
 -module(erllama_cache_meta).
 
--export([complete/2, check_identity/1, are_tokens/1]).
+-export([complete/3, check_identity/2, are_tokens/1]).
 -export_type([build_meta/0, complete/0, identity/0, save_reason/0, fingerprint_mode/0, defaults/0,
               invalid/0]).
 
--type save_reason() :: unknown | cold | continued | evict | shutdown | finish.
+-type save_reason() :: unknown | cold | continued | evict | shutdown | finish | agent_prefix.
+%% `agent_prefix', the static start of an agent's prompts, exists only where keys are made of text.
 -type fingerprint_mode() :: safe | gguf_chunked | fast_unsafe.
 
 -type build_meta() :: #{
@@ -34,10 +35,12 @@
     fingerprint := <<_:256>>,
     quant_type := atom(),
     ctx_params_hash := <<_:256>>,
-    tokens := [integer()],
+    tokens => [integer()],
+    prompt_text => binary(),
     atom() => term()
 }.
-%% The fields that make a key, with or without the rest of a `build_meta'.
+%% The fields that make a key, either `tokens' or `prompt_text' among them, with or without the rest
+%% of a `build_meta'.
 
 -type complete() :: build_meta().
 %% A map that has every key, each of its type.
@@ -48,20 +51,27 @@
 -define(REQUIRED, [save_reason, quant_bits, fingerprint, fingerprint_mode, quant_type,
                    ctx_params_hash, tokens, context_size]).
 -define(UNDEFINABLE, [hostname, erllama_version, save_reason_detail]).
--define(IDENTITY, [fingerprint, quant_type, ctx_params_hash, tokens]).
+-define(IDENTITY, [fingerprint, quant_type, ctx_params_hash]).
 -define(U32, 16#ffffffff).
 -define(U64, 16#ffffffffffffffff).
 
 -define(IS_UNSIGNED(Value, Max), (is_integer(Value) andalso Value >= 0 andalso Value =< Max)).
 -define(IS_REASON(Value),
         (Value =:= unknown orelse Value =:= cold orelse Value =:= continued orelse
-         Value =:= evict orelse Value =:= shutdown orelse Value =:= finish)).
+         Value =:= evict orelse Value =:= shutdown orelse Value =:= finish orelse
+         Value =:= agent_prefix)).
 -define(IS_MODE(Value),
         (Value =:= safe orelse Value =:= gguf_chunked orelse Value =:= fast_unsafe)).
 
 %% @doc Checks a map and fills in its defaults. Whether the tokens are a proper list of integers is
 %% checked when they are encoded, which walks the list anyway.
--spec complete(map(), defaults()) -> {ok, complete()} | {error, invalid()}.
+-spec complete(erllama_cache_host:keyed_by(), map(), defaults()) ->
+    {ok, complete()} | {error, invalid()}.
+complete(tokens, #{save_reason := agent_prefix}, _Defaults) ->
+    {error, {invalid_meta, save_reason}};
+complete(_KeyedBy, Meta, Defaults) ->
+    complete(Meta, Defaults).
+
 complete(Meta, Defaults) ->
     Complete = maps:merge(defaults(Meta, Defaults), Meta),
     case is_complete(Complete) of
@@ -105,18 +115,22 @@ is_complete(_Meta) ->
     false.
 
 %% @doc Checks those fields of a map that make its key, and no others. Whether the tokens are
-%% integers is checked when they are encoded, as in {@link complete/2}.
--spec check_identity(map()) -> ok | {error, invalid()}.
-check_identity(Meta) ->
-    case [Key || Key <- ?IDENTITY, not is_map_key(Key, Meta)] of
+%% integers is checked when they are encoded, as in {@link complete/3}.
+-spec check_identity(erllama_cache_host:keyed_by(), map()) -> ok | {error, invalid()}.
+check_identity(KeyedBy, Meta) ->
+    Identity = identity(KeyedBy),
+    case [Key || Key <- Identity, not is_map_key(Key, Meta)] of
         [Key | _] ->
             {error, {missing_key, Key}};
         [] ->
-            case check(maps:with(?IDENTITY, Meta)) of
+            case check(maps:with(Identity, Meta)) of
                 {ok, _} -> ok;
                 {error, _} = Error -> Error
             end
     end.
+
+identity(tokens) -> ?IDENTITY ++ [tokens];
+identity(text) -> ?IDENTITY ++ [prompt_text].
 
 %% @doc Whether these tokens can be encoded: a proper list of integers.
 -spec are_tokens(list()) -> boolean().

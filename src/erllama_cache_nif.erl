@@ -40,10 +40,12 @@
                 Milliseconds :: non_neg_integer()}.
 -type secret() :: reference().
 -type save_plan() :: {
-    key(), erllama_cache_meta:complete(), QuantByte :: byte(), Tokens :: binary(), save_options()
+    key(), erllama_cache_host:keyed_by(), erllama_cache_meta:complete(), QuantByte :: byte(),
+    Tokens :: binary(), save_options()
 }.
-%% What makes a file, but for its root and its payload. The metadata is complete, as
-%% erllama_cache_meta:complete/2 returns it.
+%% What makes a file, but for its root and its payload. What its key is made of decides the file's
+%% version: 1 for tokens, 2 for text. The metadata is complete, as erllama_cache_meta:complete/3
+%% returns it.
 -type save_options() :: {Mode :: non_neg_integer(), none | blake3 | secret(), keep | drop}.
 %% The file's permissions; its digest, keyed if there is a secret; whether it stays in the page
 %% cache.

@@ -13,6 +13,7 @@
 
 -type setup() :: #{
     host := module(),
+    keyed_by := erllama_cache_host:keyed_by(),
     defaults := erllama_cache_meta:defaults(),
     options := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
     atom() => term()
@@ -31,7 +32,7 @@
     tier :: erllama_cache_host:tier(),
     reason :: atom(),
     key :: erllama_cache_writer:key(),
-    tokens :: binary(),
+    content :: erllama_cache_host:content(),
     plan :: erllama_cache_nif:save_plan(),
     payload :: binary(),
     size :: pos_integer(),
@@ -51,15 +52,15 @@
           erllama_cache_host:tier(), erllama_cache_meta:build_meta(), Payload :: binary(),
           stop()) ->
     {ok, erllama_cache_writer:key()} | {error, term()}.
-run(#{host := Default, defaults := Defaults, options := Options}, Guard, TierSrv, Tier, BuildMeta,
-    Payload, Stop) ->
-    Host = host(TierSrv, Default),
-    case identify(Host, BuildMeta, Defaults) of
-        {ok, #{save_reason := Reason} = Meta, {Key, QuantByte, Tokens}} ->
+run(#{options := Options, defaults := Defaults} = Setup, Guard, TierSrv, Tier, BuildMeta, Payload,
+    Stop) ->
+    {Host, KeyedBy} = host(TierSrv, Setup),
+    case identify(Host, KeyedBy, BuildMeta, Defaults) of
+        {ok, #{save_reason := Reason} = Meta, {Key, QuantByte, {_, Tokens, _} = Content}} ->
             reserve(#save{
                 host = Host, guard = Guard, tier_srv = TierSrv, tier = Tier, reason = Reason,
-                key = Key, tokens = Tokens,
-                plan = {Key, Meta, QuantByte, Tokens, map_get(Tier, Options)},
+                key = Key, content = Content,
+                plan = {Key, KeyedBy, Meta, QuantByte, Tokens, map_get(Tier, Options)},
                 payload = Payload, size = file_size(Meta, Tokens, Payload), stop = Stop,
                 renewed = erlang:monotonic_time(millisecond)
             });
@@ -67,10 +68,10 @@ run(#{host := Default, defaults := Defaults, options := Options}, Guard, TierSrv
             Error
     end.
 
-identify(Host, BuildMeta, Defaults) ->
-    case erllama_cache_meta:complete(BuildMeta, Defaults) of
+identify(Host, KeyedBy, BuildMeta, Defaults) ->
+    case erllama_cache_meta:complete(KeyedBy, BuildMeta, Defaults) of
         {ok, Meta} ->
-            case Host:identify(Meta) of
+            case Host:identify(KeyedBy, Meta) of
                 {ok, Identity} -> {ok, Meta, Identity};
                 {error, _} = Error -> Error
             end;
@@ -90,13 +91,15 @@ reserve(#save{host = Host, tier_srv = TierSrv, tier = Tier, key = Key, size = Si
     end.
 
 %% Beside erllama a node may have stores: each of them is its own host.
-host(TierSrv, erllama_cache_host_erllama = Default) ->
-    case erllama_cache_store:is_store(TierSrv) of
-        true -> erllama_cache_store;
-        false -> Default
+host(TierSrv, #{host := Host, keyed_by := KeyedBy}) when
+    Host =:= erllama_cache_host_erllama; Host =:= erllama_cache_store
+->
+    case erllama_cache_store:find_keyed_by(TierSrv) of
+        {ok, KeyedByOfStore} -> {erllama_cache_store, KeyedByOfStore};
+        error -> {Host, KeyedBy}
     end;
-host(_TierSrv, Host) ->
-    Host.
+host(_TierSrv, #{host := Host, keyed_by := KeyedBy}) ->
+    {Host, KeyedBy}.
 
 %% How long the file will be, for a host that makes room: exact but for the fixed fields and tags,
 %% for which 256 bytes are more than enough.
@@ -277,10 +280,10 @@ count_outcome(replaced) -> erllama_cache_counts:count(replacements).
 
 %% The file stays from here on, whatever the host answers: it is whole, and the host adopts it.
 announce(Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, token = Token,
-                             root = Root, tokens = Tokens, reason = Reason}) ->
+                             root = Root, content = Content, reason = Reason}) ->
     Answer =
         case Host:mark_published(TierSrv, Key, Token, Root) of
-            ok -> Host:announce(TierSrv, Key, Token, Size, Header, Tokens);
+            ok -> Host:announce(TierSrv, Key, Token, Size, Header, Content);
             {error, _} = Expired -> Expired
         end,
     case Answer of

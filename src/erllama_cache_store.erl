@@ -14,8 +14,8 @@
 -include("erllama_cache_store.hrl").
 
 -export([start_link/2, child_spec/2]).
--export([load/2, delete/2, info/1, key/1, is_store/1]).
--export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
+-export([load/2, delete/2, info/1, key/1, key/2, find_keyed_by/1]).
+-export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 -export_type([name/0, options/0, file_info/0, info/0]).
 
 -type name() :: atom().
@@ -23,17 +23,21 @@
     root := file:name_all(),
     tier => erllama_cache_host:tier(),
     max_bytes => pos_integer() | infinity,
+    keyed_by => erllama_cache_host:keyed_by(),
     mac_key => {file, file:name_all()} | fun(() -> <<_:256>>)
 }.
 %% <ul>
 %% <li>`root': the directory, which must exist;</li>
 %% <li>`tier': the kind of store (default: `disk');</li>
 %% <li>`max_bytes': how many bytes its files may take together (default: `infinity');</li>
+%% <li>`keyed_by': what keys are made of: `tokens' (default; files of version 1) or `text', the
+%%   metadata's `prompt_text' (files of version 2). A store loads files of both versions;</li>
 %% <li>`mac_key': the secret that keys the writer's digests (default: `mac_key' of the application's
 %%   environment, or none). With a secret, loads accept only files whose digest it keyed.</li>
 %% </ul>
 
 -type file_info() :: #{
+    version := 1 | 2,
     save_reason := erllama_cache_meta:save_reason(),
     quant_bits := byte(),
     quant_type := atom(),
@@ -61,6 +65,7 @@
     name := name(),
     root := file:name_all(),
     tier := erllama_cache_host:tier(),
+    keyed_by := erllama_cache_host:keyed_by(),
     max_bytes := pos_integer() | infinity,
     files := non_neg_integer(),
     bytes := non_neg_integer(),
@@ -82,7 +87,7 @@
 -define(NO_KNOWN_TYPE, 255).
 
 %% Bytes that any processor hashes within half a millisecond.
--define(FEW_TOKENS, 131072).
+-define(FEW_BYTES, 131072).
 
 -define(IS_KEY(Key), (is_binary(Key) andalso byte_size(Key) =:= 32)).
 
@@ -236,8 +241,8 @@ delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
         {error, _} = Error -> Error
     end.
 
-%% @doc Returns the key of a save with this map: 32 bytes, made from `fingerprint', `quant_type',
-%% `ctx_params_hash' and `tokens'. Other fields are ignored.
+%% @doc Returns the key of a save with this map in a store that is keyed by tokens: 32 bytes, made
+%% from `fingerprint', `quant_type', `ctx_params_hash' and `tokens'. Other fields are ignored.
 %%
 %% ```
 %% {ok, Key} = erllama_cache_store:key(#{fingerprint => Fingerprint, quant_type => f16,
@@ -247,16 +252,33 @@ delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
 %% Errors: `{missing_key, Key}' and `{invalid_meta, Key}'.
 -spec key(erllama_cache_meta:identity()) ->
     {ok, erllama_cache_writer:key()} | {error, erllama_cache_meta:invalid()}.
-key(Meta) when is_map(Meta) ->
-    case erllama_cache_meta:check_identity(Meta) of
+key(Meta) ->
+    key(Meta, #{}).
+
+%% @doc Returns the key of a save with this map in a store with this option `keyed_by'. For `text'
+%% it is made from `prompt_text' instead of `tokens'. Errors as of {@link key/1}.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_store:key(#{fingerprint => Fingerprint, quant_type => f16,
+%%                                       ctx_params_hash => CtxParamsHash,
+%%                                       prompt_text => <<"Once upon">>}, #{keyed_by => text}).
+%% '''
+-spec key(erllama_cache_meta:identity(), #{keyed_by => erllama_cache_host:keyed_by()}) ->
+    {ok, erllama_cache_writer:key()} | {error, erllama_cache_meta:invalid()}.
+key(Meta, Options) when is_map(Meta), is_map(Options) ->
+    KeyedBy = erllama_cache_config:keyed_by(Options),
+    case erllama_cache_meta:check_identity(KeyedBy, Meta) of
         ok ->
-            case identify(Meta) of
-                {ok, {Key, _QuantByte, _Tokens}} -> {ok, Key};
+            case namespace(Meta) of
+                {ok, Namespace} -> key_of(Namespace, keyed(KeyedBy, Meta));
                 {error, _} = Error -> Error
             end;
         {error, _} = Error ->
             Error
     end.
+
+key_of(_Namespace, {error, _} = Error) -> Error;
+key_of(Namespace, {ok, Keyed}) -> {ok, key_in(Namespace, Keyed)}.
 
 %% @doc Returns what the store holds, and its counts since it started. `files' includes those that
 %% no load accepts; `bytes' are those of whole files. `refused' counts loads that found such a file.
@@ -267,24 +289,25 @@ key(Meta) when is_map(Meta) ->
 %% '''
 -spec info(name()) -> info().
 info(Name) when is_atom(Name) ->
-    #config{root = Root, tier = Tier, max_bytes = MaxBytes, counters = Counters} = config(Name),
+    #config{root = Root, tier = Tier, keyed_by = KeyedBy, max_bytes = MaxBytes,
+            counters = Counters} = config(Name),
     {Files, Bytes, Reservations} = erllama_cache_index:count(Name),
     Done = [{Counter, counters:get(Counters, Index)} || {Index, Counter} <- enumerate(?COUNTERS)],
     maps:merge(
         #{
-            name => Name, root => Root, tier => Tier, max_bytes => MaxBytes,
+            name => Name, root => Root, tier => Tier, keyed_by => KeyedBy, max_bytes => MaxBytes,
             files => Files, bytes => Bytes, reservations => Reservations
         },
         maps:from_list(Done)
     ).
 
 %% @private
-%% Whether a store of this name runs here.
--spec is_store(atom()) -> boolean().
-is_store(Name) ->
+%% What the keys of the store of this name are made of, if it runs here.
+-spec find_keyed_by(atom()) -> {ok, erllama_cache_host:keyed_by()} | error.
+find_keyed_by(Name) ->
     case erllama_cache_index:find_config(Name) of
-        {ok, #config{}} -> true;
-        _ -> false
+        {ok, #config{keyed_by = KeyedBy}} -> {ok, KeyedBy};
+        _ -> error
     end.
 
 enumerate(List) ->
@@ -302,23 +325,44 @@ now_ms() ->
 %%% For the writer
 
 %% @private
-identify(#{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash := CtxParamsHash,
-           tokens := Tokens}) ->
-    case {erllama_cache_nif:quant_byte(QuantType), encode_tokens(Tokens)} of
-        {?NO_KNOWN_TYPE, _} ->
+identify(KeyedBy, #{tokens := Tokens, prompt_text := Text} = Meta) ->
+    case {namespace(Meta), encode_tokens(Tokens)} of
+        {{error, _} = Error, _} ->
+            Error;
+        {_, error} ->
+            {error, {invalid_meta, tokens}};
+        {{ok, {_, QuantByte, _} = Namespace}, Encoded} ->
+            Key = case KeyedBy of
+                tokens -> key_in(Namespace, Encoded);
+                text -> key_in(Namespace, Text)
+            end,
+            {ok, {Key, QuantByte, {KeyedBy, Encoded, byte_size(Text)}}}
+    end.
+
+%% What else a key is made of: states in different namespaces never share one.
+namespace(#{fingerprint := Fingerprint, quant_type := QuantType,
+            ctx_params_hash := CtxParamsHash}) ->
+    case erllama_cache_nif:quant_byte(QuantType) of
+        ?NO_KNOWN_TYPE ->
             %% All unknown types share one byte, and so would their keys: a load of the one would
             %% return the other's state.
             {error, {invalid_meta, quant_type}};
-        {_, error} ->
-            {error, {invalid_meta, tokens}};
-        {QuantByte, Encoded} ->
-            {ok, {key(Fingerprint, QuantByte, CtxParamsHash, Encoded), QuantByte, Encoded}}
+        QuantByte ->
+            {ok, {Fingerprint, QuantByte, CtxParamsHash}}
     end.
 
-key(Fingerprint, QuantByte, CtxParamsHash, Encoded) when byte_size(Encoded) =< ?FEW_TOKENS ->
-    erllama_cache_nif:key(Fingerprint, QuantByte, CtxParamsHash, Encoded);
-key(Fingerprint, QuantByte, CtxParamsHash, Encoded) ->
-    erllama_cache_nif:key_of_many(Fingerprint, QuantByte, CtxParamsHash, Encoded).
+keyed(text, #{prompt_text := Text}) ->
+    {ok, Text};
+keyed(tokens, #{tokens := Tokens}) ->
+    case encode_tokens(Tokens) of
+        error -> {error, {invalid_meta, tokens}};
+        Encoded -> {ok, Encoded}
+    end.
+
+key_in({Fingerprint, QuantByte, CtxParamsHash}, Keyed) when byte_size(Keyed) =< ?FEW_BYTES ->
+    erllama_cache_nif:key(Fingerprint, QuantByte, CtxParamsHash, Keyed);
+key_in({Fingerprint, QuantByte, CtxParamsHash}, Keyed) ->
+    erllama_cache_nif:key_of_many(Fingerprint, QuantByte, CtxParamsHash, Keyed).
 
 %% More tokens than a NIF may encode on a normal scheduler, and integers beyond 64 bits, are rare
 %% enough for Erlang.
@@ -392,7 +436,7 @@ mark_published(Name, Key, Token, _Root) ->
     check(Name, Key, Token).
 
 %% @private
-announce(Name, Key, Token, Size, _Header, _Tokens) ->
+announce(Name, Key, Token, Size, _Header, _Content) ->
     File = erllama_cache_index:file(Key, Size, now_ms(), Token),
     case erllama_cache_index:settle(Name, Token, File) of
         ok ->

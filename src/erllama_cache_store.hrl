@@ -8,6 +8,7 @@
     path :: erllama_cache_nif:root(),
     root :: file:name_all(),
     tier :: erllama_cache_host:tier(),
+    keyed_by :: erllama_cache_host:keyed_by(),
     max_bytes :: pos_integer() | infinity,
     secret :: none | erllama_cache_nif:secret(),
     counters :: counters:counters_ref(),

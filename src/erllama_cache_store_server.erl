@@ -40,13 +40,14 @@ init({Name, Path, Options}) ->
         {error, Reason} -> {stop, Reason}
     end.
 
-open(Name, Path, #{root := Root, tier := Tier, max_bytes := MaxBytes}, Secret) ->
+open(Name, Path, Options, Secret) ->
+    #{root := Root, tier := Tier, max_bytes := MaxBytes, keyed_by := KeyedBy} = Options,
     ok = erllama_cache_io_limit:setup(),
     ok = erllama_cache_counts:setup(),
     Config = #config{
         name = Name, server = self(), path = Path, root = Root, tier = Tier, max_bytes = MaxBytes,
-        secret = Secret, counters = counters:new(length(?COUNTERS), [write_concurrency]),
-        generation = atomics:new(1, [])
+        keyed_by = KeyedBy, secret = Secret, generation = atomics:new(1, []),
+        counters = counters:new(length(?COUNTERS), [write_concurrency])
     },
     case erllama_cache_index:new(Name, Config) of
         ok -> look_through(#state{config = Config});

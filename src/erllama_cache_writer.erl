@@ -1,10 +1,9 @@
 %% @doc Saves KV state to disk, with a limit on how many saves run at once.
 %%
 %% A save takes a slot, reserves its key with the host, writes the payload to a temporary file,
-%% checks and syncs it, publishes it under its final name, and announces it to the host. All of this
-%% runs in the calling process, and the payload is never copied. The slots belong to a semaphore in
-%% the NIF library: it is fair, waiters do not poll, and a slot is released however its owner ends.
-%% The server of this name holds the configuration, not the slots.
+%% checks and syncs it, publishes it under its final name, and announces it to the host, all in the
+%% calling process. The payload is never copied. The slots belong to a fair semaphore in the NIF
+%% library, and are released however their owners end. The server holds the configuration only.
 -module(erllama_cache_writer).
 -behaviour(gen_server).
 
@@ -85,9 +84,9 @@ format_error(Reason) ->
 %% #{id => erllama_cache_writer, start => {erllama_cache_writer, start_link, []}}
 %% '''
 %%
-%% Errors: `{already_started, Pid}'; `{mac_key, Reason}', the secret cannot be read. Raises
-%% `{invalid_config, Key, Value}' for a wrong value and `{unknown_config, Key, Nearest}' for an
-%% unknown key, with the known key that is spelt most alike.
+%% Errors: `{already_started, Pid}'; `{mac_key, Reason}', the secret cannot be read;
+%% `{unknown_host, Missing}', erllama lacks these functions. Raises `{invalid_config, Key, Value}'
+%% for a wrong value and `{unknown_config, Key, Nearest}' for an unknown key.
 -spec start_link() -> {ok, pid()} | {error, term()}.
 start_link() ->
     start(maps:merge(erllama_cache_config:environment(), erllama_cache_config:erllama_limit())).
@@ -105,8 +104,10 @@ start_link(Config) when is_map(Config) ->
     start(maps:merge(erllama_cache_config:environment(), Config)).
 
 start(Config) ->
-    Complete = erllama_cache_config:complete(Config),
-    erllama_cache_successor:start_link(?MODULE, ?MODULE, Complete).
+    case erllama_cache_host:recognise(erllama_cache_config:complete(Config)) of
+        {ok, Complete} -> erllama_cache_successor:start_link(?MODULE, ?MODULE, Complete);
+        {error, _} = Error -> Error
+    end.
 
 %% @private
 init(Config) ->

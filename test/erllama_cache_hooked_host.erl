@@ -8,7 +8,7 @@
 -export([stop_after_first_slice/1, hold_turns/0, next_turn/1, go_on/1, waits_for_a_turn/1]).
 -export([all_turns/0, taken/1]).
 -export_type([turns/0, hook/0, call/0]).
--export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
+-export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 
 -opaque turns() :: {erllama_cache_nif:guard(), {reference(), ok | queued}}.
 
@@ -79,8 +79,8 @@ waits_for_a_turn(Pid) ->
         process_info(Pid, [current_function, status]) =:= Waits
     end).
 
-identify(Meta) ->
-    erllama_cache_store:identify(Meta).
+identify(KeyedBy, Meta) ->
+    erllama_cache_store:identify(KeyedBy, Meta).
 
 reserve(Name, Tier, Key, Size) ->
     case erllama_cache_store:reserve(Name, Tier, Key, Size) of

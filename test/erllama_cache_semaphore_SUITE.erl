@@ -136,14 +136,14 @@ nobody_is_left() ->
 
 %%% The host: the store, with a door that a test may hold shut while a save has its slot
 
-identify(#{save_reason_detail := <<"ask ", Keeper/binary>>} = Meta) ->
+identify(KeyedBy, #{save_reason_detail := <<"ask ", Keeper/binary>>} = Meta) ->
     Pid = binary_to_term(Keeper),
     Pid ! {inside, self()},
     receive
-        {Pid, go_on} -> erllama_cache_store:identify(Meta)
+        {Pid, go_on} -> erllama_cache_store:identify(KeyedBy, Meta)
     end;
-identify(Meta) ->
-    erllama_cache_store:identify(Meta).
+identify(KeyedBy, Meta) ->
+    erllama_cache_store:identify(KeyedBy, Meta).
 
 reserve(Store, Tier, Key, Size) -> erllama_cache_store:reserve(Store, Tier, Key, Size).
 root(Store) -> erllama_cache_store:root(Store).

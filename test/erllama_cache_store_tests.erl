@@ -144,7 +144,7 @@ the_name_of_a_foreign_table_is_refused(Root) ->
     ?assertEqual(
         {error, {name_taken, ?STORE}}, erllama_cache_store:start_link(?STORE, #{root => Root})
     ),
-    ?assertNot(erllama_cache_store:is_store(?STORE)),
+    ?assertEqual(error, erllama_cache_store:find_keyed_by(?STORE)),
     true = ets:delete(Table).
 
 child_spec_starts_a_store(Root) ->
@@ -403,7 +403,8 @@ info_counts(Root) ->
         Bytes = bytes_in(Root),
         ?assertEqual(
             #{
-                name => Store, root => Root, tier => disk, max_bytes => infinity, files => 2,
+                name => Store, root => Root, tier => disk, keyed_by => tokens,
+                max_bytes => infinity, files => 2,
                 bytes => Bytes, reservations => 1, saves => 2, duplicates => 1, hits => 1,
                 misses => 1, refused => 1, evictions => 0
             },

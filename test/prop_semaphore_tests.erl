@@ -17,7 +17,7 @@
 -export([take/3, doze/2, wake/1, release/1, leave/2, die/2, drop_guard/1]).
 -export([set_limit/1, set_max_bytes/1, start_server/2, lose_server/1, stop_server/0]).
 %% The host of the clients' saves.
--export([identify/1]).
+-export([identify/2]).
 
 -import(erllama_cache_statem_util, [machine_test/5, property/2, matches/3, step/1]).
 -import(erllama_cache_test_util, [eventually/2, own_messages/0, meta/0]).
@@ -534,7 +534,7 @@ perform({take, {acquire, Weight}, Timeout}, To) ->
 perform({take, with_slot, Timeout}, To) ->
     enter(To, fun() -> ?WRITER:with_slot(Timeout, fun() -> scope(To) end) end);
 perform({take, {save, Bytes}, Timeout}, To) ->
-    %% identify/1 finds in the map whom to answer.
+    %% identify/2 finds in the map whom to answer.
     Meta = (meta())#{prompt_text => term_to_binary(To)},
     enter(To, fun() -> ?WRITER:save(no_store, disk, Meta, <<0:Bytes/unit:8>>, Timeout) end);
 perform(release, To) ->
@@ -552,7 +552,7 @@ enter(To, Fun) ->
     end.
 
 %% The save has its slot. It gets no further than here.
-identify(#{prompt_text := To}) ->
+identify(_KeyedBy, #{prompt_text := To}) ->
     {error, scope(binary_to_term(To))}.
 
 scope(To) ->

@@ -820,7 +820,7 @@ observed_index(_Store) ->
     Rows = fun(Row, Rows) -> [named(Row, Names) | Rows] end,
     {
         lists:sort(erllama_cache_index:fold(?STORE, Rows, [])),
-        maps:without([name, root, tier], erllama_cache_store:info(?STORE))
+        maps:without([name, root, tier, keyed_by], erllama_cache_store:info(?STORE))
     }.
 
 named(Row, Names) ->

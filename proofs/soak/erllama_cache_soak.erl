@@ -11,7 +11,7 @@
 -behaviour(erllama_cache_host).
 
 -export([main/0]).
--export([identify/1, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
+-export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 
 -include("erllama_cache_index.hrl").
 
@@ -327,8 +327,8 @@ pick(List) ->
 
 %%% The savers' host: the store, and a ledger of all reservations
 
-identify(Meta) ->
-    erllama_cache_store:identify(Meta).
+identify(KeyedBy, Meta) ->
+    erllama_cache_store:identify(KeyedBy, Meta).
 
 reserve(Name, Tier, Key, Size) ->
     %% Of a save that the store's end has ended.

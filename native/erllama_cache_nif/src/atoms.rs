@@ -63,6 +63,9 @@ rustler::atoms! {
     check,
     scan,
 
+    // What a file's key is made of, beside `tokens`
+    text,
+
     // Keys of a build_meta map and of what describes a loaded file
     version,
     save_reason,

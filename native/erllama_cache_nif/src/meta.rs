@@ -42,9 +42,21 @@ fn named<T>(map: Term<'_>, key: Atom, from_name: fn(&str) -> Option<T>) -> NifRe
         .ok_or(Error::BadArg)
 }
 
+/// What the file's key is made of decides its version.
+pub(crate) fn version(keyed_by: Atom) -> NifResult<Version> {
+    if keyed_by == atoms::tokens() {
+        Ok(Version::Tokens)
+    } else if keyed_by == atoms::text() {
+        Ok(Version::Text)
+    } else {
+        Err(Error::BadArg)
+    }
+}
+
 /// Encodes the prefix of a file from a map that `erllama_cache_meta` has completed. `Ok(Err(_))`
 /// names the field that the format has no room for.
 pub(crate) fn prefix<'a>(
+    version: Version,
     meta: Term<'a>,
     quant_byte: u8,
     tokens: Binary<'a>,
@@ -54,7 +66,7 @@ pub(crate) fn prefix<'a>(
     let fingerprint: Binary<'a> = get(meta, atoms::fingerprint())?;
     let ctx_params_hash: Binary<'a> = get(meta, atoms::ctx_params_hash())?;
     let meta = Meta {
-        version: Version::Tokens,
+        version,
         save_reason: named(meta, atoms::save_reason(), SaveReason::from_name)?,
         quant_bits: get(meta, atoms::quant_bits())?,
         quant_byte,

@@ -28,14 +28,22 @@ struct Plan {
 }
 
 impl Plan {
-    /// From `{Key, Meta, QuantByte, Tokens, Options}`. `Ok(Err(_))` names the field that the format
-    /// has no room for.
+    /// From `{Key, KeyedBy, Meta, QuantByte, Tokens, Options}`. `Ok(Err(_))` names the field that the
+    /// format has no room for.
     fn decode(plan: Term<'_>, payload: Binary<'_>) -> NifResult<Result<Plan, EncodeError>> {
-        let (key, meta, quant_byte, tokens, options): (Binary<'_>, Term<'_>, u8, Binary<'_>, _) =
-            plan.decode()?;
+        type Terms<'a> = (Binary<'a>, Atom, Term<'a>, u8, Binary<'a>, Term<'a>);
+        let (key, keyed_by, meta, quant_byte, tokens, options): Terms<'_> = plan.decode()?;
+        let version = meta::version(keyed_by)?;
         let (options, digest) = save_options(options)?;
         let key = meta::key(key)?;
-        let prefix = meta::prefix(meta, quant_byte, tokens, payload.len() as u64, digest)?;
+        let prefix = meta::prefix(
+            version,
+            meta,
+            quant_byte,
+            tokens,
+            payload.len() as u64,
+            digest,
+        )?;
         Ok(prefix.map(|prefix| Plan {
             key,
             prefix,

@@ -8,7 +8,7 @@
 -export([one_loads_what_another_has_saved/1, a_save_asked_of_another_node/1,
          all_save_the_same_keys/1, each_saves_its_own_payloads/1, none_sweeps_anothers_work/1]).
 
--import(erllama_cache_test_util, [files/1, file_of/2]).
+-import(erllama_cache_test_util, [files/1, file_of/2, eventually/1]).
 
 -define(STORE, nodes_store).
 -define(WRITER, erllama_cache_writer).
@@ -19,6 +19,8 @@ all() ->
 
 init_per_testcase(Case, Config) ->
     _ = os:cmd("epmd -daemon"),
+    %% It returns before it listens.
+    eventually(fun() -> element(1, net_adm:names()) =:= ok end),
     Distributed = is_alive() orelse start_distribution(Case),
     Root = filename:join(?config(priv_dir, Config), atom_to_list(Case)),
     ok = filelib:ensure_dir(filename:join(Root, "x")),

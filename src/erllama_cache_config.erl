@@ -9,7 +9,7 @@
 -module(erllama_cache_config).
 
 -export([complete/1, environment/0, erllama_limit/0, save_options/2]).
--export([complete_options/1, keyed_by/1]).
+-export([complete_options/1, keyed_by/1, timeout/1]).
 
 -include("erllama_cache_limits.hrl").
 
@@ -95,6 +95,13 @@ keyed_by(Options) ->
     ok = check_values(Options, invalid_option),
     maps:get(keyed_by, Options, tokens).
 
+%% How long a load may take, from some options or by default.
+-spec timeout(#{timeout => timeout()}) -> timeout().
+timeout(Options) ->
+    ok = check_keys(Options, [timeout], unknown_option),
+    ok = check_values(Options, invalid_option),
+    maps:get(timeout, Options, infinity).
+
 %%% Both
 
 check_values(Values, Invalid) ->
@@ -121,6 +128,7 @@ is_valid(slow_save_ms, Ms) -> is_integer(Ms) andalso Ms > 0;
 %% Whether it is a path, its encoding and the system say.
 is_valid(root, _Root) -> true;
 is_valid(tier, Tier) -> Tier =:= disk orelse Tier =:= ram_file;
+is_valid(timeout, Timeout) -> ?IS_TIMEOUT(Timeout);
 is_valid(keyed_by, KeyedBy) -> KeyedBy =:= tokens orelse KeyedBy =:= text;
 is_valid(max_bytes, Bytes) -> Bytes =:= infinity orelse (is_integer(Bytes) andalso Bytes > 0).
 

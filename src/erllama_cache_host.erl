@@ -42,7 +42,11 @@
 %% What the host makes keys of. Called when the writer starts, which fails with the error. A host
 %% without this callback makes them of tokens.
 -callback keyed_by() -> {ok, keyed_by()} | {error, term()}.
--optional_callbacks([keyed_by/0]).
+
+%% A load has found the file of this key corrupt, and it was removed. A host without this callback
+%% keeps such files.
+-callback corrupt(tier_srv(), Key :: binary()) -> ok.
+-optional_callbacks([keyed_by/0, corrupt/2]).
 
 %% The key of a save, and what it was made of. An error leaves nothing behind.
 -callback identify(keyed_by(), erllama_cache_meta:complete()) ->

@@ -6,13 +6,13 @@
 -module(erllama_cache_host_erllama).
 -behaviour(erllama_cache_host).
 
--export([keyed_by/0]).
+-export([keyed_by/0, corrupt/2]).
 -export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 
 %% These call modules that exist inside erllama only, which dialyzer reports from OTP 26 on.
 -if(?OTP_RELEASE >= 26).
--dialyzer({no_unknown, [identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6,
-                        cancel/3, count/2]}).
+-dialyzer({no_unknown, [identify/2, corrupt/2, reserve/4, root/1, check/3, mark_published/4,
+                        announce/6, cancel/3, count/2]}).
 -endif.
 
 %% The slots of erllama's counters that a writer adds to.
@@ -21,6 +21,7 @@
 -define(SAVES_FINISH, 6).
 -define(SAVES_EVICT, 7).
 -define(SAVES_SHUTDOWN, 8).
+-define(CORRUPT_FILES, 10).
 -define(DUPLICATE_DROPPED, 16).
 -define(SAVES_AGENT_PREFIX, 22).
 
@@ -117,3 +118,8 @@ count(_TierSrv, {saved, evict}) -> erllama_cache_counters:incr(?SAVES_EVICT);
 count(_TierSrv, {saved, shutdown}) -> erllama_cache_counters:incr(?SAVES_SHUTDOWN);
 count(_TierSrv, {saved, agent_prefix}) -> erllama_cache_counters:incr(?SAVES_AGENT_PREFIX);
 count(_TierSrv, duplicate_dropped) -> erllama_cache_counters:incr(?DUPLICATE_DROPPED).
+
+%% @private
+%% erllama's own load counts so, too.
+corrupt(_TierSrv, _Key) ->
+    erllama_cache_counters:incr(?CORRUPT_FILES).

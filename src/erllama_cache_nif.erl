@@ -18,7 +18,8 @@
     quant_byte/1, encode_tokens/1, key/4, key_of_many/4,
     write_tmp/5, write_more/4, write_and_publish/5, write_and_publish_in_memory/4,
     publish/3, abort/1, secret_new/1, sync_failures/0, live_objects/0,
-    load/4, load_more/2, note_use/4, check/4, check_more/2,
+    load/4, load_more/2, load_abort/1, note_use/4, check/4, check_more/2,
+    remove_corrupt/4, remove_corrupt_more/2,
     takes_unnamed/2, root_generation/1, exists/3, delete/3, scan/4, scan_more/2
 ]).
 -export_type([
@@ -218,6 +219,19 @@ load(_Turn, _Root, _Key, _Secret) -> ?NOT_LOADED.
 -spec load_more(turn(), reference()) ->
     {ok, erllama_cache_store:file_info(), Payload :: binary()} | more | failure().
 load_more(_Turn, _Load) -> ?NOT_LOADED.
+
+%% Closes the file and frees the memory. Doing it twice, or after the load's end, does nothing.
+-spec load_abort(reference()) -> ok.
+load_abort(_Load) -> ?NOT_LOADED.
+
+%% Checks the key's file and removes it if it is corrupt: `false' if not, or if it has lost its name
+%% meanwhile. With a secret, a file without a digest that is keyed with it stays.
+-spec remove_corrupt(turn(), root(), key(), none | secret()) ->
+    boolean() | {more, reference()} | miss | failure().
+remove_corrupt(_Turn, _Root, _Key, _Secret) -> ?NOT_LOADED.
+
+-spec remove_corrupt_more(turn(), reference()) -> boolean() | more | failure().
+remove_corrupt_more(_Turn, _Removal) -> ?NOT_LOADED.
 
 %% Queues a note in the key's file that it was used `Hits' more times and last at that unix second.
 %% Another thread writes it later, or never where the write would block or copy the file. A hint.

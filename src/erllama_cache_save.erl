@@ -6,19 +6,10 @@
 -module(erllama_cache_save).
 
 -export([run/7]).
--export_type([stop/0, setup/0]).
+-export_type([stop/0]).
 
 %% Up to this many bytes of file, a save is one call of the library.
 -define(ONE_CALL, 65536).
-
--type setup() :: #{
-    host := module(),
-    keyed_by := erllama_cache_host:keyed_by(),
-    defaults := erllama_cache_meta:defaults(),
-    options := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
-    atom() => term()
-}.
-%% What the writer is configured with.
 
 %% What stops a save before its file has its name: `{Ref, [Monitor]}', a message that cancels it and
 %% its caller's death.
@@ -48,7 +39,7 @@
 }).
 
 %% A save that has its slot.
--spec run(setup(), erllama_cache_nif:guard(), erllama_cache_host:tier_srv(),
+-spec run(erllama_cache_setup:setup(), erllama_cache_nif:guard(), erllama_cache_host:tier_srv(),
           erllama_cache_host:tier(), erllama_cache_meta:build_meta(), Payload :: binary(),
           stop()) ->
     {ok, erllama_cache_writer:key()} | {error, term()}.

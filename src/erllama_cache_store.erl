@@ -11,10 +11,11 @@
 -behaviour(erllama_cache_host).
 
 -include("erllama_cache_index.hrl").
+-include("erllama_cache_limits.hrl").
 -include("erllama_cache_store.hrl").
 
 -export([start_link/2, child_spec/2]).
--export([load/2, delete/2, info/1, key/1, key/2, find_keyed_by/1]).
+-export([load/2, load/3, delete/2, info/1, key/1, key/2, find_keyed_by/1]).
 -export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 -export_type([name/0, options/0, file_info/0, info/0]).
 
@@ -152,11 +153,23 @@ child_spec(Name, #{root := Root} = Options) ->
 %% Exits with `{noproc, _}' when the store does not run.
 -spec load(name(), erllama_cache_writer:key()) ->
     {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
-load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
-    Config = config(Name),
+load(Name, Key) ->
+    load(Name, Key, infinity).
+
+%% @doc Loads as {@link load/2}, and gives up after so many milliseconds, between two slices.
+%%
+%% ```
+%% {ok, _Info, Payload} = erllama_cache_store:load(my_store, Key, 2000).
+%% '''
+%%
+%% Errors: also `timeout'.
+-spec load(name(), erllama_cache_writer:key(), timeout()) ->
+    {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
+load(Name, Key, Timeout) when is_atom(Name), ?IS_KEY(Key), ?IS_TIMEOUT(Timeout) ->
+    #config{path = Path, secret = Secret} = Config = config(Name),
     %% Only this row may be removed: a save may end while the load finds no file.
     Known = erllama_cache_index:row(Name, Key),
-    Result = load_slices(Config, Key),
+    Result = erllama_cache_load:run(Path, Key, Secret, Timeout),
     ok = notice_other_root(Config),
     case Result of
         {ok, Info, _Payload} ->
@@ -173,10 +186,6 @@ load(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
             ok
     end,
     Result.
-
-load_slices(#config{path = Path, secret = Secret}, Key) ->
-    Begin = fun(Turn) -> erllama_cache_nif:load(Turn, Path, Key, Secret) end,
-    erllama_cache_io_limit:run_slices(Begin, fun erllama_cache_nif:load_more/2).
 
 used(#config{name = Name} = Config, Key, #{file_size := Size, last_used_time := InFile}, Known) ->
     Now = now_ms(),

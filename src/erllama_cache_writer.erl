@@ -56,8 +56,6 @@
 
 %% This module's one entry in a process's dictionary.
 -define(GUARD, '$erllama_cache_guard').
-%% The persistent term with semaphore and configuration: no caller has to ask the server.
--define(STATE, ?MODULE).
 
 -define(DEFAULT_TIMEOUT, 30000).
 -define(IS_SAVE(TierSrv, Tier, Meta, Payload),
@@ -123,8 +121,9 @@ open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret
     ok = erllama_cache_io_limit:setup(),
     ok = erllama_cache_counts:setup(),
     {ok, Hostname} = inet:gethostname(),
-    persistent_term:put(?STATE, Config#{
+    ok = erllama_cache_setup:put(Config#{
         semaphore => Semaphore,
+        secret => Secret,
         options => erllama_cache_config:save_options(Config, Secret),
         defaults => #{hostname => unicode:characters_to_binary(Hostname)}
     }),
@@ -134,9 +133,9 @@ open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret
 
 %% The predecessor's, where there was one.
 semaphore() ->
-    Before = case persistent_term:get(?STATE, undefined) of
-        #{semaphore := Semaphore} -> Semaphore;
-        undefined -> undefined
+    Before = case erllama_cache_setup:find() of
+        {ok, #{semaphore := Semaphore}} -> Semaphore;
+        error -> undefined
     end,
     erllama_cache_successor:inherit(Before, fun erllama_cache_nif:semaphore_new/0).
 
@@ -289,12 +288,12 @@ wait(Guard, Weight, Bytes, Timeout, Stop) ->
 guard() ->
     case get(?GUARD) of
         undefined ->
-            case persistent_term:get(?STATE, undefined) of
-                #{semaphore := Semaphore} ->
+            case erllama_cache_setup:find() of
+                {ok, #{semaphore := Semaphore}} ->
                     Guard = erllama_cache_nif:guard_new(Semaphore),
                     _ = put(?GUARD, Guard),
                     Guard;
-                undefined ->
+                error ->
                     closed
             end;
         Guard ->
@@ -386,10 +385,7 @@ semaphore_of(Function, Args) ->
     map_get(semaphore, state(Function, Args)).
 
 state(Function, Args) ->
-    case persistent_term:get(?STATE, undefined) of
-        undefined -> exit_noproc(Function, Args);
-        State -> State
-    end.
+    erllama_cache_setup:get(?MODULE, Function, Args).
 
 %%% Saving
 

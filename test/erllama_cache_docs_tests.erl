@@ -12,7 +12,9 @@
     temporary_dir/1, stop/1
 ]).
 
--define(PUBLIC, [erllama_cache_writer, erllama_cache_store, erllama_cache_metrics]).
+-define(PUBLIC, [
+    erllama_cache_writer, erllama_cache_reader, erllama_cache_store, erllama_cache_metrics
+]).
 
 %%% The modules' pages
 
@@ -137,7 +139,7 @@ start_store(Root) ->
 
 %% What an example calls Key and does not get itself is stored.
 stored_key(Example, Meta, Payload) ->
-    case mentions(Example, ", Key)") andalso not mentions(Example, "{ok, Key}") of
+    case mentions(Example, "(my_store, Key") andalso not mentions(Example, "{ok, Key}") of
         true ->
             {ok, Key} = erllama_cache_writer:save(my_store, disk, Meta, Payload),
             #{'Key' => Key};

@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{
-    Check, Found, Loader, Options, Outcome, Progress, Published, Root, Scan, Slice, TmpFile, Use,
+    Check, Found, Loader, Options, Outcome, Progress, Published, Removal, Root, Scan, Slice,
+    TmpFile, Use,
 };
 use erllama_cache_core::kvc::{
     Corrupt, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version,
@@ -798,6 +799,60 @@ fn no_memory_is_taken_for_an_absurd_prefix() {
 
 fn temporary_name(random: u64) -> String {
     format!("{}.{random:016x}.tmp", key(1).to_hex())
+}
+
+#[test]
+fn a_removal_takes_corrupt_files_and_no_others() {
+    let dir = root();
+    for n in 1..=5 {
+        save(dir.path(), n, &payload(MIB)).unwrap();
+    }
+    flip_last_byte(&path(dir.path(), 2));
+    fs::write(path(dir.path(), 3), b"cut off").unwrap();
+    let mut later = fs::read(path(dir.path(), 4)).unwrap();
+    later[3] = 3;
+    fs::write(path(dir.path(), 4), later).unwrap();
+    fs::copy(path(dir.path(), 1), path(dir.path(), 5)).unwrap();
+    fs::create_dir(path(dir.path(), 6)).unwrap();
+
+    let secret = Secret::new([7; 32]);
+    let remove = |n, secret| {
+        let removal = Removal::open(open(dir.path()), &key(n), secret)?;
+        let step = |mut removal: Removal| complete(|| removal.step(&Slice::unlimited()));
+        removal.map(step).transpose()
+    };
+    let is_there = |n| path(dir.path(), n).exists();
+    assert_eq!(remove(1, None).unwrap(), Some(false), "sound");
+    assert_eq!(
+        remove(1, Some(&secret)).unwrap(),
+        Some(false),
+        "made without the secret"
+    );
+    assert_eq!(remove(4, None).unwrap(), Some(false), "of a later version");
+    assert!(is_there(1) && is_there(4));
+    assert_eq!(remove(2, None).unwrap(), Some(true), "damaged payload");
+    assert_eq!(remove(3, None).unwrap(), Some(true), "cut off");
+    assert_eq!(remove(5, None).unwrap(), Some(true), "another key's");
+    assert!(!is_there(2) && !is_there(3) && !is_there(5));
+    assert!(matches!(remove(6, None), Err(Error::NotRegular)));
+    assert_eq!(remove(7, None).unwrap(), None);
+}
+
+/// The name may be another file's by the time the check has ended.
+#[test]
+fn a_removal_leaves_what_has_replaced_the_corrupt_file() {
+    let dir = root();
+    save(dir.path(), 1, &payload(MIB)).unwrap();
+    flip_last_byte(&path(dir.path(), 1));
+    let mut removal = Removal::open(open(dir.path()), &key(1), None)
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        save(dir.path(), 1, b"good").unwrap().outcome,
+        Outcome::Replaced
+    );
+    assert!(!complete(|| removal.step(&Slice::unlimited())).unwrap());
+    assert_eq!(load(dir.path(), 1).unwrap().unwrap(), b"good");
 }
 
 /// Fills a root with files 0 to 29, entries of every other kind under the names of 30 to 34, and

@@ -61,6 +61,7 @@ rustler::atoms! {
     tmp,
     load,
     check,
+    removal,
     scan,
 
     // What a file's key is made of, beside `tokens`

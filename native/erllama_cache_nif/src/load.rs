@@ -1,6 +1,6 @@
 //! Loads and checks of stored files.
 
-use erllama_cache_core::files::{Check, Loader, Progress, Slice, Use, fits_memory};
+use erllama_cache_core::files::{Check, Loader, Progress, Removal, Slice, Use, fits_memory};
 use rustler::sys::{ErlNifBinary, enif_alloc_binary};
 use rustler::{Atom, Binary, Encoder, Env, NifResult, OwnedBinary, Resource, Term};
 
@@ -14,11 +14,14 @@ use crate::slices::{InSlices, Sliced, begin, c_path, in_turn, open_root};
 
 struct Load(InSlices<Loading>);
 struct Checking(InSlices<Check>);
+struct Removing(InSlices<Removal>);
 
 #[rustler::resource_impl]
 impl Resource for Load {}
 #[rustler::resource_impl]
 impl Resource for Checking {}
+#[rustler::resource_impl]
+impl Resource for Removing {}
 
 #[rustler::nif(schedule = "DirtyIo")]
 fn load<'a>(
@@ -47,6 +50,12 @@ fn load_more<'a>(env: Env<'a>, turn: &'a Guard, load: &'a Load) -> NifResult<Ter
         load.0
             .resume(env, |loading| load_slice(env, loading, slice))
     })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn load_abort(load: &Load) -> Atom {
+    load.0.abort();
+    atoms::ok()
 }
 
 /// A load, and the memory for its payload once the file is worth it.
@@ -139,6 +148,46 @@ fn check_slice<'a>(env: Env<'a>, mut check: Check, slice: &Slice) -> Sliced<'a, 
             let term = (atoms::ok(), check.file_len(), header.last_used_time).encode(env);
             (None, Ok(term))
         }
+        Err(error) => (None, Ok(error_term(env, &error))),
+    }
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn remove_corrupt<'a>(
+    env: Env<'a>,
+    turn: &'a Guard,
+    path: Binary<'a>,
+    key: Binary<'a>,
+    secret: Term<'a>,
+) -> NifResult<Term<'a>> {
+    in_turn(env, turn, |slice| {
+        let key = meta::key(key)?;
+        let secret = secret::optional(secret)?;
+        begin(
+            env,
+            open_root(path)?.and_then(|root| Removal::open(root, &key, secret)),
+            |removal| removal_slice(env, removal, slice),
+            |removal| Removing(InSlices::new(Kind::Removal, removal)),
+        )
+    })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn remove_corrupt_more<'a>(
+    env: Env<'a>,
+    turn: &'a Guard,
+    removal: &'a Removing,
+) -> NifResult<Term<'a>> {
+    in_turn(env, turn, |slice| {
+        let resume = |removal| removal_slice(env, removal, slice);
+        removal.0.resume(env, resume)
+    })
+}
+
+fn removal_slice<'a>(env: Env<'a>, mut removal: Removal, slice: &Slice) -> Sliced<'a, Removal> {
+    match removal.step(slice) {
+        Ok(Progress::More) => (Some(removal), Ok(atoms::more().encode(env))),
+        Ok(Progress::Done(removed)) => (None, Ok(removed.encode(env))),
         Err(error) => (None, Ok(error_term(env, &error))),
     }
 }

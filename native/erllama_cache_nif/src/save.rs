@@ -28,8 +28,8 @@ struct Plan {
 }
 
 impl Plan {
-    /// From `{Key, KeyedBy, Meta, QuantByte, Tokens, Options}`. `Ok(Err(_))` names the field that the
-    /// format has no room for.
+    /// From `{Key, KeyedBy, Meta, QuantByte, Tokens, Options}`. `Ok(Err(_))` names the field that
+    /// the format has no room for.
     fn decode(plan: Term<'_>, payload: Binary<'_>) -> NifResult<Result<Plan, EncodeError>> {
         type Terms<'a> = (Binary<'a>, Atom, Term<'a>, u8, Binary<'a>, Term<'a>);
         let (key, keyed_by, meta, quant_byte, tokens, options): Terms<'_> = plan.decode()?;

@@ -5,6 +5,7 @@
 //!  save ──┬─► write ────┬─► unpublished ──┬─► entry ──┬─► root ──► sync_plan, sync_group
 //!         └─► publish ──┤                 └─► sync ───┘
 //!  load ──────► check ──┴─► entry, payload
+//!  removal ───► check, entry
 //!  scan, note ────────────► entry
 //! ```
 //!
@@ -16,6 +17,7 @@ mod load;
 mod note;
 mod payload;
 mod publish;
+mod removal;
 mod root;
 mod save;
 mod scan;
@@ -33,6 +35,7 @@ pub use load::{Loader, fits_memory};
 pub use note::Use;
 pub use payload::READ_PIECE;
 pub use publish::{Outcome, Published};
+pub use removal::Removal;
 pub use root::Root;
 pub use save::{Options, TmpFile};
 pub use scan::{Found, Scan, Taken};

@@ -1,0 +1,74 @@
+%% @doc Loads saved states from any host, in the calling process.
+%%
+%% A load runs on dirty schedulers, a slice at a time, beside any number of others, and every byte
+%% is checked by the strongest check that the file has. Inside erllama it takes the place of
+%% `erllama_cache_disk_srv:load/2', which reads one file after the other in one process.
+-module(erllama_cache_reader).
+
+-export([load/2, load/3]).
+-export_type([options/0]).
+
+-include("erllama_cache_limits.hrl").
+
+-type options() :: #{timeout => timeout()}.
+%% Milliseconds after which a load gives up (default: `infinity').
+
+%% @doc Loads as {@link load/3}, however long it takes.
+%%
+%% ```
+%% {ok, #{tokens := Tokens}, Payload} = erllama_cache_reader:load(my_store, Key).
+%% '''
+-spec load(erllama_cache_host:tier_srv(), erllama_cache_writer:key()) ->
+    {ok, erllama_cache_store:file_info(), Payload :: binary()} | miss | {error, term()}.
+load(TierSrv, Key) ->
+    load(TierSrv, Key, #{}).
+
+%% @doc Loads the state that is stored under a key: from the store of this name, or else from the
+%% tier server of this name by the writer's host.
+%%
+%% ```
+%% {ok, _Info, Payload} = erllama_cache_reader:load(my_store, Key, #{timeout => 2000}).
+%% '''
+%%
+%% Errors: `timeout'; `{corrupt, Reason}', and inside erllama the file is removed, as erllama does;
+%% `unauthenticated', the writer has a secret and the file was made without it; `tier_busy', the
+%% tier server did not answer; `enomem'; a POSIX reason. Exits with `{noproc, _}' when there is
+%% neither a store nor a tier server of that name, or no writer has been started.
+-spec load(erllama_cache_host:tier_srv(), erllama_cache_writer:key(), options()) ->
+    {ok, erllama_cache_store:file_info(), Payload :: binary()} | miss | {error, term()}.
+load(TierSrv, Key, Options) when
+    is_atom(TierSrv), is_binary(Key), byte_size(Key) =:= 32, is_map(Options)
+->
+    Timeout = erllama_cache_config:timeout(Options),
+    case erllama_cache_store:find_keyed_by(TierSrv) of
+        {ok, _KeyedBy} -> erllama_cache_store:load(TierSrv, Key, Timeout);
+        error -> load_by_host(TierSrv, Key, Timeout)
+    end.
+
+load_by_host(TierSrv, Key, Timeout) ->
+    #{host := Host, secret := Secret} = erllama_cache_setup:get(?MODULE, load, [TierSrv, Key]),
+    case native(Host:root(TierSrv)) of
+        {ok, Path} ->
+            Result = erllama_cache_load:run(Path, Key, Secret, Timeout),
+            ok = after_load(Result, Host, TierSrv, Path, Key, Secret),
+            Result;
+        {error, _} = Error ->
+            Error
+    end.
+
+native({error, _} = Error) -> Error;
+native(Root) -> erllama_cache_path:native(Root).
+
+after_load({error, {corrupt, _}}, Host, TierSrv, Path, Key, Secret) ->
+    case erlang:function_exported(Host, corrupt, 2) of
+        true ->
+            %% A save may have replaced the file since: only what is corrupt still is removed.
+            case erllama_cache_load:remove_corrupt(Path, Key, Secret) of
+                true -> Host:corrupt(TierSrv, Key);
+                _ -> ok
+            end;
+        false ->
+            ok
+    end;
+after_load(_Result, _Host, _TierSrv, _Path, _Key, _Secret) ->
+    ok.

@@ -1,31 +1,44 @@
 %% What the suites share that run the writer as erllama does, with fakes of erllama's modules
-%% (erllama_fake): the fixture, as a hook of Common Test, saves and waiters in short, what the host
-%% was asked, what a file holds, and the verdict of the independent readers on every file that a
-%% case leaves.
+%% (erllama_fake): the fixture, as a hook of Common Test, metadata, saves and waiters in short, what
+%% the host was asked, what a file holds, and the verdict of the independent readers on every file
+%% that a case leaves.
+%%
+%% All cases run against each kind of host, in the groups `tokens' and `text'.
 -module(erllama_cache_erllama_util).
 
 -include("erllama_cache_erllama_util.hrl").
 -include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
--export([suite/0]).
--export([init/2, pre_init_per_suite/3, pre_init_per_testcase/4, post_end_per_testcase/5]).
+-export([suite/0, all/0, groups/1]).
+-export([init/2, pre_init_per_suite/3, pre_init_per_group/4, post_end_per_group/5]).
+-export([pre_init_per_testcase/4, post_end_per_testcase/5]).
+-export([load_fakes/1, load_fake/2, meta/0, meta/1, by_kind/2, key_of/2, encoded/1]).
 -export([start_writer/1, restart_writer/1, wait_in_line/0, waiting/0]).
 -export([save/0, save/1, save/2, saved_and_forgotten/1, untidy_actor/0]).
 -export([fails_and_is_undone/4, assert_nothing_left/1, assert_only/2, nothing_open/1]).
 -export([script_failure/0, host_calls/0, calls/0, calls_after_the_key/0, calls_but_the_check/0]).
+-export([is_about_the_key/1]).
 -export([args/1, token/1]).
 -export([stored_payload/2, stored_quant_byte/2, payload/1, tags/1, oracle/1, on_peer/2]).
 
 -import(erllama_cache_test_util, [
-    fresh_dir/2, files/1, open_files/1, file_of/2, meta/0, eventually/1, actor/0, actor/1, tell/2,
-    run_command/2, stop/1
+    fresh_dir/2, files/1, open_files/1, file_of/2, eventually/1, actor/0, actor/1, tell/2,
+    run_command/2, source/1, stop/1
 ]).
 
 %%% The fixture
 
 suite() ->
     [{timetrap, {seconds, 60}}, {ct_hooks, [?MODULE]}].
+
+%% For a suite's all/0.
+all() ->
+    [{group, KeyedBy} || {KeyedBy, _, _} <- groups([])].
+
+%% For its groups/0: these cases, or groups of them, for each kind of host.
+groups(Tests) ->
+    [{KeyedBy, [], Tests} || KeyedBy <- [tokens, text]].
 
 init(_Id, _Options) ->
     {ok, none}.
@@ -40,8 +53,19 @@ pre_init_per_suite(_Suite, Config, State) ->
             {Config, State}
     end.
 
+pre_init_per_group(_Suite, KeyedBy, Config, State) when KeyedBy =:= tokens; KeyedBy =:= text ->
+    {[{keyed_by, KeyedBy} | Config], State};
+pre_init_per_group(_Suite, _Group, Config, State) ->
+    {Config, State}.
+
+%% Others find the kind that is compiled.
+post_end_per_group(_Suite, _Group, _Config, Return, State) ->
+    ok = load_fakes(tokens),
+    {Return, State}.
+
 pre_init_per_testcase(_Suite, Case, Config, State) ->
     Root = fresh_dir(Case, Config),
+    ok = load_fakes(proplists:get_value(keyed_by, Config, tokens)),
     ok = erllama_fake:start(?TIER, Root),
     start_writer(?LIMIT),
     eventually(fun() -> ?WRITER:current() =:= 0 end),
@@ -79,6 +103,52 @@ unmount(Dir) ->
         {error, enoent} ->
             ok
     end.
+
+%%% The kind of host
+
+%% The fakes that differ from kind to kind; the last one tells of which they are.
+-define(OF_A_KIND, [erllama_cache_key, erllama_cache_meta_srv, erllama_cache_counters,
+                    erllama_fake_kvc]).
+
+%% Makes this node's fakes those of a host of this kind. None of them may run.
+load_fakes(KeyedBy) ->
+    case erllama_fake:keyed_by() of
+        KeyedBy -> ok;
+        _ -> lists:foreach(fun(Module) -> load_fake(Module, KeyedBy) end, ?OF_A_KIND)
+    end.
+
+load_fake(Module, KeyedBy) ->
+    Source = source(Module),
+    Defines = [{d, 'TEXT_KEYED'} || KeyedBy =:= text],
+    {ok, Module, Beam} = compile:file(Source, [binary, debug_info | Defines]),
+    %% What is left of the time before the last change.
+    _ = code:purge(Module),
+    {module, Module} = code:load_binary(Module, Source, Beam),
+    ok.
+
+%% A build_meta map: with other tokens it has another key, of either kind.
+meta() ->
+    #{tokens := Tokens} = erllama_cache_test_util:meta(),
+    meta(Tokens).
+
+meta(Tokens) ->
+    Text = iolist_to_binary(io_lib:format("~w", [Tokens])),
+    (erllama_cache_test_util:meta(Tokens))#{prompt_text => Text}.
+
+%% What is so in a token-keyed host, and what in a text-keyed one.
+by_kind(OfTokens, OfText) ->
+    case erllama_fake:keyed_by() of
+        tokens -> OfTokens;
+        text -> OfText
+    end.
+
+%% The key that a map has in this host, computed by nobody's code but this.
+key_of(#{fingerprint := Fingerprint, ctx_params_hash := CtxParamsHash} = Meta, QuantByte) ->
+    Content = by_kind(encoded(maps:get(tokens, Meta)), maps:get(prompt_text, Meta, <<>>)),
+    crypto:hash(sha256, [Fingerprint, QuantByte, CtxParamsHash, Content]).
+
+encoded(Tokens) ->
+    <<<<Token:32/little>> || Token <- Tokens>>.
 
 %%% Slots and saves, in short
 
@@ -151,14 +221,17 @@ script_failure() ->
 
 %% What a save that succeeds calls.
 host_calls() ->
-    [encode_tokens, make, quant_byte, reserve_save, dir, check_reservation, mark_published,
-     announce_saved, incr].
+    [encode_tokens, by_kind(make, make_text), quant_byte, reserve_save, dir, check_reservation,
+     mark_published, announce_saved, incr].
 
 calls() ->
     [Name || {Name, _Args, _Caller} <- erllama_fake:calls()].
 
 calls_after_the_key() ->
-    [Name || Name <- calls(), not lists:member(Name, [make, quant_byte, encode_tokens])].
+    [Name || Name <- calls(), not is_about_the_key(Name)].
+
+is_about_the_key(Name) ->
+    lists:member(Name, [make, make_text, quant_byte, encode_tokens]).
 
 %% A small save, written and published at one go, checks its reservation before that.
 calls_but_the_check() ->
@@ -210,7 +283,8 @@ oracle(Args) ->
 
 %%% Other nodes
 
-%% Runs `Fun' on another node, started by this command, and returns what it returns.
+%% Runs `Fun' on another node, started by this command, with a host of the same kind, and returns
+%% what it returns.
 on_peer([Command | Args], Fun) ->
     {ok, Peer, _} = peer:start_link(#{
         connection => standard_io,
@@ -218,6 +292,7 @@ on_peer([Command | Args], Fun) ->
         args => ["-pa" | code:get_path()]
     }),
     try
+        ok = peer:call(Peer, ?MODULE, load_fakes, [erllama_fake:keyed_by()], 20000),
         peer:call(Peer, erlang, apply, [Fun, []], 20000)
     after
         peer:stop(Peer)

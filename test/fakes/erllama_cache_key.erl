@@ -1,13 +1,24 @@
 %% A fake of the host's module of this name: SHA-256 over fingerprint, quant byte, hash of the
-%% context's parameters, and tokens. It shares no code with the NIF.
+%% context's parameters, and tokens or text. It shares no code with the NIF.
 -module(erllama_cache_key).
 
--export([make/1, make/4, quant_byte/1, encode_tokens/1]).
+%% Which kind of host this is: see erllama_fake.
+-define(HAS_TOKENS, not defined(TEXT_KEYED)).
+-define(HAS_TEXT, defined(TEXT_KEYED) orelse defined(BOTH_KINDS)).
+
+-export([make/1, quant_byte/1, encode_tokens/1]).
+-if(?HAS_TOKENS).
+-export([make/4]).
+-endif.
+-if(?HAS_TEXT).
+-export([make_text/4, namespace/3]).
+-endif.
 -export([reset/0, grow/2, names/1]).
 
 %% The byte of every type that the table does not name.
 -define(NO_TYPE, 255).
 
+-if(?HAS_TOKENS).
 -spec make(#{fingerprint := <<_:256>>, quant_type := atom(), ctx_params_hash := <<_:256>>,
              tokens := [non_neg_integer()]}) -> <<_:256>>.
 make(#{fingerprint := <<_:256>> = Fingerprint, quant_type := QuantType,
@@ -25,6 +36,32 @@ make(<<_:256>> = Fingerprint, QuantType, <<_:256>> = CtxParamsHash, Tokens)
     erllama_fake:call(make, [Fingerprint, QuantType, CtxParamsHash, Tokens], fun() ->
         key(Fingerprint, QuantType, CtxParamsHash, Tokens)
     end).
+-else.
+-spec make(#{fingerprint := <<_:256>>, quant_type := atom(), ctx_params_hash := <<_:256>>,
+             text := binary()}) -> <<_:256>>.
+make(#{fingerprint := <<_:256>> = Fingerprint, quant_type := QuantType,
+       ctx_params_hash := <<_:256>> = CtxParamsHash, text := Text} = Parts)
+    when is_atom(QuantType), is_binary(Text)
+->
+    erllama_fake:call(make, [Parts], fun() ->
+        key(Fingerprint, QuantType, CtxParamsHash, Text)
+    end).
+-endif.
+
+-if(?HAS_TEXT).
+-spec make_text(<<_:256>>, atom(), <<_:256>>, binary()) -> <<_:256>>.
+make_text(<<_:256>> = Fingerprint, QuantType, <<_:256>> = CtxParamsHash, Text)
+    when is_atom(QuantType), is_binary(Text)
+->
+    erllama_fake:call(make_text, [Fingerprint, QuantType, CtxParamsHash, Text], fun() ->
+        key(Fingerprint, QuantType, CtxParamsHash, Text)
+    end).
+
+%% No writer has anything to ask of it.
+-spec namespace(<<_:256>>, atom(), <<_:256>>) -> no_return().
+namespace(<<_:256>> = Fingerprint, QuantType, <<_:256>> = CtxParamsHash) when is_atom(QuantType) ->
+    error({breaks_the_contract, {namespace, Fingerprint, QuantType, CtxParamsHash}}).
+-endif.
 
 -spec quant_byte(atom()) -> byte().
 quant_byte(QuantType) when is_atom(QuantType) ->
@@ -53,8 +90,8 @@ names(Byte) ->
 later() ->
     persistent_term:get(?MODULE, #{}).
 
-key(Fingerprint, QuantType, CtxParamsHash, Tokens) ->
-    <<_:256>> = crypto:hash(sha256, [Fingerprint, byte(QuantType), CtxParamsHash, Tokens]).
+key(Fingerprint, QuantType, CtxParamsHash, Content) ->
+    <<_:256>> = crypto:hash(sha256, [Fingerprint, byte(QuantType), CtxParamsHash, Content]).
 
 encode(Tokens) ->
     <<<<Token:32/little>> || Token <- Tokens>>.

@@ -12,8 +12,17 @@
 -module(erllama_cache_meta_srv).
 -behaviour(gen_server).
 
--export([reserve_save/3, check_reservation/2, mark_published/3, announce_saved/5,
-         cancel_reservation/2]).
+%% Which kind of host this is: see erllama_fake.
+-define(HAS_TOKENS, not defined(TEXT_KEYED)).
+-define(HAS_TEXT, defined(TEXT_KEYED) orelse defined(BOTH_KINDS)).
+
+-export([reserve_save/3, check_reservation/2, mark_published/3, cancel_reservation/2]).
+-if(?HAS_TOKENS).
+-export([announce_saved/5, insert_available/6]).
+-endif.
+-if(?HAS_TEXT).
+-export([announce_saved/6, insert_available/7]).
+-endif.
 -export([start/0, start_link/0]).
 -export([await/2, advance/1, expire/1, forget/1, reserved/0, stored/0, waiting/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
@@ -38,14 +47,17 @@
 }).
 
 -define(IS_KEY(Key), (is_binary(Key) andalso byte_size(Key) =:= 32)).
+-define(IS_TIER(Tier), (Tier =:= disk orelse Tier =:= ram_file)).
 -define(IS_PATH(Path), (is_list(Path) orelse is_binary(Path))).
+-define(IS_FILE(Size, Tokens), (is_integer(Size) andalso Size > 0 andalso is_binary(Tokens))).
+-define(IS_SIZE(Bytes), (is_integer(Bytes) andalso Bytes >= 0)).
 
 %%% The host's functions
 
 -spec reserve_save(<<_:256>>, disk | ram_file, pid()) ->
     {ok, reference()} | {error, already_present | conflict}.
 reserve_save(Key, Tier, Pid)
-    when ?IS_KEY(Key), Tier =:= disk orelse Tier =:= ram_file, is_pid(Pid)
+    when ?IS_KEY(Key), ?IS_TIER(Tier), is_pid(Pid)
 ->
     call(reserve_save, [Key, Tier, Pid]).
 
@@ -57,12 +69,37 @@ check_reservation(Key, Token) when ?IS_KEY(Key), is_reference(Token) ->
 mark_published(Key, Token, Path) when ?IS_KEY(Key), is_reference(Token), ?IS_PATH(Path) ->
     call(mark_published, [Key, Token, Path]).
 
+-if(?HAS_TOKENS).
 -spec announce_saved(<<_:256>>, reference(), pos_integer(), <<_:384>>, binary()) ->
     ok | {error, expired}.
 announce_saved(Key, Token, Size, <<_:48/binary>> = Header, Tokens)
-    when ?IS_KEY(Key), is_reference(Token), is_integer(Size), Size > 0, is_binary(Tokens)
+    when ?IS_KEY(Key), is_reference(Token), ?IS_FILE(Size, Tokens)
 ->
     call(announce_saved, [Key, Token, Size, Header, Tokens]).
+
+-spec insert_available(<<_:256>>, disk | ram_file, pos_integer(), <<_:384>>,
+                       {disk | ram_file, file:name_all()}, binary()) -> ok.
+insert_available(Key, Tier, Size, <<_:48/binary>> = Header, {Tier, Path}, Tokens)
+    when ?IS_KEY(Key), ?IS_TIER(Tier), ?IS_PATH(Path), ?IS_FILE(Size, Tokens)
+->
+    call(insert_available, [Key, Tier, Size, Header, {Tier, Path}, Tokens]).
+-endif.
+
+-if(?HAS_TEXT).
+-spec announce_saved(<<_:256>>, reference(), pos_integer(), <<_:384>>, binary(),
+                     non_neg_integer()) -> ok | {error, expired}.
+announce_saved(Key, Token, Size, <<_:48/binary>> = Header, Tokens, TextBytes)
+    when ?IS_KEY(Key), is_reference(Token), ?IS_FILE(Size, Tokens), ?IS_SIZE(TextBytes)
+->
+    call(announce_saved, [Key, Token, Size, Header, Tokens, TextBytes]).
+
+-spec insert_available(<<_:256>>, disk | ram_file, pos_integer(), <<_:384>>,
+                       {disk | ram_file, file:name_all()}, binary(), non_neg_integer()) -> ok.
+insert_available(Key, Tier, Size, <<_:48/binary>> = Header, {Tier, Path}, Tokens, TextBytes)
+    when ?IS_KEY(Key), ?IS_TIER(Tier), ?IS_PATH(Path), ?IS_FILE(Size, Tokens), ?IS_SIZE(TextBytes)
+->
+    call(insert_available, [Key, Tier, Size, Header, {Tier, Path}, Tokens, TextBytes]).
+-endif.
 
 -spec cancel_reservation(<<_:256>>, reference()) -> ok.
 cancel_reservation(Key, Token) when ?IS_KEY(Key), is_reference(Token) ->
@@ -159,21 +196,25 @@ handle_call({mark_published, Key, Token, Path}, _From, State) ->
         stale ->
             {reply, {error, expired}, State}
     end;
-handle_call({announce_saved, Key, Token, Size, Header, Tokens}, _From, State) ->
+handle_call(Announcement, _From, State) when element(1, Announcement) =:= announce_saved ->
+    [announce_saved, Key, Token | Description] = tuple_to_list(Announcement),
     case find(Key, Token, State) of
         {ok, #reservation{path = undefined}} ->
             breaks(announced_before_marked, State);
         {ok, #reservation{path = Path}} ->
-            case erllama_fake_kvc:look(Path) of
-                {ok, #{size := Size, header := Header, tokens := Tokens}, _Payload} ->
-                    {reply, ok, answer(Key, store(Key, drop(Key, State)))};
-                {ok, Info, _Payload} ->
-                    breaks({announced, {Size, Header, Tokens}, Info}, State);
-                {error, Reason} ->
-                    breaks({announced_file, Reason}, State)
+            case describes(Description, Key, Path) of
+                ok -> {reply, ok, answer(Key, store(Key, drop(Key, State)))};
+                {error, Reason} -> breaks({announced, Reason}, State)
             end;
         stale ->
             {reply, {error, expired}, State}
+    end;
+handle_call(Insertion, _From, State) when element(1, Insertion) =:= insert_available ->
+    [insert_available, Key, _Tier, Size, Header, {_, Path} | Content] = tuple_to_list(Insertion),
+    case {describes([Size, Header | Content], Key, Path), find(Key, State)} of
+        {ok, none} -> {reply, ok, answer(Key, store(Key, State))};
+        {ok, _} -> breaks({inserted, reserved}, State);
+        {{error, Reason}, _} -> breaks({inserted, Reason}, State)
     end;
 handle_call({cancel_reservation, Key, Token}, _From, #state{reservations = All} = State) ->
     case All of
@@ -220,6 +261,23 @@ handle_info({timeout, Timer, From}, #state{waiting = Waiting} = State) ->
             {noreply, State#state{waiting = Others}};
         false ->
             {noreply, State}
+    end.
+
+%% Whether a file is what is said of it: its size, its header, its tokens and, in a text-keyed host,
+%% the size of its text.
+describes(Description, Key, Path) ->
+    case erllama_fake_kvc:look(Path) of
+        {ok, #{key := Key, size := Size, header := Header, tokens := Tokens, prompt_text := Text},
+         _Payload} ->
+            File = [Size, Header, Tokens, byte_size(Text)],
+            case lists:sublist(File, length(Description)) of
+                Description -> ok;
+                _ -> {error, {Description, File}}
+            end;
+        {ok, #{key := Another}, _Payload} ->
+            {error, {file_of, Another}};
+        {error, _} = Error ->
+            Error
     end.
 
 breaks(What, State) ->
@@ -280,7 +338,7 @@ drop(Key, #state{reservations = Reservations} = State) ->
     State#state{reservations = Others}.
 
 store(Key, #state{stored = Stored} = State) ->
-    State#state{stored = [Key | Stored]}.
+    State#state{stored = [Key | lists:delete(Key, Stored)]}.
 
 answer(Key, #state{waiting = Waiting} = State) ->
     {Answered, Others} = lists:partition(fun({For, _, _}) -> For =:= Key end, Waiting),

@@ -3,18 +3,23 @@
 %%
 %% A call without a step in the script does what the host does. Everything runs in the calling
 %% process, as the host's own functions do: a step that blocks, blocks the caller.
+%%
+%% There are two kinds of host. The fakes are compiled as the token-keyed one (erllama 0.5), with
+%% TEXT_KEYED defined as the text-keyed one (0.10 and later), and for an analysis that runs nothing
+%% with BOTH_KINDS. erllama_cache_erllama_util:load_fakes/1 makes a node's fakes those of a kind.
 -module(erllama_fake).
 -behaviour(gen_server).
 
+-export([keyed_by/0]).
 -export([start/1, start/2, stop/0]).
 -export([script/2, calls/0, forget_calls/0]).
 -export([call/3, start_link/3]).
 -export([init/1, handle_call/3, handle_cast/2]).
 -export_type([name/0, step/0]).
 
--type name() :: make | quant_byte | encode_tokens | dir
+-type name() :: make | make_text | quant_byte | encode_tokens | dir
               | reserve_save | check_reservation | mark_published | announce_saved
-              | cancel_reservation | incr.
+              | insert_available | cancel_reservation | incr.
 %% The host's functions, whose names are unique without their modules.
 
 -type step() :: {return, term()}
@@ -28,6 +33,11 @@
     script = #{} :: #{name() => [step()]},
     calls = [] :: [{name(), Args :: list(), Caller :: pid()}]
 }).
+
+%% What the host that the fakes are makes keys of.
+-spec keyed_by() -> tokens | text.
+keyed_by() ->
+    erllama_fake_kvc:keyed_by().
 
 %% Starts the host's servers, with one tier server of this name and root.
 -spec start(atom(), file:name_all()) -> ok.

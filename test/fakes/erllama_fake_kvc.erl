@@ -1,8 +1,8 @@
-%% What the host makes of a file: its parser, as strict as the host's. It shares no code with the
-%% library, and is slow.
+%% What the host makes of a file: its parser, as strict as the host's, which takes files of one
+%% version only. It shares no code with the library, and is slow.
 -module(erllama_fake_kvc).
 
--export([read/1, look/1, parse/1]).
+-export([keyed_by/0, version/0, read/1, look/1, parse/1]).
 -export_type([info/0, reason/0]).
 
 -type info() :: #{
@@ -15,9 +15,25 @@
 }.
 -type reason() :: atom() | {atom(), term()}.
 
--define(HEADER, 48).
+%% Which kind of host this is: see erllama_fake.
+-ifdef(TEXT_KEYED).
+-define(KEYED_BY, text).
+-define(VERSION, 2).
+-define(LAST_REASON, 6).
+-else.
+-define(KEYED_BY, tokens).
+-define(VERSION, 1).
 -define(LAST_REASON, 5).
+-endif.
+
+-define(HEADER, 48).
 -define(LAST_MODE, 2).
+
+-spec keyed_by() -> tokens | text.
+keyed_by() -> ?KEYED_BY.
+
+-spec version() -> 1 | 2.
+version() -> ?VERSION.
 
 %% A file under its name: a key's file holds that key.
 -spec read(file:name_all()) -> {ok, info(), Payload :: binary()} | {error, reason()}.
@@ -58,9 +74,9 @@ parse(File, IsWhole) ->
         throw:Reason -> {error, Reason}
     end.
 
-parsed(<<"KVC", Version, _/binary>>, _IsWhole) when Version =/= 1 ->
+parsed(<<"KVC", Version, _/binary>>, _IsWhole) when Version =/= ?VERSION ->
     throw({unknown_version, Version});
-parsed(<<"KVC", 1, _QuantBits, Reason, 0:16, Count:32/little, _Hits:32, _Context:32, 0:32,
+parsed(<<"KVC", ?VERSION, _QuantBits, Reason, 0:16, Count:32/little, _Hits:32, _Context:32, 0:32,
          _Created:64, _Used:64, Bytes:64/little, Offset:64/little, Length:64/little,
          Crc:32/little, 0:32, PromptLength:32/little, Prompt:PromptLength/binary,
          TlvLength:32/little, Tlv:TlvLength/binary, Payload/binary>> = File, IsWhole) ->
@@ -75,7 +91,7 @@ parsed(<<"KVC", 1, _QuantBits, Reason, 0:16, Count:32/little, _Hits:32, _Context
     tag(16#08, Tags) =:= <<Count:32/little>> orelse throw(token_count),
     IsWhole(Payload, Crc) orelse throw(crc),
     Info = #{
-        key => key(Tags, Tokens), size => byte_size(File),
+        key => key(Tags, content(Tokens, Prompt)), size => byte_size(File),
         header => binary:part(File, 0, ?HEADER), tokens => Tokens, prompt_text => Prompt,
         tags => Tags
     },
@@ -85,14 +101,21 @@ parsed(<<"KVC", _/binary>>, _IsWhole) ->
 parsed(_File, _IsWhole) ->
     throw(no_magic).
 
-key(Tags, Tokens) ->
+%% What the key is made of, beside what all keys are.
+-ifdef(TEXT_KEYED).
+content(_Tokens, Prompt) -> Prompt.
+-else.
+content(Tokens, _Prompt) -> Tokens.
+-endif.
+
+key(Tags, Content) ->
     Fingerprint = sized(16#01, 32, Tags),
     <<Mode>> = sized(16#02, 1, Tags),
     Mode =< ?LAST_MODE orelse throw({unknown_fingerprint_mode, Mode}),
     <<QuantByte>> = sized(16#03, 1, Tags),
     erllama_cache_key:names(QuantByte) orelse throw({unknown_quant_byte, QuantByte}),
     CtxParamsHash = sized(16#04, 32, Tags),
-    crypto:hash(sha256, [Fingerprint, QuantByte, CtxParamsHash, Tokens]).
+    crypto:hash(sha256, [Fingerprint, QuantByte, CtxParamsHash, Content]).
 
 %% Tags that nobody knows are skipped, but none may come twice.
 tags(<<>>, Tags) ->

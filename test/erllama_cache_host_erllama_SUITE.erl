@@ -12,25 +12,38 @@
 -define(DUPLICATE_DROPPED, 16).
 %% Milliseconds.
 -define(LEASE, 60000).
+%% What the kinds of host do not have in common.
+-define(MAKE_4, {erllama_cache_key, make, 4}).
+-define(MAKE_TEXT, {erllama_cache_key, make_text, 4}).
+-define(ANNOUNCE_5, {?META_SRV, announce_saved, 5}).
+-define(ANNOUNCE_6, {?META_SRV, announce_saved, 6}).
 
 -import(erllama_cache_test_util, [
-    files/1, open_files/1, file_of/2, meta/0, meta/1, eventually/1, actor/0, ask/2, tell/2,
-    answer/2, kill/1, own_messages/0
+    files/1, open_files/1, file_of/2, eventually/1, actor/0, ask/2, tell/2, answer/2, kill/1,
+    own_messages/0, run_node/3
 ]).
 -import(erllama_cache_erllama_util, [
+    load_fakes/1, load_fake/2, meta/0, meta/1, by_kind/2, key_of/2, encoded/1, restart_writer/1,
     waiting/0, save/0, save/1, save/2, untidy_actor/0, assert_nothing_left/1, assert_only/2,
     nothing_open/1, script_failure/0, host_calls/0, calls/0, calls_after_the_key/0,
-    calls_but_the_check/0, args/1, stored_payload/2, stored_quant_byte/2, payload/1, oracle/1
+    calls_but_the_check/0, is_about_the_key/1, args/1, stored_payload/2, stored_quant_byte/2,
+    payload/1, oracle/1, on_peer/2
 ]).
 
 suite() ->
     erllama_cache_erllama_util:suite().
 
 all() ->
-    [{group, Group} || {Group, _, _} <- groups()].
+    erllama_cache_erllama_util:all().
 
 groups() ->
-    [
+    erllama_cache_erllama_util:groups([
+        {kinds, [], [
+            host_is_recognised_at_the_start,
+            modules_are_loaded_to_recognise_it,
+            host_of_neither_kind,
+            host_replaced_under_a_running_writer
+        ]},
         {calls, [], [
             save_calls_the_host_in_order,
             save_counts_its_reason,
@@ -58,7 +71,59 @@ groups() ->
             turn_that_follows_waits_for_the_announcement,
             failure_answers_nobody_who_waits
         ]}
-    ].
+    ]).
+
+%%% The kind of host
+
+host_is_recognised_at_the_start(Config) ->
+    ?assertEqual({ok, by_kind(tokens, text)}, erllama_cache_host_erllama:keyed_by()),
+    {ok, Key} = save(),
+    Version = by_kind(1, 2),
+    ?assertMatch({ok, <<"KVC", Version, _/binary>>},
+                 file:read_file(file_of(?config(root, Config), Key))).
+
+%% Unless code is embedded, the host's modules are loaded when they are first called.
+modules_are_loaded_to_recognise_it(_Config) ->
+    on_peer(["erl"], fun() ->
+        ok = lists:foreach(fun unload/1, [erllama_cache_key, ?META_SRV]),
+        %% The kind whose modules are on the disk.
+        ?assertEqual({ok, tokens}, erllama_cache_host_erllama:keyed_by())
+    end).
+
+%% One that has a module of each kind, and one that is not there.
+host_of_neither_kind(_Config) ->
+    on_peer(["erl"], fun() ->
+        ok = load_fake(erllama_cache_key, by_kind(text, tokens)),
+        Lacking = by_kind([?MAKE_4, ?ANNOUNCE_6], [?ANNOUNCE_5, ?MAKE_TEXT]),
+        ?assertEqual({error, {unknown_host, Lacking}}, ?WRITER:start_link(1)),
+        ?assertEqual(undefined, whereis(?WRITER))
+    end),
+    ?assertEqual({0, ""}, run_node("", {?MODULE, start_without_a_host}, [])).
+
+start_without_a_host() ->
+    All = [?MAKE_4, ?ANNOUNCE_5, ?MAKE_TEXT, ?ANNOUNCE_6],
+    {error, {unknown_host, All}} = ?WRITER:start_link(1),
+    halt(0).
+
+unload(Module) ->
+    _ = code:purge(Module),
+    _ = code:delete(Module),
+    false = code:is_loaded(Module),
+    ok.
+
+%% The next writer looks again. The other host deletes at its start what it does not take.
+host_replaced_under_a_running_writer(Config) ->
+    Root = ?config(root, Config),
+    {ok, First} = save(),
+    ok = erllama_fake:stop(),
+    ok = load_fakes(by_kind(text, tokens)),
+    ok = erllama_fake:start(?TIER, Root),
+    _ = restart_writer(?LIMIT),
+    {ok, Second} = save(),
+    ?assertNotEqual(First, Second),
+    ?assertEqual(key_of(meta(), 7), Second),
+    ?assertMatch({ok, #{key := Second}, ?PAYLOAD}, ?DISK_SRV:load(?TIER, Second)),
+    assert_only(file_of(Root, Second), Config).
 
 %%% What is asked
 
@@ -73,10 +138,8 @@ save_calls_the_host_in_order(Config) ->
     {ok, Key} = ?WRITER:save(?TIER, disk, meta(), Payload),
     ?assertEqual(0, ?WRITER:current()),
 
-    #{fingerprint := Fingerprint, quant_type := QuantType, ctx_params_hash := CtxParamsHash,
-      tokens := Tokens} = meta(),
-    TokensBin = <<<<Token:32/little>> || Token <- Tokens>>,
-    ?assertEqual(crypto:hash(sha256, [Fingerprint, 7, CtxParamsHash, TokensBin]), Key),
+    #{quant_type := QuantType, tokens := Tokens, prompt_text := Text} = meta(),
+    ?assertEqual(key_of(meta(), 7), Key),
     Path = file_of(Root, Key),
     {ok, <<Header:48/binary, _/binary>> = File} = file:read_file(Path),
     Size = byte_size(File),
@@ -84,10 +147,9 @@ save_calls_the_host_in_order(Config) ->
 
     %% Every call comes from here, and the key is known before anything is reserved.
     ?assertEqual([Self], lists:usort([Caller || {_, _, Caller} <- erllama_fake:calls()])),
-    {AboutTheKey, Others} = lists:splitwith(
-        fun(Name) -> lists:member(Name, [make, quant_byte, encode_tokens]) end, calls()
-    ),
-    ?assertEqual([true, true], [lists:member(Name, AboutTheKey) || Name <- [make, quant_byte]]),
+    {AboutTheKey, Others} = lists:splitwith(fun(Name) -> is_about_the_key(Name) end, calls()),
+    ?assertEqual(lists:sort([by_kind(make, make_text), quant_byte, encode_tokens]),
+                 lists:sort(AboutTheKey)),
     ?assertEqual([[QuantType]], args(quant_byte)),
     ?assertEqual(
         [reserve_save, dir, check_reservation, mark_published, announce_saved, incr], Others
@@ -97,7 +159,8 @@ save_calls_the_host_in_order(Config) ->
     [[Key, Token]] = args(check_reservation),
     ?assert(is_reference(Token)),
     ?assertEqual([[Key, Token, Path]], args(mark_published)),
-    ?assertEqual([[Key, Token, Size, Header, TokensBin]], args(announce_saved)),
+    Announced = [Key, Token, Size, Header, encoded(Tokens)],
+    ?assertEqual([Announced ++ by_kind([], [byte_size(Text)])], args(announce_saved)),
     ?assertEqual([[4]], args(incr)),
     ?assertEqual({[], [Key]}, {?META_SRV:reserved(), ?META_SRV:stored()}),
 
@@ -126,7 +189,7 @@ save_counts_its_reason(_Config) ->
         {evict, #{7 => 1}},
         {shutdown, #{8 => 1}},
         {unknown, #{}}
-    ],
+    ] ++ by_kind([], [{agent_prefix, #{22 => 1}}]),
     [
         begin
             ok = erllama_cache_counters:reset(),
@@ -168,11 +231,9 @@ save_names_both_tiers(_Config) ->
 %% A host whose table has grown must find what is saved.
 key_and_quant_byte_are_the_hosts(Config) ->
     ok = erllama_cache_key:grow(a_later_quant, 77),
-    Meta = #{fingerprint := Fingerprint, ctx_params_hash := CtxParamsHash, tokens := Tokens} =
-        (meta())#{quant_type := a_later_quant},
-    TokensBin = <<<<Token:32/little>> || Token <- Tokens>>,
+    Meta = (meta())#{quant_type := a_later_quant},
     {ok, Theirs} = save(Meta),
-    ?assertEqual(crypto:hash(sha256, [Fingerprint, 77, CtxParamsHash, TokensBin]), Theirs),
+    ?assertEqual(key_of(Meta, 77), Theirs),
     ?assertEqual(77, stored_quant_byte(Config, Theirs)),
     ?assertMatch({ok, #{key := Theirs}, ?PAYLOAD}, ?DISK_SRV:load(?TIER, Theirs)),
     {ok, Ours} = save(),
@@ -379,7 +440,7 @@ regranted_before_announcing(Config) ->
     {Mine, Theirs, Key} = regranted_at(announce_saved, <<"ours">>),
     ?assertEqual({{error, expired}, {ok, Key}}, {Mine, Theirs}),
     ?assertEqual(<<"ours">>, stored_payload(Config, Key)),
-    [[Key, Lost, _, _, _], [Key, Valid, _, _, _]] = args(announce_saved),
+    [[Key, Lost | _], [Key, Valid | _]] = args(announce_saved),
     ?assertNotEqual(Lost, Valid),
     regranted_is_over(Key, Config).
 

@@ -13,10 +13,10 @@
 -define(LEASE, 60000).
 
 -import(erllama_cache_test_util, [
-    files/1, open_files/1, file_of/2, meta/0, meta/1, eventually/1, actor/0, ask/2, tell/2, answer/2
+    files/1, open_files/1, file_of/2, eventually/1, actor/0, ask/2, tell/2, answer/2
 ]).
 -import(erllama_cache_erllama_util, [
-    start_writer/1, save/0, save/2, untidy_actor/0, args/1, on_peer/2
+    meta/0, meta/1, start_writer/1, save/0, save/2, untidy_actor/0, args/1, on_peer/2
 ]).
 -import(erllama_cache_hooked_host, [hold_turns/0, next_turn/1, go_on/1, waits_for_a_turn/1]).
 
@@ -24,11 +24,14 @@ suite() ->
     erllama_cache_erllama_util:suite().
 
 all() ->
-    [
+    erllama_cache_erllama_util:all().
+
+groups() ->
+    erllama_cache_erllama_util:groups([
         lease_is_renewed_while_it_writes,
         lease_is_renewed_while_it_waits_for_its_turn,
         key_lost_while_it_waits_for_its_turn
-    ].
+    ]).
 
 %% A save asks between its slices, if its last question was long enough ago: here that is at once.
 %% So it does between those in which it checks a file that has its name already.

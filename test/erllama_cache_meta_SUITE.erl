@@ -8,22 +8,32 @@
 
 -compile(export_all).
 
--import(erllama_cache_test_util, [files/1, file_of/2, meta/0, meta/1]).
+-import(erllama_cache_test_util, [files/1, file_of/2]).
 -import(erllama_cache_erllama_util, [
-    save/0, save/1, assert_nothing_left/1, calls_after_the_key/0, tags/1
+    meta/0, meta/1, by_kind/2, key_of/2, save/0, save/1, assert_nothing_left/1,
+    calls_after_the_key/0, tags/1
 ]).
+
+%% The quant byte of meta/0.
+-define(QUANT_BYTE, 7).
 
 suite() ->
     erllama_cache_erllama_util:suite().
 
 all() ->
-    [
+    erllama_cache_erllama_util:all().
+
+groups() ->
+    erllama_cache_erllama_util:groups([
         missing_keys,
         invalid_values,
         extreme_values,
         unknown_quant_type,
+        agent_prefix,
+        prompt_text_left_out,
+        long_prompt,
         defaults
-    ].
+    ]).
 
 missing_keys(Config) ->
     [
@@ -31,7 +41,7 @@ missing_keys(Config) ->
             ?assertEqual({error, {missing_key, Key}}, save(maps:remove(Key, meta()))),
             ?assertEqual([], calls_after_the_key())
         end
-     || Key <- maps:keys(meta())
+     || Key <- maps:keys(erllama_cache_test_util:meta())
     ],
     ?assertEqual(0, ?WRITER:current()),
     assert_nothing_left(Config),
@@ -101,12 +111,57 @@ unknown_quant_type(Config) ->
     ?assertEqual(#{}, erllama_cache_counters:all()),
     ?assertEqual(0, ?WRITER:current()).
 
+%% The save reason that only a text-keyed host has, and counts in a slot of its own.
+agent_prefix(Config) ->
+    Meta = (meta())#{save_reason := agent_prefix},
+    case by_kind(invalid, valid) of
+        invalid ->
+            ?assertEqual({error, {invalid_meta, save_reason}}, save(Meta)),
+            ?assertEqual([], erllama_fake:calls()),
+            assert_nothing_left(Config);
+        valid ->
+            {ok, Key} = save(Meta),
+            ?assertMatch({ok, <<"KVC", 2, _QuantBits, 6, _/binary>>}, file_with(Key, Config)),
+            ?assertEqual(#{22 => 1}, erllama_cache_counters:all())
+    end.
+
+%% It counts as empty, in the key too.
+prompt_text_left_out(Config) ->
+    Meta = maps:remove(prompt_text, meta()),
+    {ok, Key} = save(Meta),
+    ?assertEqual(key_of(Meta#{prompt_text => <<>>}, ?QUANT_BYTE), Key),
+    {ok, <<_:72/binary, 0:32, _/binary>>} = file_with(Key, Config),
+    Stored = {error, already_present},
+    ?assertEqual(Stored, save(Meta#{prompt_text => <<>>})),
+    %% What is not in the key makes no other.
+    ?assertEqual(by_kind(Stored, ok), result(save(Meta#{prompt_text => <<"another">>}))),
+    ?assertEqual(by_kind(ok, Stored), result(save(Meta#{tokens => [2]}))).
+
+result({ok, _Key}) -> ok;
+result({error, _} = Error) -> Error.
+
+%% As long as the prompts of agents are, and longer.
+long_prompt(Config) ->
+    [
+        begin
+            Meta = (meta([Bytes]))#{prompt_text => crypto:strong_rand_bytes(Bytes)},
+            {ok, Key} = save(Meta),
+            ?assertEqual(key_of(Meta, ?QUANT_BYTE), Key),
+            ?assertMatch({ok, <<_:72/binary, Bytes:32/little, _/binary>>}, file_with(Key, Config))
+        end
+     || Bytes <- [1, 65536, 1 bsl 20]
+    ].
+
+file_with(Key, Config) ->
+    file:read_file(file_of(?config(root, Config), Key)).
+
 defaults(Config) ->
     Earliest = erlang:system_time(second),
     {ok, Key} = save(),
     Latest = erlang:system_time(second),
-    {ok, File} = file:read_file(file_of(?config(root, Config), Key)),
-    <<"KVC", 1, 4, 1, 0:16, 4:32/little, 0:32, 4096:32/little, 0:32, Created:64/little,
+    {ok, File} = file_with(Key, Config),
+    Version = erllama_fake_kvc:version(),
+    <<"KVC", Version, 4, 1, 0:16, 4:32/little, 0:32, 4096:32/little, 0:32, Created:64/little,
       Used:64/little, _/binary>> = File,
     ?assert(Created >= Earliest andalso Created =< Latest),
     ?assertEqual(Created, Used),
@@ -119,14 +174,14 @@ defaults(Config) ->
     Undefined = #{hostname => undefined, erllama_version => undefined,
                   save_reason_detail => undefined},
     {ok, Same} = save(maps:merge(meta([1]), Undefined)),
-    {ok, SameFile} = file:read_file(file_of(?config(root, Config), Same)),
+    {ok, SameFile} = file_with(Same, Config),
     Texts = [16#05, 16#06, 16#07],
     ?assertEqual(maps:with(Texts, Tags), maps:with(Texts, tags(SameFile))),
     %% Inside the host its version is known.
     ok = application:load({application, erllama, [{vsn, "0.5.1"}]}),
     try
         {ok, Inside} = save(meta([2])),
-        {ok, Later} = file:read_file(file_of(?config(root, Config), Inside)),
+        {ok, Later} = file_with(Inside, Config),
         ?assertEqual(<<"0.5.1">>, maps:get(16#06, tags(Later)))
     after
         application:unload(erllama)

@@ -7,20 +7,24 @@
 
 -compile(export_all).
 
--import(erllama_cache_test_util, [file_of/2, meta/1, run_command/2]).
+-import(erllama_cache_test_util, [file_of/2, run_command/2]).
 -import(erllama_cache_erllama_util, [
-    start_writer/1, save/0, save/1, fails_and_is_undone/4, calls/0, args/1, payload/1, on_peer/2
+    meta/1, start_writer/1, save/0, save/1, fails_and_is_undone/4, calls/0, args/1, payload/1,
+    on_peer/2
 ]).
 
 suite() ->
     erllama_cache_erllama_util:suite().
 
 all() ->
-    [
+    erllama_cache_erllama_util:all().
+
+groups() ->
+    erllama_cache_erllama_util:groups([
         root_as_string_and_binary,
         root_with_a_nul,
         roots_beyond_ascii
-    ].
+    ]).
 
 root_as_string_and_binary(Config) ->
     Root = ?config(root, Config),

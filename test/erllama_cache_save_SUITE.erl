@@ -11,24 +11,24 @@
 -compile(export_all).
 
 -import(erllama_cache_test_util, [
-    fresh_dir/2, files/1, open_files/1, file_of/2, meta/0, meta/1, eventually/1, actor/0, ask/2,
-    tell/2, answer/2, kill/1, run_command/2, patch/3, flip/2
+    fresh_dir/2, files/1, open_files/1, file_of/2, eventually/1, actor/0, ask/2, tell/2, answer/2,
+    kill/1, run_command/2, patch/3, flip/2
 ]).
 -import(erllama_cache_erllama_util, [
-    start_writer/1, restart_writer/1, waiting/0, save/0, save/1, save/2, saved_and_forgotten/1,
-    fails_and_is_undone/4, assert_nothing_left/1, assert_only/2, nothing_open/1, calls/0,
-    calls_after_the_key/0, calls_but_the_check/0, args/1, token/1, stored_payload/2, payload/1,
-    oracle/1, on_peer/2
+    meta/0, meta/1, start_writer/1, restart_writer/1, waiting/0, save/0, save/1, save/2,
+    saved_and_forgotten/1, fails_and_is_undone/4, assert_nothing_left/1, assert_only/2,
+    nothing_open/1, calls/0, calls_after_the_key/0, calls_but_the_check/0, args/1, token/1,
+    stored_payload/2, payload/1, oracle/1, on_peer/2
 ]).
 
 suite() ->
     erllama_cache_erllama_util:suite().
 
 all() ->
-    [{group, Group} || {Group, _, _} <- groups()].
+    erllama_cache_erllama_util:all().
 
 groups() ->
-    [
+    erllama_cache_erllama_util:groups([
         {saving, [], [
             save_waits_for_a_slot,
             save_without_a_slot_does_nothing,
@@ -52,11 +52,12 @@ groups() ->
             name_taken_while_writing,
             damaged_file_is_replaced,
             file_of_another_key_is_replaced,
+            file_of_the_other_version_is_replaced,
             fifo_is_replaced,
             link_is_replaced_and_its_target_stays,
             directory_is_an_error
         ]}
-    ].
+    ]).
 
 %%% Saving
 
@@ -115,7 +116,7 @@ built_alike(Meta, Payload, Config) ->
     {ok, Key} = save(Meta, Payload),
     {ok, File} = file:read_file(file_of(Root, Key)),
     [Json, Raw, Built] = [filename:join(Root, Name) || Name <- ["json", "raw", "built"]],
-    ok = file:write_file(Json, json(Meta)),
+    ok = file:write_file(Json, json(Meta#{version => erllama_fake_kvc:version()})),
     ok = file:write_file(Raw, Payload),
     ?assertEqual({0, ""}, oracle(["build", Json, Raw, Built])),
     {ok, Expected} = file:read_file(Built),
@@ -312,7 +313,7 @@ valid_file_is_adopted(Config) ->
     ?assertMatch({ok, #file_info{inode = Inode}}, file:read_file_info(Path)),
     %% Told is what stands there.
     ?assertMatch([[Key, _, Path]], args(mark_published)),
-    ?assertMatch([[Key, _, Size, Header, _]], args(announce_saved)),
+    ?assertMatch([[Key, _, Size, Header | _]], args(announce_saved)),
     assert_only(Path, Config).
 
 %% The host counts hits in the file itself: that does not make it invalid.
@@ -392,6 +393,16 @@ file_of_another_key_is_replaced(Config) ->
     ok = file:delete(file_of(?config(root, Config), Other)),
     ?assertEqual({ok, Key}, save(meta(), <<"its own">>)),
     ?assertEqual(<<"its own">>, stored_payload(Config, Key)),
+    assert_only(Path, Config).
+
+%% It is whole, and of the same prompt, but the host's parser does not take it.
+file_of_the_other_version_is_replaced(Config) ->
+    {Key, Path} = saved_and_forgotten(Config),
+    {ok, <<"KVC", Version, Rest/binary>>} = file:read_file(Path),
+    ok = file:write_file(Path, <<"KVC", (3 - Version), Rest/binary>>),
+    ?assertEqual({ok, Key}, save(meta(), <<"of the host's version">>)),
+    ?assertEqual(<<"of the host's version">>, stored_payload(Config, Key)),
+    ?assertMatch({ok, <<"KVC", Version, _/binary>>}, file:read_file(Path)),
     assert_only(Path, Config).
 
 %% Opening one to read waits for a writer, who never comes: the timetrap would tell.

@@ -8,16 +8,17 @@
 -include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
 
--export([suite/0, all/0, init_per_suite/1, end_per_suite/1, init_per_testcase/2,
-         end_per_testcase/2]).
+-export([suite/0, all/0, groups/0, init_per_suite/1, end_per_suite/1, init_per_group/2,
+         end_per_group/2, init_per_testcase/2, end_per_testcase/2]).
 -export([any_process_of_a_node_with_erllama/1, any_process_of_a_node_without/1,
          any_process_while_a_root_is_away/1, top_of_either_application/1]).
 %% The application that stands in for erllama, and its supervisors.
 -export([start/2, stop/1, init/1]).
 
 -import(erllama_cache_test_util, [
-    fresh_dir/2, meta/1, eventually/1, actor/0, ask/2, kill/1
+    fresh_dir/2, eventually/1, actor/0, ask/2, kill/1
 ]).
+-import(erllama_cache_erllama_util, [load_fakes/1, meta/1]).
 
 -define(WRITER, erllama_cache_writer).
 -define(OURS, erllama_cache_nif).
@@ -32,12 +33,14 @@ suite() ->
     [{timetrap, {minutes, 10}}].
 
 all() ->
-    [
+    erllama_cache_erllama_util:all() ++ [any_process_of_a_node_without].
+
+groups() ->
+    erllama_cache_erllama_util:groups([
         any_process_of_a_node_with_erllama,
-        any_process_of_a_node_without,
         any_process_while_a_root_is_away,
         top_of_either_application
-    ].
+    ]).
 
 init_per_suite(Config) ->
     {ok, Started} = application:ensure_all_started(crypto),
@@ -49,6 +52,13 @@ init_per_suite(Config) ->
 end_per_suite(Config) ->
     ok = logger:set_primary_config(level, ?config(level, Config)),
     lists:foreach(fun application:stop/1, ?config(started, Config)).
+
+init_per_group(KeyedBy, Config) ->
+    ok = load_fakes(KeyedBy),
+    Config.
+
+end_per_group(_KeyedBy, _Config) ->
+    load_fakes(tokens).
 
 init_per_testcase(Case, Config) ->
     Named = fun(Name) -> fresh_dir(lists:concat([Case, "_", Name]), Config) end,

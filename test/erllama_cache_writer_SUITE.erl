@@ -11,20 +11,21 @@
 -compile(export_all).
 
 -import(erllama_cache_test_util, [
-    meta/0, meta/1, eventually/1, actor/0, ask/2, tell/2, answer/2, kill/1, own_messages/0, stop/1
+    eventually/1, actor/0, ask/2, tell/2, answer/2, kill/1, own_messages/0, stop/1
 ]).
 -import(erllama_cache_erllama_util, [
-    start_writer/1, restart_writer/1, wait_in_line/0, waiting/0, save/0, save/1, on_peer/2
+    meta/0, meta/1, start_writer/1, restart_writer/1, wait_in_line/0, waiting/0, save/0, save/1,
+    on_peer/2
 ]).
 
 suite() ->
     erllama_cache_erllama_util:suite().
 
 all() ->
-    [{group, Group} || {Group, _, _} <- groups()].
+    erllama_cache_erllama_util:all().
 
 groups() ->
-    [
+    erllama_cache_erllama_util:groups([
         {server, [], [
             server_has_its_name_and_is_alone,
             unknown_calls_are_answered,
@@ -51,7 +52,7 @@ groups() ->
             owner_ends_in_any_way,
             owner_dies_waiting
         ]}
-    ].
+    ]).
 
 %%% The server
 

@@ -7,8 +7,8 @@
 
 -compile(export_all).
 
--import(erllama_cache_test_util, [files/1, open_files/1, file_of/2, flip/2, meta/1]).
--import(erllama_cache_erllama_util, [save/0, save/2, restart_writer/1]).
+-import(erllama_cache_test_util, [files/1, open_files/1, file_of/2, flip/2]).
+-import(erllama_cache_erllama_util, [meta/1, save/0, save/2, restart_writer/1]).
 -import(erllama_cache_hooked_host, [hold_turns/0, go_on/1]).
 
 -define(READER, erllama_cache_reader).
@@ -17,7 +17,10 @@ suite() ->
     erllama_cache_erllama_util:suite().
 
 all() ->
-    [
+    erllama_cache_erllama_util:all().
+
+groups() ->
+    erllama_cache_erllama_util:groups([
         loads_what_the_host_loads,
         asks_the_tier_server_for_its_root_only,
         misses_what_is_not_there,
@@ -29,7 +32,7 @@ all() ->
         loads_from_a_store,
         refuses_wrong_options,
         exits_without_a_tier_server
-    ].
+    ]).
 
 loads_what_the_host_loads(_Config) ->
     {ok, Key} = save(),

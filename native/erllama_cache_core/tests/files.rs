@@ -885,6 +885,26 @@ fn fill_with_everything(dir: &Path) -> [String; 5] {
     others
 }
 
+/// It has no room for all that a scan reads of a file.
+#[test]
+fn a_scan_keeps_a_short_file_of_a_later_version() {
+    for len in 72..76 {
+        let dir = root();
+        let mut file = vec![0; len];
+        file[..4].copy_from_slice(b"KVC\x03");
+        fs::write(path(dir.path(), 1), &file).unwrap();
+        let found = scan(dir.path());
+        let kept = matches!(
+            found[..],
+            [Found::Skipped {
+                error: Error::Corrupt(Corrupt::UnsupportedVersion),
+                ..
+            }]
+        );
+        assert!(kept, "{len}: {found:?}");
+    }
+}
+
 #[test]
 fn a_scan_reports_files_and_removes_what_is_proven_not_to_be_one() {
     let dir = root();
@@ -895,9 +915,10 @@ fn a_scan_reports_files_and_removes_what_is_proven_not_to_be_one() {
             Found::File {
                 key,
                 header,
+                key_len,
                 file_len,
             } => {
-                assert_eq!(header.last_used_time, 1_700_000_000);
+                assert_eq!((header.last_used_time, key_len), (1_700_000_000, 1));
                 files.push((key.to_hex(), file_len));
             }
             Found::Removed { key, corrupt } => removed.push((key.to_hex(), corrupt.name())),

@@ -80,13 +80,18 @@ impl Place {
         complete(|| check.step(&Slice::unlimited()))
     }
 
-    /// The keys and versions that a start finds; nothing else may be there.
-    fn scan(&self) -> Vec<(Key, Version)> {
+    /// The keys, versions and lengths that a start finds; nothing else may be there.
+    fn scan(&self) -> Vec<(Key, Version, usize)> {
         let mut scan = Scan::open(self.open(), self.secret().is_some(), None).unwrap();
         let mut found = Vec::new();
         complete(|| scan.step(&mut found, &Slice::unlimited())).unwrap();
         let file = |found| match found {
-            Found::File { key, header, .. } => (key, header.version),
+            Found::File {
+                key,
+                header,
+                key_len,
+                ..
+            } => (key, header.version, key_len as usize),
             other => panic!("{other:?}"),
         };
         found.into_iter().map(file).collect()
@@ -126,14 +131,22 @@ fn vectors_are_saved_byte_for_byte_and_loaded() {
             assert_eq!(outcome, Outcome::Adopted, "{}", vector.name);
         }
         let mut found = place.scan();
-        found.sort_by_key(|(key, _)| *key.as_bytes());
+        found.sort_by_key(|(key, ..)| *key.as_bytes());
         let mut expected: Vec<_> = vectors
             .iter()
-            .map(|vector| (vector.key(), vector.version))
+            .map(|vector| (vector.key(), vector.version, key_len(&vector.meta())))
             .collect();
-        expected.sort_by_key(|(key, _)| *key.as_bytes());
+        expected.sort_by_key(|(key, ..)| *key.as_bytes());
         assert_eq!(found, expected);
         oracle_takes(&place, vectors.len());
+    }
+}
+
+/// How many tokens, or bytes of text, the key is over.
+fn key_len(meta: &Meta<'_>) -> usize {
+    match meta.version {
+        Version::Tokens => meta.tokens.len() / 4,
+        Version::Text => meta.prompt_text.len(),
     }
 }
 
@@ -214,7 +227,7 @@ fn a_file_of_the_same_name_and_another_version_is_not_adopted() {
             assert_eq!(place.load(&key).unwrap(), (ours, b"ours".to_vec()));
             assert_eq!(place.save(key, &meta(ours), b"again"), Outcome::Adopted);
             assert_eq!(place.load(&key).unwrap(), (ours, b"ours".to_vec()));
-            assert_eq!(place.scan(), [(key, ours)]);
+            assert_eq!(place.scan(), [(key, ours, key_len(&meta(ours)))]);
         }
     }
 }

@@ -67,6 +67,7 @@ fn found_term<'a>(env: Env<'a>, found: &Found) -> Term<'a> {
             key,
             header,
             file_len,
+            ..
         } => (
             atoms::file(),
             key_term(key),

@@ -14,7 +14,8 @@ use super::root::Root;
 use super::sys::{self, Lock};
 use crate::error::{Context, Error};
 use crate::kvc::{
-    Corrupt, FIXED_LEN, Header, Key, ParsedPrefix, ReadAt, ReadError, read_exact_at, read_prefix,
+    Corrupt, FIXED_LEN, HEAD_LEN, Header, Key, ParsedPrefix, ReadAt, ReadError, read_exact_at,
+    read_prefix,
 };
 
 /// A name in a root.
@@ -216,6 +217,21 @@ impl Stored {
         let mut fixed = [0; FIXED_LEN];
         read_exact_at(&self.file, &mut fixed, 0)?;
         Ok(Header::parse(&fixed, self.stat.len)?)
+    }
+
+    /// Reads as [`Stored::header`] does, and how much the key is over, see [`Header::parse_head`].
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`], [`Error::Io`].
+    pub fn head(&self) -> Result<(Header, u32), Error> {
+        if self.stat.len < FIXED_LEN as u64 {
+            return Err(Corrupt::Truncated.into());
+        }
+        let mut head = [0; HEAD_LEN];
+        // A file that ends within these is none by its fixed part, which says what is wrong.
+        let there = self.stat.len.min(HEAD_LEN as u64) as usize;
+        read_exact_at(&self.file, &mut head[..there], 0)?;
+        Ok(Header::parse_head(&head, self.stat.len)?)
     }
 
     /// Reads all that comes before the payload.

@@ -19,6 +19,9 @@ pub enum Found {
         key: Key,
         /// What its header says.
         header: Header,
+        /// How much its key is over, by what the file claims: tokens in version 1, bytes of the
+        /// prompt's text in version 2.
+        key_len: u32,
         /// Its length in bytes.
         file_len: u64,
     },
@@ -129,11 +132,12 @@ impl Scan {
                 taken: Some(Taken::from(*stored.stat())),
             })
         };
-        match stored.header() {
-            Ok(header) => match self.takes(&stored) {
+        match stored.head() {
+            Ok((header, key_len)) => match self.takes(&stored) {
                 Ok(true) => Some(Found::File {
                     key,
                     header,
+                    key_len,
                     file_len: stored.len(),
                 }),
                 Ok(false) => skipped(Error::Unauthenticated),

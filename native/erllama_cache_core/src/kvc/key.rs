@@ -22,12 +22,31 @@ impl Key {
         ctx_params_hash: &[u8; 32],
         keyed: &[u8],
     ) -> Key {
-        let mut hash = Sha256::new();
-        hash.update(fingerprint);
-        hash.update([quant_byte]);
-        hash.update(ctx_params_hash);
+        let mut hash = namespace(fingerprint, quant_byte, ctx_params_hash);
         hash.update(keyed);
         Key(hash.finalize().into())
+    }
+
+    /// The keys of prefixes of `keyed`, which end at `ends`, in one pass over its bytes: what
+    /// [`Key::of`] returns for each. `None` unless the ends ascend and lie within `keyed`; two may
+    /// be the same.
+    #[must_use]
+    pub fn of_prefixes(
+        fingerprint: &[u8; 32],
+        quant_byte: u8,
+        ctx_params_hash: &[u8; 32],
+        keyed: &[u8],
+        ends: impl IntoIterator<Item = usize>,
+    ) -> Option<Vec<Key>> {
+        let mut hash = namespace(fingerprint, quant_byte, ctx_params_hash);
+        let mut done = 0;
+        ends.into_iter()
+            .map(|end| {
+                hash.update(keyed.get(done..end)?);
+                done = end;
+                Some(Key(hash.clone().finalize().into()))
+            })
+            .collect()
     }
 
     /// The key that these bytes are.
@@ -74,6 +93,16 @@ impl Key {
         }
         Some(Key(bytes))
     }
+}
+
+/// The hash of what keys are made of beside the tokens or the text: states in different namespaces
+/// never share a key.
+fn namespace(fingerprint: &[u8; 32], quant_byte: u8, ctx_params_hash: &[u8; 32]) -> Sha256 {
+    let mut hash = Sha256::new();
+    hash.update(fingerprint);
+    hash.update([quant_byte]);
+    hash.update(ctx_params_hash);
+    hash
 }
 
 impl fmt::Debug for Key {

@@ -6,6 +6,9 @@ use std::ops::Range;
 /// Bytes before the prompt section: the part of fixed size.
 pub const FIXED_LEN: usize = 72;
 
+/// Bytes up to the prompt's text: the part of fixed size and the text's length.
+pub const HEAD_LEN: usize = FIXED_LEN + LENGTH_LEN;
+
 /// Bytes of the smallest prefix the layout allows: the fixed part and two empty sections.
 pub const MIN_PREFIX_LEN: usize = FIXED_LEN + 2 * LENGTH_LEN;
 

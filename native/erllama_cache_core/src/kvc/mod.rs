@@ -29,7 +29,7 @@ pub(crate) use digest::{PART, Parts};
 pub use encode::{DigestKind, EncodeError, Field, Prefix};
 pub use error::{Corrupt, ReadError};
 pub use key::Key;
-pub use layout::{FIXED_LEN, MAX_PREFIX_LEN, MIN_PREFIX_LEN};
+pub use layout::{FIXED_LEN, HEAD_LEN, MAX_PREFIX_LEN, MIN_PREFIX_LEN};
 pub use meta::{
     DigestMode, FingerprintMode, Meta, QUANT_OTHER, SaveReason, quant_byte, quant_name,
 };

@@ -9,9 +9,10 @@ use super::key::Key;
 use super::layout::{
     AT_CONTEXT_SIZE, AT_CRC, AT_CREATION_TIME, AT_HIT_COUNT, AT_LAST_USED_TIME, AT_PAYLOAD_BYTES,
     AT_PAYLOAD_LEN, AT_PAYLOAD_OFFSET, AT_QUANT_BITS, AT_SAVE_REASON, AT_TOKEN_COUNT, AT_VERSION,
-    DIGEST_LEN, FIXED_LEN, LENGTH_LEN, MAGIC, MAX_PREFIX_LEN, MIN_PREFIX_LEN, TAG_CTX_PARAMS_HASH,
-    TAG_DIGEST, TAG_ERLLAMA_VERSION, TAG_FINGERPRINT, TAG_FINGERPRINT_MODE, TAG_HOSTNAME,
-    TAG_QUANT_BYTE, TAG_SAVE_REASON_DETAIL, TAG_TOKEN_COUNT, TAG_TOKENS, TOKEN_LEN, digest_view,
+    DIGEST_LEN, FIXED_LEN, HEAD_LEN, LENGTH_LEN, MAGIC, MAX_PREFIX_LEN, MIN_PREFIX_LEN,
+    TAG_CTX_PARAMS_HASH, TAG_DIGEST, TAG_ERLLAMA_VERSION, TAG_FINGERPRINT, TAG_FINGERPRINT_MODE,
+    TAG_HOSTNAME, TAG_QUANT_BYTE, TAG_SAVE_REASON_DETAIL, TAG_TOKEN_COUNT, TAG_TOKENS, TOKEN_LEN,
+    digest_view,
 };
 use super::meta::{DigestMode, FingerprintMode, SaveReason};
 use super::version::Version;
@@ -44,6 +45,24 @@ pub struct Header {
 }
 
 impl Header {
+    /// Reads as [`Header::parse`] does, and how much the key is over: so many tokens in version 1,
+    /// bytes of the prompt's text in version 2. `bytes` are the file's first [`HEAD_LEN`]. That the
+    /// file has as much is not checked here.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Header::parse`].
+    pub fn parse_head(bytes: &[u8; HEAD_LEN], file_len: u64) -> Result<(Header, u32), Corrupt> {
+        let (fixed, text_len) = bytes.split_at(FIXED_LEN);
+        let (fixed, text_len) = (fixed.first_chunk(), text_len.first_chunk());
+        let header = Header::parse(fixed.ok_or(Corrupt::Truncated)?, file_len)?;
+        let key_len = match header.version {
+            Version::Tokens => header.token_count,
+            Version::Text => u32::from_le_bytes(*text_len.ok_or(Corrupt::Truncated)?),
+        };
+        Ok((header, key_len))
+    }
+
     /// Reads the fixed part of a file that has `file_len` bytes in all. After it, the prefix and
     /// the payload are known to fill the file exactly.
     ///
@@ -279,6 +298,16 @@ impl ParsedPrefix {
             &self.ctx_params_hash,
             version.keyed(self.tokens(), self.prompt_text()),
         )
+    }
+
+    /// How much the key is over: so many tokens in version 1, bytes of the prompt's text in version
+    /// 2.
+    #[must_use]
+    pub fn key_len(&self) -> usize {
+        match self.header.version {
+            Version::Tokens => self.tokens.len() / TOKEN_LEN,
+            Version::Text => self.prompt_text.len(),
+        }
     }
 
     /// All bytes before the payload.

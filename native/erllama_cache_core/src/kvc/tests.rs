@@ -207,6 +207,26 @@ fn with_more(tag: u8, value: &[u8]) -> Vec<u8> {
 
 proptest! {
     #[test]
+    fn a_prefixs_key_is_that_of_its_bytes(
+        keyed in vec(any::<u8>(), 0..300), ends in vec(0..400_usize, 0..20),
+    ) {
+        let of = |keyed: &[u8]| Key::of(&[1; 32], 2, &[3; 32], keyed);
+        let of_prefixes = |ends: &[usize]| {
+            Key::of_prefixes(&[1; 32], 2, &[3; 32], &keyed, ends.iter().copied())
+        };
+        let mut sorted = ends.clone();
+        sorted.sort_unstable();
+        let expected: Option<Vec<_>> = sorted
+            .iter()
+            .map(|&end| keyed.get(..end).map(of))
+            .collect();
+        prop_assert_eq!(of_prefixes(&sorted), expected);
+        if !ends.is_sorted() {
+            prop_assert_eq!(of_prefixes(&ends), None);
+        }
+    }
+
+    #[test]
     fn what_is_written_is_read(owned in arbitrary()) {
         let file = owned.file();
         let tokens = owned.tokens_le();
@@ -222,6 +242,14 @@ proptest! {
         prop_assert_eq!(prefix.key(), key);
 
         let header = prefix.header();
+        let keyed_len = match owned.version {
+            Version::Tokens => owned.tokens.len(),
+            Version::Text => owned.texts[0].len(),
+        };
+        prop_assert_eq!(prefix.key_len(), keyed_len);
+        let head = file.first_chunk().unwrap();
+        let parsed = Header::parse_head(head, file.len() as u64).unwrap();
+        prop_assert_eq!(parsed, (*header, keyed_len as u32));
         prop_assert_eq!(header.version, owned.version);
         prop_assert_eq!(header.save_reason, owned.save_reason);
         prop_assert_eq!(header.quant_bits, owned.quant_bits);

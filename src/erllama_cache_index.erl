@@ -5,16 +5,20 @@
 %% one of the same key; a reservation that becomes a file keeps its token. Every change names the
 %% token that it is about, and fails if another process was faster.
 %%
+%% A second table counts the files that a load may accept by their lengths, for those who look for
+%% the longest stored prefix.
+%%
 %% Every function exits with `{noproc, _}' when there is no such table: the store has ended.
 %%
 %% @private
 -module(erllama_cache_index).
 
 -export([new/2, delete/1, config/1, find_config/1]).
--export([row/2, fold/3, count/1, sizes/1, oldest/2]).
--export([file/4, refused_file/4, reservation/4]).
+-export([row/2, fold/3, count/1, sizes/1, oldest/2, lengths/3, length_counts/1]).
+-export([file/5, refused_file/4, reservation/4]).
 -export([claimable/2]).
--export([add/2, claim/3, renew/3, settle/3, use/3, refuse/2, noted/4, remove/2, clear/1]).
+-export([add/2, claim/3, renew/3, settle/3, use/3, noted/4]).
+-export([refuse/2, accept/3, remove/2, clear/1]).
 -export([end_lease/2]).
 -export_type([row/0, state/0]).
 
@@ -27,23 +31,31 @@
 -type state() :: present | refused | reserved.
 -type row() :: #row{}.
 
-%% Makes the table, with the constant part of its store's state. `error' if the name is taken.
+%% Makes the tables, with the constant part of their store's state. `error' if the name is taken.
 -spec new(erllama_cache_store:name(), term()) -> ok | error.
 new(Name, Config) ->
+    Lengths = ets:new(lengths, [
+        ordered_set, public, {read_concurrency, true}, {write_concurrency, true}
+    ]),
     try
         Name = ets:new(Name, [
             named_table, public, {keypos, #row.key}, {read_concurrency, true},
             {write_concurrency, true}
         ]),
-        true = ets:insert(Name, {config, config, Config}),
+        Tables = {ets:whereis(Name), Lengths},
+        true = ets:insert(Name, [{config, config, Config}, {tables, tables, Tables}]),
         ok
     catch
-        error:badarg -> error
+        error:badarg ->
+            true = ets:delete(Lengths),
+            error
     end.
 
 -spec delete(erllama_cache_store:name()) -> ok.
 delete(Name) ->
-    true = ets:delete(Name),
+    {Rows, Lengths} = tables(Name),
+    true = ets:delete(Rows),
+    true = ets:delete(Lengths),
     ok.
 
 -spec config(erllama_cache_store:name()) -> term().
@@ -67,8 +79,29 @@ table(Name, Fun) ->
     catch
         error:badarg:Stack ->
             case ets:whereis(Name) of
-                undefined -> exit({noproc, {erllama_cache_store, Name}});
+                undefined -> no_store(Name);
                 _ -> erlang:raise(error, badarg, Stack)
+            end
+    end.
+
+-spec no_store(erllama_cache_store:name()) -> no_return().
+no_store(Name) ->
+    exit({noproc, {erllama_cache_store, Name}}).
+
+%% Rows and lengths of one store. What belongs to both has to be written through these: between two
+%% uses of the name it may have become the name of another store's table.
+tables(Name) ->
+    table(Name, fun() -> ets:lookup_element(Name, tables, 3) end).
+
+in_tables(Name, Fun) ->
+    {Rows, Lengths} = tables(Name),
+    try
+        Fun(Rows, Lengths)
+    catch
+        error:badarg:Stack ->
+            case lists:member(undefined, [ets:info(Table, id) || Table <- [Rows, Lengths]]) of
+                true -> no_store(Name);
+                false -> erlang:raise(error, badarg, Stack)
             end
     end.
 
@@ -86,7 +119,7 @@ row(Name, Key) ->
 fold(Name, Fun, Acc) ->
     Rows = fun
         (#row{} = Row, Sofar) -> Fun(Row, Sofar);
-        (_Config, Sofar) -> Sofar
+        (_NoRow, Sofar) -> Sofar
     end,
     table(Name, fun() -> ets:foldl(Rows, Acc, Name) end).
 
@@ -119,17 +152,33 @@ oldest(Name, Least) ->
     All = table(Name, fun() -> ets:select(Name, Select) end),
     lists:sublist(lists:sort(All), max(Least, length(All) div 10)).
 
+%% The lengths of files whose keys are made of this, in ascending order, each once, up to `Most'.
+%% There may be none left of a length: see exchange/4.
+-spec lengths(erllama_cache_store:name(), erllama_cache_host:keyed_by(), non_neg_integer()) ->
+    [non_neg_integer()].
+lengths(Name, KeyedBy, Most) ->
+    Select = [{{{KeyedBy, '$1'}, '_'}, [{'=<', '$1', Most}], ['$1']}],
+    in_tables(Name, fun(_Rows, Lengths) -> ets:select(Lengths, Select) end).
+
+%% How many files there are of each length, or a few more: see exchange/4.
+-spec length_counts(erllama_cache_store:name()) ->
+    #{erllama_cache_nif:key_length() => pos_integer()}.
+length_counts(Name) ->
+    in_tables(Name, fun(_Rows, Lengths) -> maps:from_list(ets:tab2list(Lengths)) end).
+
 %%% Rows
 
 %% The row of a file.
--spec file(erllama_cache_nif:key(), pos_integer(), integer(), reference()) -> row().
-file(Key, Size, LastUsed, Token) ->
-    #row{key = Key, size = Size, last_used = not_ahead(LastUsed), state = present, token = Token}.
+-spec file(erllama_cache_nif:key(), erllama_cache_nif:key_length(), pos_integer(), integer(),
+           reference()) -> row().
+file(Key, Length, Size, LastUsed, Token) ->
+    #row{key = Key, length = Length, size = Size, last_used = not_ahead(LastUsed),
+         state = present, token = Token}.
 
 %% The row of a file that no load would accept.
 -spec refused_file(erllama_cache_nif:key(), non_neg_integer(), integer(), reference()) -> row().
 refused_file(Key, Size, LastUsed, Token) ->
-    (file(Key, Size, LastUsed, Token))#row{state = refused}.
+    #row{key = Key, size = Size, last_used = not_ahead(LastUsed), state = refused, token = Token}.
 
 %% The row of a reservation of the calling process, whose file may take so many bytes.
 -spec reservation(erllama_cache_nif:key(), non_neg_integer(), reference(), pid()) -> row().
@@ -148,7 +197,7 @@ lease_end() ->
 %% Adds a row; `false' when there is one of its key.
 -spec add(erllama_cache_store:name(), row()) -> boolean().
 add(Name, Row) ->
-    table(Name, fun() -> ets:insert_new(Name, Row) end).
+    exchange(Name, none, Row, fun(Rows) -> ets:insert_new(Rows, Row) end).
 
 %% What a new reservation may replace: nothing; the row of a file that is gone, or that no load
 %% accepts; a reservation whose process is dead or whose lease has ended.
@@ -182,9 +231,9 @@ present_still(Name, #row{key = Key} = Row) ->
 -spec claim(erllama_cache_store:name(), Old :: row() | none, New :: row()) -> boolean().
 claim(Name, none, New) ->
     add(Name, New);
-claim(Name, #row{key = Key, token = Token, state = State, expires = Expires}, New) ->
-    Old = #row{key = Key, token = Token, state = State, expires = Expires, _ = '_'},
-    replace(Name, Old, New).
+claim(Name, #row{key = Key, token = Token, state = State, expires = Expires} = Old, New) ->
+    Match = #row{key = Key, token = Token, state = State, expires = Expires, _ = '_'},
+    replace(Name, Old, Match, New).
 
 %% Renews a reservation's lease, if less is left of it than a running save needs.
 -spec renew(erllama_cache_store:name(), erllama_cache_nif:key(), reference()) ->
@@ -198,8 +247,8 @@ renew(Name, Key, Token) ->
     end.
 
 renew(Name, #row{key = Key, token = Token} = Row) ->
-    Reserved = #row{key = Key, token = Token, state = reserved, _ = '_'},
-    case replace(Name, Reserved, Row#row{expires = lease_end()}) of
+    Match = #row{key = Key, token = Token, state = reserved, _ = '_'},
+    case replace(Name, Row, Match, Row#row{expires = lease_end()}) of
         true -> ok;
         false -> {error, expired}
     end.
@@ -207,14 +256,47 @@ renew(Name, #row{key = Key, token = Token} = Row) ->
 %% Turns a reservation into its file, even if its owner is dead or its lease has ended.
 -spec settle(erllama_cache_store:name(), reference(), File :: row()) -> ok | {error, expired}.
 settle(Name, Token, #row{key = Key} = File) ->
-    Reserved = #row{key = Key, token = Token, state = reserved, _ = '_'},
-    case replace(Name, Reserved, File) of
+    Match = #row{key = Key, token = Token, state = reserved, _ = '_'},
+    case replace(Name, none, Match, File) of
         true -> ok;
         false -> {error, expired}
     end.
 
-replace(Name, Old, New) ->
-    table(Name, fun() -> ets:select_replace(Name, [{Old, [], [{const, New}]}]) end) =:= 1.
+%% Puts a row in the place of `Old', if that still matches.
+replace(Name, Old, Match, New) ->
+    Replace = [{Match, [], [{const, New}]}],
+    exchange(Name, Old, New, fun(Rows) -> ets:select_replace(Rows, Replace) =:= 1 end).
+
+%% Makes a change of one row, from `Old' to `New', that says whether it was made, and counts lengths
+%% accordingly.
+%%
+%% A length is counted before its file has a row, and discounted after that row has gone. So a count
+%% is never too low, whoever looks at whatever moment. It is too high in between, and for ever if
+%% the process is killed there: then someone who looks for a prefix looks up one length in vain. Too
+%% low, and a stored state would never be found.
+exchange(Name, Old, New, Change) ->
+    in_tables(Name, fun(Rows, Lengths) ->
+        ok = count(New, Lengths),
+        Done = Change(Rows),
+        ok = discount(case Done of true -> Old; false -> New end, Lengths),
+        Done
+    end).
+
+%% Only what may be loaded counts.
+count(#row{state = present, length = Length}, Lengths) ->
+    _ = ets:update_counter(Lengths, Length, 1, {Length, 0}),
+    ok;
+count(_NoFileToLoad, _Lengths) ->
+    ok.
+
+discount(#row{state = present, length = Length}, Lengths) ->
+    case ets:update_counter(Lengths, Length, -1) of
+        %% Unless another has counted one since.
+        0 -> _ = ets:delete_object(Lengths, {Length, 0}), ok;
+        _ -> ok
+    end;
+discount(_NoFileToLoad, _Lengths) ->
+    ok.
 
 %% Notes that the file of a key was used at this time, in milliseconds. Returns the uses since the
 %% last note in the file, and that note's time; `false' when the key has no row. In a reservation's
@@ -248,29 +330,45 @@ noted(Name, Key, Uses, Now) ->
 %% evicted, and a save of its key may replace it.
 -spec refuse(erllama_cache_store:name(), row() | none) -> ok.
 refuse(Name, #row{state = present, key = Key, token = Token} = Row) ->
-    Present = #row{key = Key, token = Token, state = present, _ = '_'},
-    _ = replace(Name, Present, Row#row{state = refused}),
+    Match = #row{key = Key, token = Token, state = present, _ = '_'},
+    _ = replace(Name, Row, Match, Row#row{state = refused}),
     ok;
 refuse(_Name, _NoFile) ->
+    ok.
+
+%% Marks a file that was refused as one of this length that a load has accepted: another node has
+%% replaced it, or it can be read again.
+-spec accept(erllama_cache_store:name(), row() | none, erllama_cache_nif:key_length()) -> ok.
+accept(Name, #row{state = refused, key = Key, token = Token} = Row, Length) ->
+    Match = #row{key = Key, token = Token, state = refused, _ = '_'},
+    _ = replace(Name, Row, Match, Row#row{state = present, length = Length}),
+    ok;
+accept(_Name, _NotRefused, _Length) ->
     ok.
 
 %% Removes a row, unless it has become another: one of another token, or a file where it was a
 %% reservation.
 -spec remove(erllama_cache_store:name(), row()) -> boolean().
-remove(Name, #row{key = Key, token = Token, state = State}) ->
-    States = case State of
-        reserved -> [reserved];
-        _ -> [present, refused]
-    end,
-    Match = [{#row{key = Key, token = Token, state = S, _ = '_'}, [], [true]} || S <- States],
-    table(Name, fun() -> ets:select_delete(Name, Match) end) =:= 1.
+remove(Name, #row{state = reserved} = Row) ->
+    remove_in_state(Name, Row);
+remove(Name, Row) ->
+    %% In this order: a load may refuse the file in between. If a load accepts it in between, the
+    %% file is there, and the row stays.
+    remove_in_state(Name, Row#row{state = present}) orelse
+        remove_in_state(Name, Row#row{state = refused}).
+
+remove_in_state(Name, #row{key = Key, token = Token, state = State} = Row) ->
+    Match = [{#row{key = Key, token = Token, state = State, _ = '_'}, [], [true]}],
+    exchange(Name, Row, none, fun(Rows) -> ets:select_delete(Rows, Match) =:= 1 end).
 
 %% Removes the rows of all files.
 -spec clear(erllama_cache_store:name()) -> ok.
 clear(Name) ->
-    Match = [{#row{state = S, _ = '_'}, [], [true]} || S <- [present, refused]],
-    _ = table(Name, fun() -> ets:select_delete(Name, Match) end),
-    ok.
+    Files = fold(Name, fun
+        (#row{state = reserved}, Rows) -> Rows;
+        (Row, Rows) -> [Row | Rows]
+    end, []),
+    lists:foreach(fun(Row) -> remove(Name, Row) end, Files).
 
 %% Ends the lease of a reservation, for tests that cannot wait for a minute.
 -spec end_lease(erllama_cache_store:name(), erllama_cache_nif:key()) -> ok.

@@ -1,6 +1,8 @@
 %% A row of a store's index, see erllama_cache_index.
 -record(row, {
     key :: erllama_cache_nif:key() | '_' | '$2',
+    %% Of a file, what its key is made of, and how much of it; `unknown' of one that was not read.
+    length = unknown :: erllama_cache_nif:key_length() | unknown | '_',
     %% Bytes: of the file, or of what a reservation's file may take.
     size = 0 :: non_neg_integer() | '_',
     %% Milliseconds of system time.

@@ -15,7 +15,7 @@
     semaphore_info/1, semaphore_holders/1, semaphore_waiters/1,
     guard_new/1, try_acquire/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
     handle_new/1, handle_pid/1,
-    quant_byte/1, encode_tokens/1, key/4, key_of_many/4,
+    quant_byte/1, encode_tokens/1, key/4, key_of_many/4, prefix_keys/5, prefix_keys_of_many/5,
     write_tmp/5, write_more/4, write_and_publish/5, write_and_publish_in_memory/4,
     publish/3, abort/1, secret_new/1, sync_failures/0, live_objects/0,
     load/4, load_more/2, load_abort/1, note_use/4, check/4, check_more/2,
@@ -23,8 +23,8 @@
     takes_unnamed/2, root_generation/1, exists/3, delete/3, scan/4, scan_more/2
 ]).
 -export_type([
-    semaphore/0, guard/0, tmp/0, root/0, key/0, secret/0, save_plan/0, save_options/0, failure/0,
-    found/0
+    semaphore/0, guard/0, tmp/0, root/0, key/0, key_length/0, secret/0, save_plan/0, save_options/0,
+    failure/0, found/0
 ]).
 
 -on_load(load_library/0).
@@ -36,6 +36,8 @@
 -type tmp() :: reference().
 -type root() :: binary().
 -type key() :: <<_:256>>.
+-type key_length() :: {erllama_cache_host:keyed_by(), non_neg_integer()}.
+%% What a key is made of, and of how much of it: so many tokens, or bytes of text.
 -type bytes_bound() :: non_neg_integer() | infinity.
 -type row() :: {pid(), Weight :: pos_integer(), Bytes :: non_neg_integer(),
                 Milliseconds :: non_neg_integer()}.
@@ -54,7 +56,7 @@
     {ok, linked | adopted | replaced, Size :: pos_integer(), Header :: <<_:384>>}.
 -type failure() :: {error, file:posix() | {errno, integer()} | {corrupt | read_back, atom()}
                            | {invalid_meta, atom()} | enomem | atom()}.
--type found() :: {file, key(), Size :: pos_integer(), LastUsed :: non_neg_integer()}
+-type found() :: {file, key(), key_length(), Size :: pos_integer(), LastUsed :: non_neg_integer()}
                | {removed, key(), Reason :: atom()}
                | swept
                | {skipped, key() | undefined, Size :: non_neg_integer(),
@@ -166,6 +168,17 @@ key(_Fingerprint, _QuantByte, _CtxParamsHash, _Tokens) -> ?NOT_LOADED.
 -spec key_of_many(<<_:256>>, byte(), <<_:256>>, binary()) -> key().
 key_of_many(_Fingerprint, _QuantByte, _CtxParamsHash, _Tokens) -> ?NOT_LOADED.
 
+%% The keys of the prefixes of `Keyed' that end at these bytes, one after another. The ends ascend
+%% and lie within `Keyed', or it is a `badarg'.
+-spec prefix_keys(<<_:256>>, byte(), <<_:256>>, Keyed :: binary(), Ends :: [non_neg_integer()]) ->
+    <<_:_*256>>.
+prefix_keys(_Fingerprint, _QuantByte, _CtxParamsHash, _Keyed, _Ends) -> ?NOT_LOADED.
+
+%% The same on a dirty scheduler, for many bytes or many ends.
+-spec prefix_keys_of_many(<<_:256>>, byte(), <<_:256>>, binary(), [non_neg_integer()]) ->
+    <<_:_*256>>.
+prefix_keys_of_many(_Fingerprint, _QuantByte, _CtxParamsHash, _Keyed, _Ends) -> ?NOT_LOADED.
+
 %% How many syncs of files and directories have failed since the library was loaded.
 -spec sync_failures() -> non_neg_integer().
 sync_failures() -> ?NOT_LOADED.
@@ -245,12 +258,12 @@ root_generation(_Root) -> ?NOT_LOADED.
 
 %% Verifies a stored file, its key included, without bringing it into memory.
 -spec check(turn(), root(), key(), none | secret()) ->
-    {ok, Size :: pos_integer(), LastUsed :: non_neg_integer()}
+    {ok, key_length(), Size :: pos_integer(), LastUsed :: non_neg_integer()}
     | {more, reference()} | miss | failure().
 check(_Turn, _Root, _Key, _Secret) -> ?NOT_LOADED.
 
 -spec check_more(turn(), reference()) ->
-    {ok, Size :: pos_integer(), LastUsed :: non_neg_integer()} | more | failure().
+    {ok, key_length(), Size :: pos_integer(), LastUsed :: non_neg_integer()} | more | failure().
 check_more(_Turn, _Check) -> ?NOT_LOADED.
 
 %% Whether the root's file system can create files without a name.

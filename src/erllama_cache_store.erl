@@ -15,7 +15,7 @@
 -include("erllama_cache_store.hrl").
 
 -export([start_link/2, child_spec/2]).
--export([load/2, load/3, delete/2, info/1, key/1, key/2, find_keyed_by/1]).
+-export([load/2, load/3, delete/2, info/1, key/1, key/2, longest_prefix/2, find_keyed_by/1]).
 -export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 -export_type([name/0, options/0, file_info/0, info/0]).
 
@@ -89,8 +89,15 @@
 
 %% Bytes that any processor hashes within half a millisecond.
 -define(FEW_BYTES, 131072).
+%% The same for the keys of prefixes, of which a caller may ask for each request, and how many bytes
+%% the key of one more prefix counts for.
+-define(FEW_BYTES_OF_PREFIXES, 32768).
+-define(BYTES_PER_PREFIX, 256).
+%% Of a token, in a file and in what a key is made of.
+-define(TOKEN_BYTES, 4).
 
--define(IS_KEY(Key), (is_binary(Key) andalso byte_size(Key) =:= 32)).
+-define(KEY_BYTES, 32).
+-define(IS_KEY(Key), (is_binary(Key) andalso byte_size(Key) =:= ?KEY_BYTES)).
 
 %%% Starting
 
@@ -187,12 +194,14 @@ load(Name, Key, Timeout) when is_atom(Name), ?IS_KEY(Key), ?IS_TIMEOUT(Timeout) 
     end,
     Result.
 
-used(#config{name = Name} = Config, Key, #{file_size := Size, last_used_time := InFile}, Known) ->
+used(#config{name = Name} = Config, Key, Info, Known) ->
+    #{file_size := Size, last_used_time := InFile} = Info,
     Now = now_ms(),
+    ok = erllama_cache_index:accept(Name, Known, length_of(Info)),
     case erllama_cache_index:use(Name, Key, Now) of
         {Uses, Noted} -> note_in_file(Config, Key, Uses, [Noted, InFile], Now div 1000);
         %% Saved by another node on the same root.
-        false when Known =:= none -> found(Config, Key, Size, Now);
+        false when Known =:= none -> found(Config, Key, length_of(Info), Size, Now);
         %% Deleted since.
         false -> ok
     end.
@@ -211,11 +220,16 @@ note_in_file(#config{name = Name, path = Path}, Key, Uses, Notes, Now) ->
     end.
 
 %% A file that the index does not know.
-found(#config{max_bytes = infinity, name = Name}, Key, Size, LastUsed) ->
-    _ = erllama_cache_index:add(Name, erllama_cache_index:file(Key, Size, LastUsed, make_ref())),
+found(#config{max_bytes = infinity, name = Name}, Key, Length, Size, LastUsed) ->
+    Row = erllama_cache_index:file(Key, Length, Size, LastUsed, make_ref()),
+    _ = erllama_cache_index:add(Name, Row),
     ok;
-found(#config{name = Name}, Key, Size, LastUsed) ->
-    gen_server:cast(Name, {found, Key, Size, LastUsed}).
+found(#config{name = Name}, Key, Length, Size, LastUsed) ->
+    gen_server:cast(Name, {found, Key, Length, Size, LastUsed}).
+
+%% What the key of a loaded file is made of.
+length_of(#{version := 1, tokens := Tokens}) -> {tokens, byte_size(Tokens) div ?TOKEN_BYTES};
+length_of(#{version := 2, prompt_text := Text}) -> {text, byte_size(Text)}.
 
 %% The file of this row is gone.
 gone(_Config, none) ->
@@ -226,6 +240,8 @@ gone(#config{max_bytes = infinity, name = Name}, Row) ->
     _ = erllama_cache_index:remove(Name, Row),
     ok;
 gone(#config{name = Name}, Row) ->
+    %% Nobody is to find it before the server has removed the row.
+    ok = erllama_cache_index:refuse(Name, Row),
     gen_server:cast(Name, {gone, Row}).
 
 %% If the root was made anew, or something was mounted there, the index is another directory's.
@@ -275,19 +291,60 @@ key(Meta) ->
 -spec key(erllama_cache_meta:identity(), #{keyed_by => erllama_cache_host:keyed_by()}) ->
     {ok, erllama_cache_writer:key()} | {error, erllama_cache_meta:invalid()}.
 key(Meta, Options) when is_map(Meta), is_map(Options) ->
-    KeyedBy = erllama_cache_config:keyed_by(Options),
-    case erllama_cache_meta:check_identity(KeyedBy, Meta) of
-        ok ->
-            case namespace(Meta) of
-                {ok, Namespace} -> key_of(Namespace, keyed(KeyedBy, Meta));
-                {error, _} = Error -> Error
-            end;
+    case key_parts(erllama_cache_config:keyed_by(Options), Meta) of
+        {ok, Namespace, Keyed} -> {ok, key_in(Namespace, Keyed)};
+        {error, _} = Error -> Error
+    end.
+
+%% @doc Finds the stored state with the longest prefix of these tokens, or of this `prompt_text' in
+%% a store that is keyed by text. It uses those fields of the map that make a key, as {@link key/2}
+%% does: a state is found if it has the same fingerprint, quantisation and context parameters. The
+%% length is in tokens, or in bytes of text. A state that was saved with no tokens, or with an empty
+%% text, is a prefix of every prompt, of length 0.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_writer:save(my_store, disk, Meta#{tokens => [1, 15043]}, Payload),
+%% {ok, Key, 2} = erllama_cache_store:longest_prefix(my_store, Meta#{tokens => [1, 15043, 3186]}),
+%% {ok, _Info, Payload} = erllama_cache_store:load(my_store, Key).
+%% '''
+%%
+%% No file is read. The answer is what the index knows: of the files that another node has saved
+%% since this store started, those that a load has found. It may be a file that somebody has deleted
+%% behind the store's back, or one that no load accepts. A load of it returns `miss',
+%% `{error, {corrupt, _}}' or `{error, unauthenticated}', and from then on it is not found any more:
+%% ask again, until a load succeeds or there is no prefix.
+%%
+%% This hashes the prompt once and looks up one key for each length that stored files have. Errors
+%% as of {@link key/1}. Exits with `{noproc, _}' when the store does not run.
+-spec longest_prefix(name(), erllama_cache_meta:identity()) ->
+    {ok, erllama_cache_writer:key(), Length :: non_neg_integer()} | miss
+    | {error, erllama_cache_meta:invalid()}.
+longest_prefix(Name, Meta) when is_atom(Name), is_map(Meta) ->
+    #config{keyed_by = KeyedBy} = config(Name),
+    case key_parts(KeyedBy, Meta) of
+        {ok, Namespace, Keyed} ->
+            Unit = bytes_per_unit(KeyedBy),
+            Lengths = erllama_cache_index:lengths(Name, KeyedBy, byte_size(Keyed) div Unit),
+            Keys = prefix_keys(Namespace, Keyed, [Length * Unit || Length <- Lengths]),
+            longest(Name, KeyedBy, lists:reverse(Lengths), Keys);
         {error, _} = Error ->
             Error
     end.
 
-key_of(_Namespace, {error, _} = Error) -> Error;
-key_of(Namespace, {ok, Keyed}) -> {ok, key_in(Namespace, Keyed)}.
+bytes_per_unit(tokens) -> ?TOKEN_BYTES;
+bytes_per_unit(text) -> 1.
+
+%% The keys are those of the lengths in ascending order.
+longest(_Name, _KeyedBy, [], <<>>) ->
+    miss;
+longest(Name, KeyedBy, [Length | Shorter], Keys) ->
+    Others = byte_size(Keys) - ?KEY_BYTES,
+    <<OtherKeys:Others/binary, Key/binary>> = Keys,
+    case erllama_cache_index:row(Name, Key) of
+        %% A file of the other version may have the same key: its text is the bytes of the tokens.
+        #row{state = present, length = {KeyedBy, Length}} -> {ok, binary:copy(Key), Length};
+        _ -> longest(Name, KeyedBy, Shorter, OtherKeys)
+    end.
 
 %% @doc Returns what the store holds, and its counts since it started. `files' includes those that
 %% no load accepts; `bytes' are those of whole files. `refused' counts loads that found such a file.
@@ -331,21 +388,19 @@ count_one(#config{counters = Counters}, Index) ->
 now_ms() ->
     erlang:system_time(millisecond).
 
-%%% For the writer
+%%% Keys
 
-%% @private
-identify(KeyedBy, #{tokens := Tokens, prompt_text := Text} = Meta) ->
-    case {namespace(Meta), encode_tokens(Tokens)} of
-        {{error, _} = Error, _} ->
-            Error;
-        {_, error} ->
-            {error, {invalid_meta, tokens}};
-        {{ok, {_, QuantByte, _} = Namespace}, Encoded} ->
-            Key = case KeyedBy of
-                tokens -> key_in(Namespace, Encoded);
-                text -> key_in(Namespace, Text)
-            end,
-            {ok, {Key, QuantByte, {KeyedBy, Encoded, byte_size(Text)}}}
+%% What a key is made of: the namespace, and the tokens or the text.
+key_parts(KeyedBy, Meta) ->
+    case erllama_cache_meta:check_identity(KeyedBy, Meta) of
+        ok ->
+            case {namespace(Meta), keyed(KeyedBy, Meta)} of
+                {{ok, Namespace}, {ok, Keyed}} -> {ok, Namespace, Keyed};
+                {{error, _} = Error, _} -> Error;
+                {_, {error, _} = Error} -> Error
+            end;
+        {error, _} = Error ->
+            Error
     end.
 
 %% What else a key is made of: states in different namespaces never share one.
@@ -373,6 +428,19 @@ key_in({Fingerprint, QuantByte, CtxParamsHash}, Keyed) when byte_size(Keyed) =< 
 key_in({Fingerprint, QuantByte, CtxParamsHash}, Keyed) ->
     erllama_cache_nif:key_of_many(Fingerprint, QuantByte, CtxParamsHash, Keyed).
 
+%% What is behind the last end is not hashed.
+prefix_keys(_Namespace, _Keyed, []) ->
+    <<>>;
+prefix_keys({Fingerprint, QuantByte, CtxParamsHash}, Keyed, Ends) ->
+    Work = lists:last(Ends) + ?BYTES_PER_PREFIX * length(Ends),
+    case Work =< ?FEW_BYTES_OF_PREFIXES of
+        true ->
+            erllama_cache_nif:prefix_keys(Fingerprint, QuantByte, CtxParamsHash, Keyed, Ends);
+        false ->
+            erllama_cache_nif:prefix_keys_of_many(Fingerprint, QuantByte, CtxParamsHash, Keyed,
+                                                  Ends)
+    end.
+
 %% More tokens than a NIF may encode on a normal scheduler, and integers beyond 64 bits, are rare
 %% enough for Erlang.
 encode_tokens(Tokens) ->
@@ -385,6 +453,23 @@ encode_tokens_slowly(Tokens) ->
     case erllama_cache_meta:are_tokens(Tokens) of
         true -> <<<<Token:32/little>> || Token <- Tokens>>;
         false -> error
+    end.
+
+%%% For the writer
+
+%% @private
+identify(KeyedBy, #{tokens := Tokens, prompt_text := Text} = Meta) ->
+    case {namespace(Meta), encode_tokens(Tokens)} of
+        {{error, _} = Error, _} ->
+            Error;
+        {_, error} ->
+            {error, {invalid_meta, tokens}};
+        {{ok, {_, QuantByte, _} = Namespace}, Encoded} ->
+            Key = case KeyedBy of
+                tokens -> key_in(Namespace, Encoded);
+                text -> key_in(Namespace, Text)
+            end,
+            {ok, {Key, QuantByte, {KeyedBy, Encoded, byte_size(Text)}}}
     end.
 
 %% @private
@@ -445,8 +530,12 @@ mark_published(Name, Key, Token, _Root) ->
     check(Name, Key, Token).
 
 %% @private
-announce(Name, Key, Token, Size, _Header, _Content) ->
-    File = erllama_cache_index:file(Key, Size, now_ms(), Token),
+announce(Name, Key, Token, Size, _Header, Content) ->
+    Length = case Content of
+        {tokens, Tokens, _} -> {tokens, byte_size(Tokens) div ?TOKEN_BYTES};
+        {text, _, TextBytes} -> {text, TextBytes}
+    end,
+    File = erllama_cache_index:file(Key, Length, Size, now_ms(), Token),
     case erllama_cache_index:settle(Name, Token, File) of
         ok ->
             ok = done(Name, Token),

@@ -28,7 +28,7 @@ found(#config{name = Name, root = Root}, {removed, Key, Reason}) ->
     }, ?LOG_META);
 found(Config, {skipped, Key, _Size, _Modified, Reason}) ->
     skipped(Config, Key, Reason);
-found(_Config, {file, _Key, _Size, _LastUsed}) ->
+found(_Config, {file, _Key, _Length, _Size, _LastUsed}) ->
     ok;
 found(_Config, swept) ->
     ok.

@@ -106,8 +106,8 @@ scan_slices(Scan, #state{config = Config} = State) ->
             Error
     end.
 
-add_found({file, Key, Size, LastUsed}, State) ->
-    add(erllama_cache_index:file(Key, Size, LastUsed * 1000, make_ref()), State);
+add_found({file, Key, Length, Size, LastUsed}, State) ->
+    add(erllama_cache_index:file(Key, Length, Size, LastUsed * 1000, make_ref()), State);
 %% A file that no load accepts takes room, too, and is evicted like others.
 add_found({skipped, <<_:256>> = Key, Size, Modified, _Reason}, State) when Size > 0 ->
     add(erllama_cache_index:refused_file(Key, Size, Modified * 1000, make_ref()), State);
@@ -132,15 +132,15 @@ handle_call(_Request, _From, State) ->
 %% @private
 handle_cast({done, Token}, State) ->
     {noreply, unwatch(Token, State)};
-handle_cast({found, Key, Size, LastUsed}, State) ->
-    {noreply, add(erllama_cache_index:file(Key, Size, LastUsed, make_ref()), State)};
+handle_cast({found, Key, Length, Size, LastUsed}, State) ->
+    {noreply, add(erllama_cache_index:file(Key, Length, Size, LastUsed, make_ref()), State)};
 handle_cast({gone, Row}, #state{config = #config{name = Name}} = State) ->
     case erllama_cache_index:remove(Name, Row) of
         true -> {noreply, left(Row, State)};
         false -> {noreply, State}
     end;
-handle_cast({checked, Token, Key, {ok, Size, LastUsed}}, #state{config = Config} = State) ->
-    File = erllama_cache_index:file(Key, Size, LastUsed * 1000, Token),
+handle_cast({checked, Token, Key, {ok, Length, Size, LastUsed}}, #state{config = Config} = State) ->
+    File = erllama_cache_index:file(Key, Length, Size, LastUsed * 1000, Token),
     _ = erllama_cache_index:settle(Config#config.name, Token, File),
     {noreply, unwatch(Token, State)};
 handle_cast({checked, Token, Key, _NotThere}, #state{config = Config} = State) ->
@@ -305,16 +305,24 @@ look_again(#state{config = #config{name = Name, path = Path} = Config} = State) 
             end
     end.
 
-%% For tests: the bytes that the store counts as used, and the bytes that it should count. They are
-%% always equal in a bounded store.
+%% For tests: the bytes that the store counts as used, and the bytes that it should count, which are
+%% always equal in a bounded store; how many files of each length it counts, and should count, which
+%% are equal when nothing changes.
 books(#state{config = #config{name = Name}, watches = Watches, used = Used}) ->
     Files = maps:without(maps:keys(Watches), erllama_cache_index:sizes(Name)),
     Watched = [Size || #watch{size = Size} <- maps:values(Watches)],
     #{
         used => Used,
         should => lists:sum(maps:values(Files)) + lists:sum(Watched),
+        lengths => erllama_cache_index:length_counts(Name),
+        should_lengths => erllama_cache_index:fold(Name, fun count_length/2, #{}),
         watches => map_size(Watches)
     }.
+
+count_length(#row{state = present, length = Length}, Counts) ->
+    maps:update_with(Length, fun(Count) -> Count + 1 end, 1, Counts);
+count_length(_NoFileToLoad, Counts) ->
+    Counts.
 
 make_room(_Needed, #state{config = #config{max_bytes = infinity}} = State) ->
     {ok, State};

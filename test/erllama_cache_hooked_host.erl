@@ -4,11 +4,12 @@
 -module(erllama_cache_hooked_host).
 -behaviour(erllama_cache_host).
 
--export([with_hook/2]).
+-export([with_hook/2, make_keys_of/1]).
 -export([stop_after_first_slice/1, hold_turns/0, next_turn/1, go_on/1, waits_for_a_turn/1]).
 -export([all_turns/0, taken/1]).
 -export_type([turns/0, hook/0, call/0]).
--export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
+-export([keyed_by/0, identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3,
+         count/2]).
 
 -opaque turns() :: {erllama_cache_nif:guard(), {reference(), ok | queued}}.
 
@@ -28,6 +29,11 @@ with_hook(Hook, Fun) ->
     after
         persistent_term:erase(?MODULE)
     end.
+
+%% What it makes keys of, in writers that are started from now on.
+-spec make_keys_of(erllama_cache_host:keyed_by()) -> ok.
+make_keys_of(KeyedBy) ->
+    persistent_term:put({?MODULE, keyed_by}, KeyedBy).
 
 %% Begins a large save or load in a process of its own, which is stopped after its first slice: all
 %% turns on the dirty schedulers are taken, and until go_on/1 no slice of anything runs.
@@ -78,6 +84,9 @@ waits_for_a_turn(Pid) ->
     erllama_cache_test_util:eventually(fun() ->
         process_info(Pid, [current_function, status]) =:= Waits
     end).
+
+keyed_by() ->
+    {ok, persistent_term:get({?MODULE, keyed_by}, tokens)}.
 
 identify(KeyedBy, Meta) ->
     erllama_cache_store:identify(KeyedBy, Meta).

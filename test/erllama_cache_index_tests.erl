@@ -4,6 +4,9 @@
 -include("erllama_cache_store_util.hrl").
 -include_lib("eunit/include/eunit.hrl").
 
+%% What a save tells of a file with one token.
+-define(CONTENT, {tokens, <<1:32/little>>, 0}).
+
 -import(erllama_cache_store_util, [
     corrupt_payload/1, die_published/2, in_process/1, in_processes/2, key/1, meta/1,
     none_reserved/1, reserve/2, save/3, start_owner/1, watches/1, with_store/2, with_two_stores/2,
@@ -140,7 +143,7 @@ an_ended_lease_stands_until_taken(Root) ->
         Expired = {error, expired},
         ?assertEqual(Expired, erllama_cache_store:check(Store, Key, Token)),
         ?assertEqual(Expired, erllama_cache_store:mark_published(Store, Key, Token, "path")),
-        ?assertEqual(Expired, erllama_cache_store:announce(Store, Key, Token, 1, <<>>, <<>>)),
+        ?assertEqual(Expired, erllama_cache_store:announce(Store, Key, Token, 1, <<>>, ?CONTENT)),
         ?assertEqual(ok, erllama_cache_store:cancel(Store, Key, Token)),
         ?assertEqual(ok, erllama_cache_store:check(Store, Key, Taken)),
         kill(Owner)
@@ -157,7 +160,7 @@ a_load_leaves_reservations_alone(Root) ->
         {ok, _, _} = erllama_cache_store:load(Store, Key),
         ?assertEqual(ok, erllama_cache_store:mark_published(Store, Key, Token, "path")),
         {ok, _, _} = erllama_cache_store:load(Store, Key),
-        ?assertEqual(ok, erllama_cache_store:announce(Store, Key, Token, 1, <<>>, <<>>)),
+        ?assertEqual(ok, erllama_cache_store:announce(Store, Key, Token, 1, <<>>, ?CONTENT)),
         ?assertMatch(#{files := 1, reservations := 0}, erllama_cache_store:info(Store))
     end).
 
@@ -238,7 +241,7 @@ a_start_leaves_reservations_alone(Root) ->
     ?assertEqual(ok, erllama_cache_store:check(?STORE, Key, Token)),
     ?assertEqual({error, conflict}, in_process(fun() -> reserve(?STORE, Key) end)),
     Size = filelib:file_size(file_of(Root, Key)),
-    ?assertEqual(ok, erllama_cache_store:announce(?STORE, Key, Token, Size, <<>>, <<>>)),
+    ?assertEqual(ok, erllama_cache_store:announce(?STORE, Key, Token, Size, <<>>, ?CONTENT)),
     ?assertMatch(#{files := 1, bytes := Size}, erllama_cache_store:info(?STORE)),
     Monitor = monitor(process, Starter),
     Starter ! stop,

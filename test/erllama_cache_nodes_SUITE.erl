@@ -5,7 +5,8 @@
 -include_lib("common_test/include/ct.hrl").
 
 -export([all/0, init_per_testcase/2, end_per_testcase/2]).
--export([one_loads_what_another_has_saved/1, a_save_asked_of_another_node/1,
+-export([one_loads_what_another_has_saved/1, one_finds_anothers_prefix/1,
+         a_save_asked_of_another_node/1,
          all_save_the_same_keys/1, each_saves_its_own_payloads/1, none_sweeps_anothers_work/1]).
 
 -import(erllama_cache_test_util, [files/1, file_of/2, eventually/1]).
@@ -14,8 +15,8 @@
 -define(WRITER, erllama_cache_writer).
 
 all() ->
-    [one_loads_what_another_has_saved, a_save_asked_of_another_node, all_save_the_same_keys,
-     each_saves_its_own_payloads, none_sweeps_anothers_work].
+    [one_loads_what_another_has_saved, one_finds_anothers_prefix, a_save_asked_of_another_node,
+     all_save_the_same_keys, each_saves_its_own_payloads, none_sweeps_anothers_work].
 
 init_per_testcase(Case, Config) ->
     _ = os:cmd("epmd -daemon"),
@@ -87,6 +88,26 @@ one_loads_what_another_has_saved(Config) ->
     ?assertEqual({error, already_present}, save(B, 1, <<"payload">>)),
     ok = erpc:call(A, erllama_cache_store, delete, [?STORE, Key]),
     ?assertEqual(miss, load(B, Key)).
+
+%% Once a load has found the file, or the store has started after it was saved.
+one_finds_anothers_prefix(Config) ->
+    [A, B] = nodes_of(Config),
+    {ok, One} = save(A, 1, <<"payload">>),
+    {ok, Two} = save(A, 2, <<"payload">>),
+    ?assertEqual(miss, longest_prefix(B, [1, 7])),
+    ?assertMatch({ok, _, <<"payload">>}, load(B, One)),
+    ?assertEqual({ok, One, 1}, longest_prefix(B, [1, 7])),
+    ok = erpc:call(B, gen_server, stop, [?STORE]),
+    ok = start_store(B, ?config(root, Config)),
+    ?assertEqual({ok, Two, 1}, longest_prefix(B, [2, 7])),
+    ok = erpc:call(A, erllama_cache_store, delete, [?STORE, Two]),
+    ?assertEqual({ok, Two, 1}, longest_prefix(B, [2, 7])),
+    ?assertEqual(miss, load(B, Two)),
+    ?assertEqual(miss, longest_prefix(B, [2, 7])).
+
+longest_prefix(Node, Tokens) ->
+    Meta = erllama_cache_test_util:meta(Tokens),
+    erpc:call(Node, erllama_cache_store, longest_prefix, [?STORE, Meta]).
 
 %% Over distribution, and in the background: the message finds its way back.
 a_save_asked_of_another_node(Config) ->

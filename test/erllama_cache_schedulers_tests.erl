@@ -55,6 +55,8 @@ tests() ->
         {a_save_with_a_long_prompt, fun a_save_with_a_long_prompt/0},
         {a_load_of_a_long_prompt, fun a_load_of_a_long_prompt/0},
         {a_key_of_a_long_prompt, fun a_key_of_a_long_prompt/0},
+        {a_longest_prefix_among_few_lengths, fun a_longest_prefix_among_few_lengths/0},
+        {a_longest_prefix_among_many_lengths, fun a_longest_prefix_among_many_lengths/0},
         {invalid_tokens, fun invalid_tokens/0},
         {large_saves_that_are_killed, fun large_saves_that_are_killed/0},
         {large_loads_that_are_killed, fun large_loads_that_are_killed/0},
@@ -106,6 +108,35 @@ a_key_of_a_long_prompt() ->
     never_held(fun() ->
         {ok, _} = ask(Prompt, fun() -> erllama_cache_store:key(meta(get(tokens))) end)
     end).
+
+%% As much as is hashed on a normal scheduler, and more.
+a_longest_prefix_among_few_lengths() ->
+    Lengths = [1, 2000, 8000, 8100, 8190, 30000, 32768, ?TOKENS],
+    ok = store_lengths(Lengths),
+    [
+        begin
+            Prompt = actor(),
+            ok = ask(Prompt, fun() -> keep(tokens, lists:seq(1, Length)) end),
+            never_held(fun() -> miss = ask(Prompt, fun longest_prefix/0) end)
+        end
+     || Length <- Lengths
+    ].
+
+a_longest_prefix_among_many_lengths() ->
+    ok = store_lengths(lists:seq(1, ?MANY)),
+    Prompt = actor(),
+    ok = ask(Prompt, fun() -> keep(tokens, lists:seq(1, ?TOKENS)) end),
+    never_held(fun() -> miss = ask(Prompt, fun longest_prefix/0) end).
+
+longest_prefix() ->
+    erllama_cache_store:longest_prefix(?STORE, meta(get(tokens))).
+
+%% Rows of files that have these lengths, and other tokens.
+store_lengths(Lengths) ->
+    lists:foreach(fun(Length) ->
+        Row = erllama_cache_index:file(rand:bytes(32), {tokens, Length}, 1, 0, make_ref()),
+        true = erllama_cache_index:add(?STORE, Row)
+    end, Lengths).
 
 %% Only the last one is.
 invalid_tokens() ->

@@ -4,7 +4,7 @@
 
 -include_lib("proper/include/proper.hrl").
 
--export([machine_test/5, property/2, step/1, matches/3]).
+-export([machine_test/5, property/2, property/3, step/1, matches/3]).
 
 -import(erllama_cache_test_util, [eventually/2]).
 
@@ -23,7 +23,7 @@ check(Property, Options) ->
         true ->
             ok;
         false ->
-            [Commands] = proper:counterexample(),
+            Commands = lists:last(proper:counterexample()),
             error({counterexample, [Call || {set, _, Call} <- Commands]});
         {error, Reason} ->
             error(Reason)
@@ -32,13 +32,20 @@ check(Property, Options) ->
 %% `Run' runs a sequence of a module's commands and returns `passed' or what was wrong.
 -spec property(module(), fun((list()) -> term())) -> proper:outer_test().
 property(Module, Run) ->
-    ?FORALL(Commands, proper_statem:commands(Module), begin
-        Outcome = step(fun() -> Run(Commands) end),
-        ?WHENFAIL(
-            io:format(user, "~n~p~nmismatch: ~p~n", [Outcome, get(mismatch)]),
-            Outcome =:= passed
-        )
-    end).
+    ?FORALL(Commands, proper_statem:commands(Module), passes(Run, Commands)).
+
+%% The same, from each of these states, which stands before the commands.
+-spec property(module(), [State :: term(), ...], fun((list()) -> term())) -> proper:outer_test().
+property(Module, States, Run) ->
+    ?FORALL(State, oneof(States),
+            ?FORALL(Commands, proper_statem:commands(Module, State), passes(Run, Commands))).
+
+passes(Run, Commands) ->
+    Outcome = step(fun() -> Run(Commands) end),
+    ?WHENFAIL(
+        io:format(user, "~n~p~nmismatch: ~p~n", [Outcome, get(mismatch)]),
+        Outcome =:= passed
+    ).
 
 %% What a step raises is its outcome. PropEr's own way to report it asks for the stack trace as
 %% Erlang no longer gives it, and hides it.

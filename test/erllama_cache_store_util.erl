@@ -88,7 +88,9 @@ with_store(Name, Options, Fun) ->
 %% Whatever was done to a store: what it counts is what is there, and it watches over nobody when
 %% nothing is reserved.
 its_books_balance(Name, Options) ->
-    #{used := Used, should := Should} = gen_server:call(Name, audit),
+    #{used := Used, should := Should, lengths := Lengths, should_lengths := ShouldLengths} =
+        gen_server:call(Name, audit),
+    ?assertEqual(ShouldLengths, Lengths),
     is_integer(maps:get(max_bytes, Options, infinity)) andalso ?assertEqual(Should, Used),
     case erllama_cache_store:info(Name) of
         #{reservations := 0} -> eventually(fun() -> watches(Name) =:= 0 end);

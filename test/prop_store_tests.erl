@@ -1,7 +1,8 @@
 %% The built-in store against a model of it: processes save, are stopped at each point of a save and
 %% go on or die there; leases end; files are loaded, deleted, damaged, put and removed behind the
-%% store's back; the store is suspended, stopped, killed and started again, in any order. After each
-%% step the disk, the index and the books of the store are what the model says.
+%% store's back; the longest stored prefix is looked for; the store is suspended, stopped, killed
+%% and started again, in any order. After each step the disk, the index and the books of the store
+%% are what the model says. The store is keyed by tokens or by text.
 %%
 %% Nothing here waits for a time to pass. A lease ends when a step says so. In an unbounded store a
 %% timer tells the server of a reservation: a saver that is to be stopped hands its timer to the
@@ -20,12 +21,12 @@
 -export([initial_state/0, command/1, precondition/2, next_state/3, postcondition/3]).
 %% The steps.
 -export([save/3, save_no_type/1, begin_save/5, go_on/1, die/1, fire/1, end_lease/1]).
--export([renew_beside_loads/1, load/1, delete/1]).
+-export([renew_beside_loads/1, load/1, longest_prefix/1, delete/1]).
 -export([damage/3, remove_file/1, put_file/3]).
 -export([start/1, start_slowly/1, started/1, lose/1, lose_under_load/2, suspend/0, resume/0]).
 
 -import(erllama_cache_hooked_host, [with_hook/2, all_turns/0, taken/1, waits_for_a_turn/1]).
--import(erllama_cache_statem_util, [machine_test/5, property/2, step/1, matches/3]).
+-import(erllama_cache_statem_util, [machine_test/5, property/3, step/1, matches/3]).
 -import(erllama_cache_test_util, [
     eventually/2, own_messages/0, silence/0, temporary_dir/1, unsilence/1, kill/1,
     next_millisecond/0
@@ -33,16 +34,19 @@
 
 -define(WRITER, erllama_cache_writer).
 -define(STORE, prop_store).
-%% Another store, in a root of its own, which makes the files that appear behind the store's back.
--define(ELSEWHERE, prop_store_elsewhere).
+%% Other stores, each in a root of its own, make the files that appear behind the store's back.
+-define(ELSEWHERE, [{tokens, prop_store_elsewhere}, {text, prop_store_elsewhere_by_text}]).
 -define(SEQUENCES, 250).
 %% Steps of a sequence, at most.
 -define(LONGEST, 100).
 -define(CLIENTS, [a, b, c]).
+%% The prompt of each is a prefix of the next one's.
 -define(KEYS, [1, 2, 3, 4, 5, 6]).
+%% A prompt has so many bytes for each number up to its key's: a token, or as much text.
+-define(UNIT, 4).
 %% What a file has beside its payload, and what the writer reserves for that.
--define(OVERHEAD, 222).
--define(RESERVED, 260).
+-define(OVERHEAD, 248).
+-define(RESERVED, 281).
 %% What is left of a file that was cut: less than its fields of fixed size.
 -define(CUT, 50).
 %% Payloads above this size are written before the reservation is checked, others after that.
@@ -105,6 +109,7 @@
     | {checked, token(), key()}.
 
 -record(model, {
+    keyed_by = tokens :: tokens | text,
     %% `starting': it is about to look through its root.
     store = down :: down | starting | up | suspended,
     max_bytes = infinity :: pos_integer() | infinity,
@@ -135,15 +140,18 @@ store_test_() ->
 setup_all() ->
     Level = silence(),
     Base = temporary_dir(?MODULE),
-    [ok = file:make_dir(Dir) || Dir <- [root(Base), elsewhere(Base)]],
+    Elsewhere = [{KeyedBy, Name, elsewhere(Base, Name)} || {KeyedBy, Name} <- ?ELSEWHERE],
+    [ok = file:make_dir(Dir) || Dir <- [root(Base) | [Dir || {_, _, Dir} <- Elsewhere]]],
     persistent_term:put(?MODULE, Base),
-    {ok, _} = ?WRITER:start_link(#{host => erllama_cache_hooked_host, max_concurrent => 10}),
-    {ok, _} = erllama_cache_store:start_link(?ELSEWHERE, #{root => elsewhere(Base)}),
+    ok = start_writer(tokens),
+    [{ok, _} = erllama_cache_store:start_link(Name, #{root => Dir, keyed_by => KeyedBy})
+     || {KeyedBy, Name, Dir} <- Elsewhere],
     {Level, Base}.
 
 teardown_all({Level, Base}) ->
-    ok = gen_server:stop(?ELSEWHERE),
+    [ok = gen_server:stop(Name) || {_, Name} <- ?ELSEWHERE],
     ok = gen_server:stop(?WRITER),
+    ok = erllama_cache_hooked_host:make_keys_of(tokens),
     ok = file:del_dir_r(Base),
     _ = persistent_term:erase(?MODULE),
     ok = unsilence(Level).
@@ -151,13 +159,26 @@ teardown_all({Level, Base}) ->
 root() -> root(persistent_term:get(?MODULE)).
 root(Base) -> filename:join(Base, "root").
 
-elsewhere() -> elsewhere(persistent_term:get(?MODULE)).
-elsewhere(Base) -> filename:join(Base, "elsewhere").
+elsewhere() -> proplists:get_value(keyed_by(), ?ELSEWHERE).
+elsewhere(Base, Name) -> filename:join(Base, Name).
+
+%% What the store and the writer are keyed by: asked in many processes.
+keyed_by() ->
+    {ok, KeyedBy} = erllama_cache_hooked_host:keyed_by(),
+    KeyedBy.
+
+start_writer(KeyedBy) ->
+    ok = erllama_cache_hooked_host:make_keys_of(KeyedBy),
+    {ok, Pid} = ?WRITER:start_link(#{host => erllama_cache_hooked_host, max_concurrent => 10}),
+    true = unlink(Pid),
+    ok.
 
 prop_store() ->
-    property(?MODULE, fun run/1).
+    property(?MODULE, [#model{keyed_by = KeyedBy} || KeyedBy <- [tokens, text]], fun run/1).
 
-run(Commands) ->
+run([{init, #model{keyed_by = KeyedBy}} | _] = Commands) ->
+    ok = gen_server:stop(?WRITER),
+    ok = start_writer(KeyedBy),
     setup(),
     Driver = self(),
     Hook = fun(Call, Key, Token) -> hook(Driver, Call, Key, Token) end,
@@ -324,6 +345,13 @@ modelled(load, [Key], Model) ->
                 #entry{state = present} -> set_entry(Key, Row#entry{state = refused}, Refused);
                 _ -> Refused
             end
+    end;
+modelled(longest_prefix, [_Most], #model{store = down} = Model) ->
+    Model#model{answer = noproc};
+modelled(longest_prefix, [Most], Model) ->
+    case [Key || Key <- ?KEYS, Key =< Most, is_present(entry(Key, Model))] of
+        [] -> Model#model{answer = miss};
+        Prefixes -> Model#model{answer = {ok, lists:max(Prefixes), lists:max(Prefixes)}}
     end;
 modelled(delete, [_Key], #model{store = down} = Model) ->
     Model#model{answer = noproc};
@@ -569,13 +597,15 @@ used(Key, none, #model{max_bytes = infinity} = Model) ->
     add(Key, present, file_size(file(Key, Model)), now(Model), Model);
 used(Key, none, Model) ->
     tell({found, Key, file_size(file(Key, Model)), now(Model)}, Model);
+used(Key, #entry{state = refused} = Row, Model) ->
+    set_entry(Key, Row#entry{state = present, time = now(Model)}, Model);
 used(Key, Row, Model) ->
     set_entry(Key, Row#entry{time = now(Model)}, Model).
 
-gone(Key, #entry{state = State, token = Token}, Model) when State =/= reserved ->
+gone(Key, #entry{state = State, token = Token} = Row, Model) when State =/= reserved ->
     case Model of
         #model{max_bytes = infinity} -> no_entry(Key, Model);
-        _ -> tell({gone, Key, Token}, Model)
+        _ -> tell({gone, Key, Token}, set_entry(Key, Row#entry{state = refused}, Model))
     end;
 gone(_Key, _NoFile, Model) ->
     Model.
@@ -600,6 +630,9 @@ watch(Token, Key, Size, #model{watches = Watches} = Model) ->
 
 unwatch(Token, #model{watches = Watches} = Model) ->
     Model#model{watches = maps:remove(Token, Watches)}.
+
+is_present(#entry{state = present}) -> true;
+is_present(_) -> false.
 
 entry(Key, #model{index = Rows}) -> maps:get(Key, Rows, none).
 set_entry(Key, Row, #model{index = Rows} = Model) -> Model#model{index = Rows#{Key => Row}}.
@@ -650,6 +683,8 @@ command(#model{clock = N} = Model) ->
         [{1, do(renew_beside_loads, [oneof(Standing)])} || Standing =/= []] ++
         [{8, do(load, [key()])} || not Down] ++
         [{1, do(load, [key()])} || Down] ++
+        [{6, do(longest_prefix, [range(0, 8)])} || not Down] ++
+        [{1, do(longest_prefix, [range(0, 8)])} || Down] ++
         [{2, do(delete, [key()])} || not Down] ++
         [{3, do(damage, [oneof(Good), damage(), N])} || Good =/= []] ++
         [{1, do(remove_file, [key()])}] ++
@@ -769,16 +804,21 @@ content(_Damaged) -> damaged.
 
 index(down, _Model) ->
     none;
-index(_Store, #model{index = Rows, counts = Counts, max_bytes = MaxBytes}) ->
+index(_Store, #model{index = Rows, counts = Counts, max_bytes = MaxBytes} = Model) ->
     Sizes = [{State, Size} || #entry{state = State, size = Size} <- maps:values(Rows)],
     Files = [Size || {State, Size} <- Sizes, State =/= reserved],
     {
         [{Key, State, Size} || {Key, #entry{state = State, size = Size}} <- maps:to_list(Rows)],
+        [{{Model#model.keyed_by, Key * length_of_one(Model)}, 1}
+         || {Key, Row} <- maps:to_list(Rows), is_present(Row)],
         Counts#{
             max_bytes => MaxBytes, files => length(Files), bytes => lists:sum(Files),
             reservations => length(Sizes) - length(Files)
         }
     }.
+
+length_of_one(#model{keyed_by = tokens}) -> 1;
+length_of_one(#model{keyed_by = text}) -> ?UNIT.
 
 %% Of an unbounded store nobody asks how much of it is used.
 books(up, #model{max_bytes = infinity, watches = Watches}) ->
@@ -800,7 +840,7 @@ on_disk(Key) when is_integer(Key) ->
     {ok, File} = file:read_file(path(Key)),
     Size = byte_size(File),
     case File of
-        <<"KVC", 1, _:(?OVERHEAD - 4)/binary, N:32, _/binary>> ->
+        <<"KVC", Version, _:(?OVERHEAD - 4)/binary, N:32, _/binary>> when Version =< 2 ->
             Payload = binary:part(File, ?OVERHEAD, Size - ?OVERHEAD),
             case payload(N, Size - ?OVERHEAD) of
                 Payload -> {Key, {N, Size - ?OVERHEAD}, Size};
@@ -820,6 +860,7 @@ observed_index(_Store) ->
     Rows = fun(Row, Rows) -> [named(Row, Names) | Rows] end,
     {
         lists:sort(erllama_cache_index:fold(?STORE, Rows, [])),
+        lists:sort(maps:to_list(erllama_cache_index:length_counts(?STORE))),
         maps:without([name, root, tier, keyed_by], erllama_cache_store:info(?STORE))
     }.
 
@@ -830,7 +871,7 @@ observed_books(up) ->
     Books = gen_server:call(?STORE, audit),
     case erllama_cache_store:info(?STORE) of
         #{max_bytes := infinity} -> maps:with([watches], Books);
-        _ -> Books
+        _ -> maps:with([watches, used, should], Books)
     end;
 observed_books(_Busy) ->
     none.
@@ -946,13 +987,27 @@ load(Key) ->
 
 loaded_from(Key) ->
     case erllama_cache_store:load(?STORE, key(Key)) of
-        {ok, #{tokens := <<Key:32/little>>}, <<N:32, _/binary>> = Payload} ->
+        {ok, Info, <<N:32, _/binary>> = Payload} ->
+            Said = maps:with([tokens, prompt_text], Info),
+            Said = (prompt(Key))#{tokens := << <<Token:32/little>> || Token <- tokens(Key) >>},
             Size = byte_size(Payload),
             Payload = payload(N, Size),
             {ok, N, Size};
         Other ->
             Other
     end.
+
+longest_prefix(Most) ->
+    step(fun() ->
+        Meta = maps:merge(meta(1), prompt(Most)),
+        case erllama_cache_store:longest_prefix(?STORE, Meta) of
+            {ok, Bytes, Length} ->
+                [Key] = [Key || Key <- ?KEYS, key(Key) =:= Bytes],
+                {ok, Key, Length div length_of_one(#model{keyed_by = keyed_by()})};
+            Other ->
+                Other
+        end
+    end).
 
 delete(Key) ->
     step(fun() -> erllama_cache_store:delete(?STORE, key(Key)) end).
@@ -985,8 +1040,9 @@ remove_file(Key) ->
 
 put_file(Key, Size, N) ->
     step(fun() ->
-        {ok, Saved} = save_to(?ELSEWHERE, Key, Size, N),
-        file:rename(erllama_cache_path:final(elsewhere(), Saved), path(Key))
+        {ok, Saved} = save_to(elsewhere(), Key, Size, N),
+        Elsewhere = elsewhere(persistent_term:get(?MODULE), elsewhere()),
+        file:rename(erllama_cache_path:final(Elsewhere, Saved), path(Key))
     end).
 
 start(MaxBytes) ->
@@ -996,7 +1052,9 @@ start(MaxBytes) ->
     end).
 
 start_store(MaxBytes) ->
-    {ok, Pid} = erllama_cache_store:start_link(?STORE, #{root => root(), max_bytes => MaxBytes}),
+    {ok, Pid} = erllama_cache_store:start_link(?STORE, #{
+        root => root(), max_bytes => MaxBytes, keyed_by => keyed_by()
+    }),
     true = unlink(Pid),
     {ok, Pid}.
 
@@ -1082,14 +1140,28 @@ use(Step) ->
 meta(Key, N) ->
     (meta(Key))#{last_used_time => get(began) + N}.
 
+%% What a longer prompt takes, a longer name of the host has, so that all files are of one size.
 meta(Key) ->
-    (erllama_cache_test_util:meta([Key]))#{hostname => <<>>, erllama_version => <<>>}.
+    Hostname = binary:copy(<<"h">>, 1 + ?UNIT * (lists:last(?KEYS) - Key)),
+    Meta = (erllama_cache_test_util:meta())#{hostname => Hostname, erllama_version => <<>>},
+    maps:merge(Meta, prompt(Key)).
+
+%% The other of the two is empty.
+prompt(Units) ->
+    case keyed_by() of
+        tokens -> #{tokens => lists:seq(1, Units), prompt_text => <<>>};
+        text -> #{tokens => [], prompt_text => binary:copy(<<"text">>, Units)}
+    end.
+
+tokens(Key) ->
+    #{tokens := Tokens} = prompt(Key),
+    Tokens.
 
 payload(N, Size) ->
     binary:copy(<<N:32>>, Size div 4).
 
 key(Key) ->
-    {ok, Bytes} = erllama_cache_store:key(meta(Key)),
+    {ok, Bytes} = erllama_cache_store:key(meta(Key), #{keyed_by => keyed_by()}),
     Bytes.
 
 path(Key) ->

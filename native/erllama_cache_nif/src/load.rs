@@ -144,8 +144,10 @@ fn check_slice<'a>(env: Env<'a>, mut check: Check, slice: &Slice) -> Sliced<'a, 
     match check.step(slice) {
         Ok(Progress::More) => (Some(check), Ok(atoms::more().encode(env))),
         Ok(Progress::Done(())) => {
-            let header = check.prefix().header();
-            let term = (atoms::ok(), check.file_len(), header.last_used_time).encode(env);
+            let (prefix, header) = (check.prefix(), check.prefix().header());
+            let length = meta::key_length(env, header.version, prefix.key_len());
+            let (size, last_used) = (check.file_len(), header.last_used_time);
+            let term = (atoms::ok(), length, size, last_used).encode(env);
             (None, Ok(term))
         }
         Err(error) => (None, Ok(error_term(env, &error))),

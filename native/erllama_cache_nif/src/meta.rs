@@ -53,6 +53,15 @@ pub(crate) fn version(keyed_by: Atom) -> NifResult<Version> {
     }
 }
 
+/// What a key is made of, and of how much of it: `{tokens, Count}` or `{text, Bytes}`.
+pub(crate) fn key_length(env: Env<'_>, version: Version, len: impl Encoder) -> Term<'_> {
+    let keyed_by = match version {
+        Version::Tokens => atoms::tokens(),
+        Version::Text => atoms::text(),
+    };
+    (keyed_by, len).encode(env)
+}
+
 /// Encodes the prefix of a file from a map that `erllama_cache_meta` has completed. `Ok(Err(_))`
 /// names the field that the format has no room for.
 pub(crate) fn prefix<'a>(
@@ -237,6 +246,70 @@ fn hash<'a>(
     );
     Ok(binary(env, key.as_bytes()))
 }
+
+/// The keys of the prefixes of `keyed` that end at these bytes, one after another in one binary.
+/// For more than some thousand bytes or some hundred ends, call [`prefix_keys_of_many`].
+#[rustler::nif(name = "prefix_keys")]
+fn prefix_keys_nif<'a>(
+    env: Env<'a>,
+    fingerprint: Binary<'a>,
+    quant_byte: u8,
+    ctx_params_hash: Binary<'a>,
+    keyed: Binary<'a>,
+    ends: Term<'a>,
+) -> NifResult<Term<'a>> {
+    let keys = prefix_keys(fingerprint, quant_byte, ctx_params_hash, keyed, ends)?;
+    report_time(env, keyed.len() + BYTES_PER_END * (keys.len() / 32));
+    Ok(binary(env, &keys))
+}
+
+#[rustler::nif(schedule = "DirtyCpu")]
+fn prefix_keys_of_many<'a>(
+    env: Env<'a>,
+    fingerprint: Binary<'a>,
+    quant_byte: u8,
+    ctx_params_hash: Binary<'a>,
+    keyed: Binary<'a>,
+    ends: Term<'a>,
+) -> NifResult<Term<'a>> {
+    let keys = prefix_keys(fingerprint, quant_byte, ctx_params_hash, keyed, ends)?;
+    Ok(binary(env, &keys))
+}
+
+fn prefix_keys<'a>(
+    fingerprint: Binary<'a>,
+    quant_byte: u8,
+    ctx_params_hash: Binary<'a>,
+    keyed: Binary<'a>,
+    ends: Term<'a>,
+) -> NifResult<Vec<u8>> {
+    let ends = ends_of(ends).ok_or(Error::BadArg)?;
+    let keys = Key::of_prefixes(
+        fixed(&fingerprint)?,
+        quant_byte,
+        fixed(&ctx_params_hash)?,
+        keyed.as_slice(),
+        ends,
+    );
+    let keys = keys.ok_or(Error::BadArg)?;
+    let keys: Vec<_> = keys.iter().map(|key| *key.as_bytes()).collect();
+    Ok(keys.into_flattened())
+}
+
+/// The integers of a proper list. Memory is taken for what the list has.
+fn ends_of(list: Term<'_>) -> Option<Vec<usize>> {
+    let mut ends = Vec::new();
+    let mut rest = list;
+    while let Some((end, tail)) = cell(rest) {
+        ends.push(usize::try_from(integer(end)?).ok()?);
+        rest = tail;
+    }
+    rest.is_empty_list().then_some(ends)
+}
+
+/// How many bytes are hashed in the time that the key of one more prefix takes: it has one or two
+/// blocks of its own.
+const BYTES_PER_END: usize = 192;
 
 /// How many bytes of tokens take a percent of a millisecond, the unit in which schedulers count, on
 /// a processor without instructions for SHA-256.

@@ -66,11 +66,12 @@ fn found_term<'a>(env: Env<'a>, found: &Found) -> Term<'a> {
         Found::File {
             key,
             header,
+            key_len,
             file_len,
-            ..
         } => (
             atoms::file(),
             key_term(key),
+            meta::key_length(env, header.version, *key_len),
             file_len,
             header.last_used_time,
         )

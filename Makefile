@@ -27,7 +27,7 @@ export FILE
 
 .PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom musl \
   soak-semaphore soak-store faults crash kill disks fuzz soak sanitize valgrind readme dropin \
-  chunks rustdoc bench-plots bench-semaphore bench-save bench-slow bench-build edoc clean distclean
+  chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-build edoc clean distclean
 
 ### Build
 
@@ -175,6 +175,9 @@ bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one an
 
 bench-save: setup bench-build ## Saves and loads beside the bare floor and the plain Erlang way
 	bench/disk.sh $(BENCH) -s bench_save main
+
+bench-prefix: setup bench-build ## The longest stored prefix of a prompt, among 100,000 files
+	$(BENCH) -s bench_prefix main
 
 bench-slow: setup bench-build _build/iofault.so ## What another process waits for beside a slow disk
 	IOFAULT_SYNC_MS=30 IOFAULT_READ_MS=20 LD_PRELOAD=$(CURDIR)/_build/iofault.so \

@@ -283,7 +283,16 @@ def slow_table(slow):
     return markdown(["`read_file_info`", "p50", "p99", "max"], *rows) + f"\nMeanwhile: {done}.\n"
 
 
-def blocks(save, semaphore, slow):
+def prefix_table(figures):
+    """A look for the longest prefix by the number of lengths, and its parts."""
+    parts = ("encode", "lengths", "hash", "look_up")
+    rows = [[f"{count} lengths", *[duration(row[part]["p50"]) for part in ("whole", *parts)]]
+            for count, row in sorted(figures["prefix_ns"].items(), key=lambda item: int(item[0]))]
+    return markdown(["", "`longest_prefix/2`", "encode the tokens", "list the lengths",
+                     "hash, once", "look up"], *rows)
+
+
+def blocks(save, semaphore, prefix, slow):
     """What stands between two marks of a page: page, name and text of each."""
     page = "docs/benchmarks.md"
     return [
@@ -293,6 +302,8 @@ def blocks(save, semaphore, slow):
         (page, "bounds of saves and loads", bounds_table("save", save)),
         (page, "figures of saves and loads", save_tables(save["figures"])),
         (page, "other figures of saves", other_figures(save["figures"])),
+        (page, "longest prefix", bounds_table("prefix", prefix) + "\n" +
+         prefix_table(prefix["figures"])),
         (page, "slow disk", bounds_table("slow", slow) + "\n" + slow_table(slow["figures"])),
     ]
 
@@ -324,7 +335,7 @@ def take(name):
     if not is_whole(name, report):
         print(f"  {result} is of part of a run, or of one that was not judged: not taken")
         return
-    before = read(kept)
+    before = read(kept) if kept.exists() else {**report, "runs": []}
     run = {target["id"]: target["value"] for target in report["targets"]}
     alike = all(before["machine"][key] == report["machine"][key]
                 for key in ("processor", "schedulers", "otp"))
@@ -338,17 +349,17 @@ def read(file):
 
 
 def main(arguments):
-    names = ("save", "semaphore", "slow")
+    names = ("save", "semaphore", "prefix", "slow")
     checks = arguments == ["--check"]
     if not checks:
         for name in names:
             take(name)
-    save, semaphore, slow = (read(BENCH / "figures" / f"{name}.json") for name in names)
+    save, semaphore, prefix, slow = (read(BENCH / "figures" / f"{name}.json") for name in names)
     if not checks:
         draw(saves(save["figures"]), "bench-save.svg")
         draw(waits(semaphore["figures"]), "bench-waits.svg")
     differ = 0
-    for page, what, text in blocks(save, semaphore, slow):
+    for page, what, text in blocks(save, semaphore, prefix, slow):
         file = PROJECT / page
         old = file.read_text()
         new = with_block(old, what, text)

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Proves what saves do on real disks that are full, of somebody else's size, without O_TMPFILE, or taken
-# away: the error is told, nothing is left of what failed, nothing that was saved is lost, and with the
+# away: the error is returned, nothing is left of what failed, nothing that was saved is lost, and with the
 # trouble gone it goes on in the same VM. And what all of it does on file systems other than ext4.
 #
 #     proofs/disks/run.sh [SCENARIO...]

@@ -7,7 +7,7 @@
 
 -import(erllama_cache_test_util, [temporary_dir/1, file_of/2, flip/3, patch/3]).
 
--export([prop_round_trip/1, prop_damage/1]).
+-export([prop_round_trip/2, prop_damage/2]).
 
 -define(STORE, prop_kvc_store).
 
@@ -17,19 +17,24 @@
 -define(FIXED_LEN, 72).
 
 properties_test_() ->
-    {foreach, fun setup/0, fun teardown/1, [
-        fun(Root) -> property("round trip", 400, prop_round_trip(Root)) end,
-        fun(Root) -> property("damage", 1500, prop_damage(Root)) end
-    ]}.
+    %% Both versions of the format.
+    [
+        {foreach, fun() -> setup(KeyedBy) end, fun teardown/1, [
+            fun(Root) -> property("round trip", KeyedBy, 400, prop_round_trip(KeyedBy, Root)) end,
+            fun(Root) -> property("damage", KeyedBy, 1500, prop_damage(KeyedBy, Root)) end
+        ]}
+     || KeyedBy <- [tokens, text]
+    ].
 
-property(Title, Tests, Property) ->
+property(Title, KeyedBy, Tests, Property) ->
     Options = [quiet, {numtests, Tests}, {to_file, user}],
-    {Title, {timeout, 300, fun() -> ?assert(proper:quickcheck(Property, Options)) end}}.
+    Check = fun() -> ?assert(proper:quickcheck(Property, Options)) end,
+    {lists:concat([Title, ", keyed by ", KeyedBy]), {timeout, 300, Check}}.
 
-setup() ->
+setup(KeyedBy) ->
     Root = temporary_dir(?MODULE),
     {ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store}),
-    {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root}),
+    {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root, keyed_by => KeyedBy}),
     Root.
 
 teardown(Root) ->
@@ -50,10 +55,10 @@ without_exception(Fun) ->
 
 %%% Round trip
 
-prop_round_trip(Root) ->
-    ?FORALL({Meta, Payload}, {build_meta(), payload()}, without_exception(fun() ->
+prop_round_trip(KeyedBy, Root) ->
+    ?FORALL({Meta, Payload}, {build_meta(KeyedBy), payload()}, without_exception(fun() ->
         Before = erlang:system_time(second),
-        Key = expected_key(Meta),
+        Key = expected_key(KeyedBy, Meta),
         {ok, Key} = erllama_cache_writer:save(?STORE, disk, Meta, Payload),
         {ok, Info, Loaded} = erllama_cache_store:load(?STORE, Key),
         Size = filelib:file_size(file_of(Root, Key)),
@@ -62,7 +67,7 @@ prop_round_trip(Root) ->
             io:format(user, "~p~ngave~n~p~n", [Meta, Info]),
             conjunction([
                 {payload, Loaded =:= Payload},
-                {info, Info =:= expected_info(Meta, Info, Size)},
+                {info, Info =:= expected_info(KeyedBy, Meta, Info, Size)},
                 {defaults, defaults_hold(Meta, Info, Before)},
                 {size, Size =:= expected_size(Info, Payload)}
             ])
@@ -70,9 +75,16 @@ prop_round_trip(Root) ->
     end)).
 
 %% Independent of the code that is tested.
-expected_key(Meta) ->
+expected_key(KeyedBy, Meta) ->
     #{fingerprint := Fp, quant_type := Quant, ctx_params_hash := Ctx, tokens := Tokens} = Meta,
-    crypto:hash(sha256, [Fp, quant_byte(Quant), Ctx, [<<T:32/little>> || T <- Tokens]]).
+    Content = case KeyedBy of
+        tokens -> [<<T:32/little>> || T <- Tokens];
+        text -> maps:get(prompt_text, Meta, <<>>)
+    end,
+    crypto:hash(sha256, [Fp, quant_byte(Quant), Ctx, Content]).
+
+version(tokens) -> 1;
+version(text) -> 2.
 
 quant_byte(f32) -> 0;
 quant_byte(q4_k_m) -> 7;
@@ -80,11 +92,11 @@ quant_byte(bf16) -> 29.
 
 %% The map that was saved, with what a load adds or says otherwise. What was left out is taken from
 %% the load: see defaults_hold/3.
-expected_info(#{tokens := Tokens, quant_type := Quant} = Meta, Info, Size) ->
+expected_info(KeyedBy, #{tokens := Tokens, quant_type := Quant} = Meta, Info, Size) ->
     QuantByte = quant_byte(Quant),
     Known = QuantByte =/= 255,
     maps:merge(maps:with(optional(), Info), Meta#{
-        version => 1,
+        version => version(KeyedBy),
         tokens := << <<Token:32/little>> || Token <- Tokens >>,
         quant_byte => QuantByte,
         quant_type := case Known of true -> Quant; false -> undefined end,
@@ -124,8 +136,8 @@ expected_size(Info, Payload) ->
 
 %%% Damage
 
-prop_damage(Root) ->
-    Input = {build_meta(), small_payload(), damage()},
+prop_damage(KeyedBy, Root) ->
+    Input = {build_meta(KeyedBy), small_payload(), damage()},
     ?FORALL({Meta, Payload, Damage}, Input, without_exception(fun() ->
         {ok, Key} = erllama_cache_writer:save(?STORE, disk, Meta, Payload),
         Path = file_of(Root, Key),
@@ -144,25 +156,25 @@ prop_damage(Root) ->
 %% when it is loaded: neither its length, nor its payload, nor what makes its key.
 holds({ok, #{file_size := Size} = Info, Loaded}, Good, Bad, Payload) ->
     Loaded =:= Payload andalso Size =:= byte_size(Good) andalso byte_size(Bad) =:= Size andalso
-        key_of(Info) =:= key_in(Good);
+        made_of(Info) =:= made_of(Good);
 holds({error, {corrupt, Reason}}, Good, Bad, _Payload) when is_atom(Reason) ->
     Good =/= Bad andalso differ_where_it_matters(Good, Bad);
 holds(_Other, _Good, _Bad, _Payload) ->
     false.
 
-%% The key as the load tells it: tokens and the like were not changed unnoticed.
-key_of(#{fingerprint := Fp, quant_byte := Quant, ctx_params_hash := Ctx, tokens := Tokens}) ->
-    crypto:hash(sha256, [Fp, Quant, Ctx, Tokens]).
-
+%% What the key of either version is made of, as the load tells it: it was not changed unnoticed.
+made_of(#{fingerprint := Fp, quant_byte := Quant, ctx_params_hash := Ctx, tokens := Tokens,
+          prompt_text := Prompt}) ->
+    {Fp, Quant, Ctx, Tokens, Prompt};
 %% The same from the undamaged file, whose TLV section begins behind the prompt: fingerprint, mode,
 %% quant byte, context hash, number of tokens, tokens.
-key_in(Good) ->
-    <<_:?FIXED_LEN/binary, PromptLen:32/little, _:PromptLen/binary, _TlvLen:32,
+made_of(Good) ->
+    <<_:?FIXED_LEN/binary, PromptLen:32/little, Prompt:PromptLen/binary, _TlvLen:32,
       1, 32:32/little, Fp:32/binary, 2, 1:32/little, _Mode, 3, 1:32/little, Quant,
       4, 32:32/little, Ctx:32/binary, 8, 4:32/little, Count:32/little,
       9, TokensLen:32/little, Tokens:TokensLen/binary, _/binary>> = Good,
     TokensLen = 4 * Count,
-    crypto:hash(sha256, [Fp, Quant, Ctx, Tokens]).
+    {Fp, Quant, Ctx, Tokens, Prompt}.
 
 %% Hits and last use are rewritten while a file lives: whatever they are, it is no damage.
 differ_where_it_matters(Good, Bad) ->
@@ -184,7 +196,8 @@ damage() ->
         {flip_early, range(0, 255), range(0, 7)},
         {length, oneof([8, 12, 32, 40, 48, 56, prompt, tlv, value]), huge()},
         {both_lengths, huge()},
-        {zero, fraction(), range(1, 64)}
+        {zero, fraction(), range(1, 64)},
+        other_version
     ]).
 
 %% A place in a file, in thousandths of its length.
@@ -197,6 +210,8 @@ huge() ->
 
 damaged(none, Good) ->
     Good;
+damaged(other_version, <<"KVC", Version, Rest/binary>>) ->
+    <<"KVC", (3 - Version), Rest/binary>>;
 damaged({truncate, Fraction}, Good) ->
     binary:part(Good, 0, at(Fraction, Good));
 damaged({append, Bytes}, Good) ->
@@ -230,13 +245,15 @@ optional() ->
      save_reason_detail].
 
 %% Lists of pairs, because PropEr 1.2 looks for generators in tuples and lists, not in maps.
-build_meta() ->
-    ?LET({Required, Optional, Chosen}, {required(), every_optional(), sublist(optional())},
+build_meta(KeyedBy) ->
+    ?LET({Required, Optional, Chosen}, {required(KeyedBy), every_optional(), sublist(optional())},
          maps:merge(maps:from_list(Required), maps:with(Chosen, maps:from_list(Optional)))).
 
-required() ->
+required(KeyedBy) ->
+    Reasons = [unknown, cold, continued, evict, shutdown, finish] ++
+        [agent_prefix || KeyedBy =:= text],
     [
-        {save_reason, oneof([unknown, cold, continued, evict, shutdown, finish])},
+        {save_reason, oneof(Reasons)},
         {quant_bits, byte()},
         {fingerprint, binary(32)},
         {fingerprint_mode, oneof([safe, gguf_chunked, fast_unsafe])},

@@ -39,10 +39,11 @@
     op :: save | load | evict | scan | delete | check | present,
     size = small :: small | large | holes,
     way = plain :: way(),
-    variant = disk :: disk | ram_file | keyed | options
+    %% `text' has keys made of text, and files of version 2.
+    variant = disk :: disk | ram_file | keyed | options | text
 }).
-%% What a save finds: nothing, a valid file of its key, a corrupt one; where files can have no name
-%% only from now on, or never could.
+%% What a save finds: nothing, a valid file of its key, one that is corrupt or, where keys are of
+%% text, of version 1; where files can have no name only from now on, or never could.
 -type way() :: plain | adopt | replace | named | named_adopt | named_replace | named_first.
 
 -record(fault, {
@@ -96,20 +97,26 @@ cases(quick) ->
     [saving(small, Way, disk) || Way <- ways()] ++
         [saving(small, replace, options), saving(small, plain, ram_file)] ++
         [saving(large, plain, disk), saving(large, named_replace, disk)] ++
+        [saving(small, Way, text) || Way <- [plain, adopt, replace, named_replace]] ++
+        [saving(large, plain, text)] ++
         [#case_{op = load, size = Size} || Size <- [small, large]] ++
-        [#case_{op = Op} || Op <- [evict, scan, delete, check, present]];
+        [#case_{op = Op} || Op <- [evict, scan, delete, check, present]] ++
+        [#case_{op = Op, variant = text} || Op <- [load, evict, scan]];
 cases(full) ->
     [
         saving(Size, Way, Variant)
-     || Size <- [small, large], Variant <- [disk, ram_file, keyed, options], Way <- ways(),
+     || Size <- [small, large], Variant <- [disk, ram_file, keyed, options, text], Way <- ways(),
         Size =:= small orelse is_enough(Way, Variant)
     ] ++
         [
             #case_{op = load, size = Size, variant = Variant}
-         || Size <- [small, large], Variant <- [disk, ram_file, keyed]
+         || Size <- [small, large], Variant <- [disk, ram_file, keyed, text]
         ] ++
         [#case_{op = load, size = holes}] ++
-        [#case_{op = Op, variant = Variant} || Op <- [evict, scan], Variant <- [disk, keyed]] ++
+        [
+            #case_{op = Op, variant = Variant}
+         || Op <- [evict, scan], Variant <- [disk, keyed, text]
+        ] ++
         [#case_{op = Op, size = Size} || Op <- [delete, check, present], Size <- [small, large]].
 
 %% Large saves take their time, and what they share with small ones those show.
@@ -117,16 +124,21 @@ is_enough(named_first, _Variant) -> false;
 is_enough(_Way, disk) -> true;
 is_enough(Way, ram_file) -> Way =:= plain orelse Way =:= named_replace;
 is_enough(Way, options) -> Way =:= plain;
+is_enough(Way, text) -> Way =:= plain orelse Way =:= replace;
 is_enough(_Way, keyed) -> false.
 
 crash_cases(quick) ->
     [saving(small, plain, disk), saving(small, named_replace, disk)] ++
+        [saving(small, replace, text)] ++
         [#case_{op = Op} || Op <- [evict, scan]];
 crash_cases(full) ->
     [saving(small, Way, disk) || Way <- ways()] ++
         [saving(large, Way, disk) || Way <- ways(), is_enough(Way, disk)] ++
         [saving(small, plain, ram_file), saving(small, replace, options)] ++
-        [#case_{op = Op} || Op <- [evict, scan, delete]].
+        [saving(small, Way, text) || Way <- [plain, adopt, replace, named_replace]] ++
+        [saving(large, plain, text)] ++
+        [#case_{op = Op} || Op <- [evict, scan, delete]] ++
+        [#case_{op = Op, variant = text} || Op <- [evict, scan]].
 
 saving(Size, Way, Variant) ->
     #case_{op = save, size = Size, way = Way, variant = Variant}.
@@ -234,13 +246,12 @@ setup(#case_{op = Op, size = Size, variant = Variant} = Case, Root, Large) ->
         large -> [payload(Seed, Large) || Seed <- [1, 2]];
         holes -> [<<0:?HOLES/unit:8>>, payload(2, 4096)]
     end,
-    {ok, Key} = erllama_cache_store:key(meta(1)),
-    World = #world{case_ = Case, root = Root, key = Key, ours = Ours, theirs = Theirs},
+    World = #world{case_ = Case, root = Root, key = key(Case, 1), ours = Ours, theirs = Theirs},
     %% What the way there makes no difference to: files without a name are taken for granted.
     no_fault(is_named(Case) andalso Case#case_.way =/= named_first),
     {ok, _} = start_store(World),
     Others = case Op of
-        scan -> [{file_name(key(N)), template(World, meta(N), Ours)} || N <- [2, 3]];
+        scan -> [{file_name(key(Case, N)), template(World, meta(N), Ours)} || N <- [2, 3]];
         _ -> []
     end,
     Good = [
@@ -271,7 +282,7 @@ secret() ->
 
 start_store(#world{root = Root, case_ = #case_{op = Op, variant = Variant}}) ->
     erllama_cache_store:start_link(?STORE, maps:merge(
-        #{root => Root, tier => tier(Variant)},
+        #{root => Root, tier => tier(Variant), keyed_by => keyed_by(Variant)},
         maps:from_list(
             [{mac_key, fun secret/0} || Variant =:= keyed] ++
                 [{max_bytes, 3 * 4096 + 3 * 512} || Op =:= evict]
@@ -280,6 +291,9 @@ start_store(#world{root = Root, case_ = #case_{op = Op, variant = Variant}}) ->
 
 tier(ram_file) -> ram_file;
 tier(_) -> disk.
+
+keyed_by(text) -> text;
+keyed_by(_) -> tokens.
 
 stop_store() ->
     stop(?STORE).
@@ -300,11 +314,12 @@ stop(Name) ->
 %% hour ago, so that no load has one noted, which another thread would do at some time.
 meta(N) ->
     (erllama_cache_test_util:meta([N, 2, 3]))#{
+        prompt_text => <<"prompt ", (integer_to_binary(N))/binary>>,
         creation_time => 1700000000, last_used_time => list_to_integer(os:getenv("FAULTS_LAST_USE"))
     }.
 
-key(N) ->
-    {ok, Key} = erllama_cache_store:key(meta(N)),
+key(#case_{variant = Variant}, N) ->
+    {ok, Key} = erllama_cache_store:key(meta(N), #{keyed_by => keyed_by(Variant)}),
     Key.
 
 payload(Seed, Length) ->
@@ -326,6 +341,13 @@ template(#world{root = Root} = World, Meta, Payload) ->
     Bytes = read(Root, file_name(Key)),
     ok = erllama_cache_store:delete(?STORE, Key),
     Bytes.
+
+%% A file that no load accepts under this name. Keys of text have files of version 2 only.
+spoilt(#world{case_ = #case_{variant = text}, good = #{theirs := Theirs}}) ->
+    <<"KVC", 2, Rest/binary>> = Theirs,
+    <<"KVC", 1, Rest/binary>>;
+spoilt(#world{good = #{theirs := Theirs}}) ->
+    flip_last(Theirs).
 
 flip_last(Bytes) ->
     Length = byte_size(Bytes) - 1,
@@ -363,7 +385,7 @@ prepare(#world{case_ = #case_{op = save, way = Way}} = World) ->
     Before = case finds(Way) of
         nothing -> none;
         valid -> Theirs;
-        corrupt -> flip_last(Theirs)
+        corrupt -> spoilt(World)
     end,
     _ = [write(Root, file_name(Key), Before) || Before =/= none],
     World#world{before = Before};
@@ -628,18 +650,19 @@ restarted(#world{root = Root} = World) ->
         Error -> error({no_start, Error})
     end.
 
-works(#world{case_ = #case_{op = scan}, root = Root, good = Good, ours = Ours} = World, _, _) ->
+works(#world{case_ = #case_{op = scan} = Case, root = Root, ours = Ours} = World, _, _) ->
+    #world{good = Good} = World,
     Names = names(Root),
     Expected = lists:sort(["README" | [Name || Name <- maps:keys(Good), is_list(Name)]]),
     #{files := Files} = erllama_cache_store:info(?STORE),
     Wrong = [{names, Names} || Names =/= Expected] ++
         [{indexed, Files} || Files =/= 2] ++
-        [{load_of, N} || N <- [2, 3], not loads(key(N), Ours)],
+        [{load_of, N} || N <- [2, 3], not loads(key(Case, N), Ours)],
     After = resaved(World) ++ delete_all([1, 2, 3], World),
     stop_store(),
     Wrong ++ After;
-works(#world{case_ = #case_{op = evict}, ours = Ours} = World, Ok, How) ->
-    Loads = [{N, load(key(N))} || N <- [1, 2, 3, 4]],
+works(#world{case_ = #case_{op = evict} = Case, ours = Ours} = World, Ok, How) ->
+    Loads = [{N, load(key(Case, N))} || N <- [1, 2, 3, 4]],
     [{load_of, N, Load} || {N, Load} <- Loads, Load =/= {ok, Ours}, Load =/= miss] ++
         [saved_is_not_there || Ok, How =/= dead, lists:keyfind(1, 1, Loads) =/= {1, {ok, Ours}}] ++
         resaved(World) ++ delete_all([1, 2, 3, 4], World);
@@ -714,8 +737,8 @@ resaved(#world{key = Key, ours = Ours, case_ = #case_{op = Op}} = World) ->
     Delete ++ [{saved_again, Saved} || Saved =/= {ok, Key}] ++
         [loaded_again || not loads(Key, Ours)].
 
-delete_all(Ns, #world{root = Root, case_ = #case_{op = Op}}) ->
-    _ = [ok = erllama_cache_store:delete(?STORE, key(N)) || N <- Ns],
+delete_all(Ns, #world{root = Root, case_ = #case_{op = Op} = Case}) ->
+    _ = [ok = erllama_cache_store:delete(?STORE, key(Case, N)) || N <- Ns],
     _ = [ok = prim_file:delete(filename:join(Root, "README")) || Op =:= scan],
     Left = names(Root),
     _ = [prim_file:delete(filename:join(Root, Name)) || Name <- Left],
@@ -1099,8 +1122,8 @@ left_by_crash(#world{case_ = Case, root = Root, key = Key, good = Good, ours = O
     Done = acknowledged(Root, done),
     Final = file_name(Key),
     Names = names(Root),
-    Kept = lists:member(file_name(key(9)), Names),
-    Corrupt = [flip_last(maps:get(theirs, Good)) || finds(Way) =:= corrupt] ++
+    Kept = lists:member(file_name(key(Case, 9)), Names),
+    Corrupt = [spoilt(World) || finds(Way) =:= corrupt] ++
         [<<(maps:get(theirs, Good))/binary, 0>> || Op =:= scan],
     Contents = [{Name, read(Root, Name)} || Name <- Names, filename:extension(Name) =:= ".kvc"],
     remember([File || {_, Bytes} = File <- Contents, not lists:member(Bytes, Corrupt)]),
@@ -1113,7 +1136,7 @@ left_by_crash(#world{case_ = Case, root = Root, key = Key, good = Good, ours = O
     Lost = [acknowledged_file_is_gone || acknowledged(Root, before), not Kept],
     {ok, _} = start_store(World),
     Swept = [{not_swept, Name} || Name <- names(Root), filename:extension(Name) =:= ".tmp"],
-    Loads = [wrong_load_of_kept || Kept, not loads(key(9), Ours)] ++ crash_loads(World, Done),
+    Loads = [wrong_load_of_kept || Kept, not loads(key(Case, 9), Ours)] ++ crash_loads(World, Done),
     Deleted = case load(Key) of
         {ok, _} -> ensure_deleted(World);
         _ -> []
@@ -1122,10 +1145,10 @@ left_by_crash(#world{case_ = Case, root = Root, key = Key, good = Good, ours = O
     stop_store(),
     NotWhole ++ Gap ++ Lost ++ Swept ++ Loads ++ Deleted ++ Resaved.
 
-crash_loads(#world{case_ = #case_{op = scan}, ours = Ours}, _Done) ->
-    [{load_of, N} || N <- [2, 3], not loads(key(N), Ours)];
-crash_loads(#world{case_ = #case_{op = evict}, ours = Ours}, Done) ->
-    Loads = [{N, load(key(N))} || N <- [1, 2, 3, 4]],
+crash_loads(#world{case_ = #case_{op = scan} = Case, ours = Ours}, _Done) ->
+    [{load_of, N} || N <- [2, 3], not loads(key(Case, N), Ours)];
+crash_loads(#world{case_ = #case_{op = evict} = Case, ours = Ours}, Done) ->
+    Loads = [{N, load(key(Case, N))} || N <- [1, 2, 3, 4]],
     %% One had to go, and no more than one.
     [{loads, Loads} || length([N || {N, {ok, _}} <- Loads]) < 2] ++
         [{load_of, N} || {N, Load} <- Loads, Load =/= {ok, Ours}, Load =/= miss] ++

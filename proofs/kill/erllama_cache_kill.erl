@@ -457,7 +457,8 @@ node_main() ->
     ok = logger:add_handler(?MODULE, ?MODULE, #{level => warning, config => #{port => Port}}),
     {ok, Noise} = file:read_file(os:getenv("KILL_NOISE")),
     Whose = {list_to_integer(os:getenv("KILL_NODE")), list_to_integer(os:getenv("KILL_LIFE"))},
-    {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root}),
+    {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root, keyed_by => keyed_by()}),
+    ok = erllama_cache_hooked_host:key_by(keyed_by()),
     {ok, _} = ?WRITER:start_link(#{host => erllama_cache_hooked_host,
                                    max_concurrent => ?SAVERS + 1}),
     {ok, Path} = erllama_cache_path:native(Root),
@@ -527,8 +528,10 @@ save(N, Payload) ->
     end.
 
 load(N, Noise) ->
+    Version = version(keyed_by()),
     case erllama_cache_store:load(?STORE, key(N)) of
-        {ok, #{tokens := <<N:32/little>>}, <<Node:32, Life:32, _/binary>> = Payload} ->
+        {ok, #{version := Version, tokens := <<N:32/little>>},
+         <<Node:32, Life:32, _/binary>> = Payload} ->
             case payload(N, {Node, Life}, Noise) of
                 Payload -> {ok, {Node, Life}};
                 _ -> wrong_bytes
@@ -550,12 +553,22 @@ meta(N) ->
     #{
         save_reason => cold, quant_bits => 16, quant_type => f16, fingerprint => <<1:256>>,
         fingerprint_mode => safe, ctx_params_hash => <<2:256>>, tokens => [N],
-        context_size => 4096
+        prompt_text => integer_to_binary(N), context_size => 4096
     }.
 
 key(N) ->
-    {ok, Key} = erllama_cache_store:key(meta(N)),
+    {ok, Key} = erllama_cache_store:key(meta(N), #{keyed_by => keyed_by()}),
     Key.
+
+%% What the keys of this storm are made of, and the version of its files.
+keyed_by() ->
+    case os:getenv("KILL_KEYED_BY") of
+        "tokens" -> tokens;
+        "text" -> text
+    end.
+
+version(tokens) -> 1;
+version(text) -> 2.
 
 name(N) ->
     filename:basename(erllama_cache_path:final("", key(N))).

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Proves that `kill -9` of a node costs nothing but the saves that it cuts off:
 #
-#     proofs/kill/run.sh [plain|named...]
+#     proofs/kill/run.sh [plain|text|named...]
 #
 # Two VMs with 8 savers each save the same keys into one root. At random moments one of them, or both,
 # is killed, also while it starts; the other goes on, one of its saves stopped in the middle, and the
@@ -13,9 +13,10 @@
 # whose saves were cut off.
 #
 #   plain   on the file system of $TMPDIR, where temporary files have no names
+#   text    the same with keys of text, whose files are of version 2
 #   named   on bindfs (FUSE), where they have names and locks, and a start sweeps what the killed left
 #
-# Without an argument: both. KILLS sets how many kills for each (300), KILL_SEED repeats a storm's
+# Without an argument: all. KILLS sets how many kills for each (300), KILL_SEED repeats a storm's
 # choices (the moments of the machine differ). `named` has to be root for the mount, in a namespace of
 # its own: nothing stays mounted, however it ends. Where it cannot run this fails, unless
 # KILL_MAY_MISS=named says that it may. On a failure the root is kept.
@@ -25,8 +26,8 @@ here=$(cd "$(dirname "$0")/../.." && pwd)
 . "$here/proofs/lib.sh"
 
 # On the root it is given; $work has what else it needs.
-storm() { # ROOT
-    KILL_ROOT=$1 KILL_NOISE=$work/noise KILL_STDERR=$work/stderr \
+storm() { # ROOT tokens|text
+    KILL_ROOT=$1 KILL_KEYED_BY=$2 KILL_NOISE=$work/noise KILL_STDERR=$work/stderr \
         KILL_ORACLE=$here/proofs/oracle/kvc_oracle.py \
         erl -noinput -boot start_clean -pa "$lib/ebin" "$work/beam" -s erllama_cache_kill main
 }
@@ -39,7 +40,8 @@ run() { # NAME
     echo "==== kill -9: $1 ===="
     status=0
     case $1 in
-        plain) storm "$work/root" || status=$? ;;
+        plain) storm "$work/root" tokens || status=$? ;;
+        text) storm "$work/root" text || status=$? ;;
         # In namespaces of its own: the file system's process ends with them too.
         named)
             KILL_INSIDE=$work unshare --mount --pid --fork --kill-child --mount-proc "$0" ||
@@ -65,17 +67,17 @@ missing() {
 if [ "${KILL_INSIDE:-}" ]; then
     work=$KILL_INSIDE
     bindfs "$work/root" "$work/mnt"
-    KILL_NAMED=1 storm "$work/mnt"
+    KILL_NAMED=1 storm "$work/mnt" tokens
     exit
 fi
 
 need_compiled
 [ -e /proc/locks ] || fail "needs Linux with /proc"
 missed=""
-[ $# -gt 0 ] || set -- plain named
+[ $# -gt 0 ] || set -- plain text named
 for storm in "$@"; do
     case $storm in
-        plain) (run plain) ;;
+        plain | text) (run "$storm") ;;
         named)
             why=$(missing)
             if [ -z "$why" ]; then

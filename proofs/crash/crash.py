@@ -34,6 +34,11 @@ AFTER_FIRST_SAVE = 1.5
 AFTER_MOUNT = 1.0
 
 
+# What the keys of root a are made of; those of root b are made of the other. So every disk has
+# files of both versions, and of the disks half have each in the root that is used in most ways.
+KEYED_BY = ("tokens", "text")
+
+
 class Failed(Exception):
     pass
 
@@ -184,19 +189,19 @@ def complaints(mode, seed, lost, wrong):
             print("%s %s (journal %s, seed %d)" % (kind, what, mode, seed), flush=True)
 
 
-def power_cuts(bench, mode, cuts, seed):
+def power_cuts(bench, mode, keyed_by, cuts, seed):
     """Row of the table: `cuts` times a check of the disk and then saves until the power goes."""
     rng = random.Random("%d %s" % (seed, mode))
     image = bench.image("cut." + mode, mode, 192)
     known, passed, first = model.Model(), set(), 1
-    row = {"mode": mode, "cuts": 0, "saved": 0, "in_flight": 0, "files": 0, "payloads": 0,
-           "lost": 0, "wrong": 0, "errors": 0, "counts": {}}
+    row = {"mode": mode, "keyed_by": keyed_by, "cuts": 0, "saved": 0, "in_flight": 0, "files": 0,
+           "payloads": 0, "lost": 0, "wrong": 0, "errors": 0, "counts": {}}
     while True:
         last = row["cuts"] == cuts
         # Not in the middle of e2fsck, which no power cut may meet.
         early = rng.random() < 0.15 and not last and mode != "none"
-        job = {"do": "cut", "journal": mode, "seed": rng.getrandbits(30), "first": first,
-               "busy": rng.random() < 0.5,
+        job = {"do": "cut", "journal": mode, "keyed_by": keyed_by, "seed": rng.getrandbits(30),
+               "first": first, "busy": rng.random() < 0.5,
                "passed": sorted(passed), "expected": model.encode(known.expected())}
         with bench.guest([image], **job) as guest:
             guest.until("MOUNT")
@@ -248,7 +253,8 @@ def replay(bench, mode, busy, saves, samples, seed):
     image, log = bench.image("logged." + name, mode, 64), bench.empty("log." + name, 1024)
     before = image + ".before"
     subprocess.run(["cp", "--sparse=always", image, before], check=True)
-    job = {"journal": mode, "seed": seed}
+    keyed_by = KEYED_BY[busy]
+    job = {"journal": mode, "keyed_by": keyed_by, "seed": seed}
     with bench.guest([image, log], do="record", saves=saves, busy=busy, **job) as guest:
         said = guest.until("END")
     errors = [line for line in said if line.startswith("E ")]
@@ -261,7 +267,8 @@ def replay(bench, mode, busy, saves, samples, seed):
         print("ERROR %s (journal %s, seed %d)" % (error, mode, seed), flush=True)
     for path in (image, before, log, cow):
         os.unlink(path)
-    return {**row, "mode": mode, "beside": "busy" if busy else "quiet", "errors": len(errors)}
+    return {**row, "mode": mode, "keyed_by": keyed_by, "beside": "busy" if busy else "quiet",
+            "errors": len(errors)}
 
 
 def table(title, rows, columns):
@@ -306,8 +313,8 @@ def main():
             concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         bench = Bench(args, args.work, directory)
         try:
-            cuts = [pool.submit(power_cuts, bench, mode, share, args.seed)
-                    for mode, share in zip(modes, shares) if share]
+            cuts = [pool.submit(power_cuts, bench, mode, KEYED_BY[i % 2], share, args.seed)
+                    for i, (mode, share) in enumerate(zip(modes, shares)) if share]
             replays = [pool.submit(replay, bench, mode, busy, half, args.samples, args.seed)
                        for mode in modes if args.saves and mode != "none"
                        for busy, half in ((True, (args.saves + 1) // 2), (False, args.saves // 2))
@@ -323,14 +330,15 @@ def main():
             bench.close()
     if cut_rows:
         table("Power cuts", cut_rows, [
-            ("journal", "mode"), ("cuts", "cuts"), ("saves", "saved"), ("in flight", "in_flight"),
-            ("files", "files"), ("payloads", "payloads"), ("errors", "errors"), ("lost", "lost"),
-            ("wrong", "wrong")])
+            ("journal", "mode"), ("keys of a", "keyed_by"), ("cuts", "cuts"), ("saves", "saved"),
+            ("in flight", "in_flight"), ("files", "files"), ("payloads", "payloads"),
+            ("errors", "errors"), ("lost", "lost"), ("wrong", "wrong")])
     if replay_rows:
         table("Replay of every write", replay_rows, [
-            ("journal", "mode"), ("beside", "beside"), ("saves", "saves"), ("entries", "entries"),
-            ("boundaries", "boundaries"), ("between", "between"), ("files", "checked"),
-            ("errors", "errors"), ("lost", "lost"), ("wrong", "wrong")])
+            ("journal", "mode"), ("keys of a", "keyed_by"), ("beside", "beside"),
+            ("saves", "saves"), ("entries", "entries"), ("boundaries", "boundaries"),
+            ("between", "between"), ("files", "checked"), ("errors", "errors"), ("lost", "lost"),
+            ("wrong", "wrong")])
     bad = sum(row["lost"] + row["wrong"] + row["errors"] for row in cut_rows + replay_rows)
     print("\ncrash: %s" % ("passed" if not bad else "FAILED, seed %d" % args.seed))
     return 1 if bad else 0

@@ -6,7 +6,8 @@
 %% So a delete is on record before it happens, and a success before anything else is done.
 %%
 %% There are two roots. `a' has two stores on it, so that two saves of one key can meet on the
-%% disk; `b' has a bound, and evicts.
+%% disk; `b' has a bound, and evicts. Keys of the one are made of tokens, those of the other of
+%% text, so that there are files of both versions.
 -module(erllama_cache_crash).
 
 -export([main/0]).
@@ -27,7 +28,8 @@
 
 -spec main() -> no_return().
 main() ->
-    [Dir, MaxBytes] = init:get_plain_arguments(),
+    [Dir, MaxBytes, KeyedByOfA] = init:get_plain_arguments(),
+    ok = persistent_term:put(?MODULE, list_to_existing_atom(KeyedByOfA)),
     {ok, _} = application:ensure_all_started(erllama_cache_nif),
     {ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store, max_concurrent => 16}),
     serve(Dir, list_to_integer(MaxBytes)).
@@ -67,8 +69,8 @@ say(Line) ->
 stores() -> [kv_a, kv_a2, kv_b].
 
 start(Dir, MaxBytes) ->
-    A = #{root => filename:join(Dir, "a")},
-    B = #{root => filename:join(Dir, "b"), max_bytes => MaxBytes},
+    A = #{root => filename:join(Dir, "a"), keyed_by => keyed_by("a")},
+    B = #{root => filename:join(Dir, "b"), keyed_by => keyed_by("b"), max_bytes => MaxBytes},
     Started = [erllama_cache_store:start_link(Store, Options)
                || {Store, Options} <- lists:zip(stores(), [A, A, B])],
     case [Error || {error, Error} <- Started] of
@@ -81,15 +83,25 @@ start(Dir, MaxBytes) ->
 store("a") -> kv_a;
 store("b") -> kv_b.
 
+keyed_by("a") -> persistent_term:get(?MODULE);
+keyed_by("b") -> other(keyed_by("a")).
+
+other(tokens) -> text;
+other(text) -> tokens.
+
+version(tokens) -> 1;
+version(text) -> 2.
+
 meta(Root, N) ->
     #{
         save_reason => cold, quant_bits => 16, quant_type => f16,
         fingerprint => crypto:hash(sha256, Root), fingerprint_mode => safe,
-        ctx_params_hash => <<2:256>>, tokens => lists:seq(N, N + N rem 100), context_size => 4096
+        ctx_params_hash => <<2:256>>, tokens => lists:seq(N, N + N rem 100),
+        prompt_text => binary:copy(integer_to_binary(N), 1 + N rem 100), context_size => 4096
     }.
 
 key(Root, N) ->
-    {ok, Key} = erllama_cache_store:key(meta(Root, N)),
+    {ok, Key} = erllama_cache_store:key(meta(Root, N), #{keyed_by => keyed_by(Root)}),
     Key.
 
 hex(Key) ->
@@ -112,8 +124,8 @@ log_uniform(Root, N, Max) ->
 
 load(Root, N) ->
     case erllama_cache_store:load(store(Root), key(Root, N)) of
-        {ok, _Info, Payload} ->
-            case Payload =:= payload(Root, N) of
+        {ok, #{version := Version}, Payload} ->
+            case Payload =:= payload(Root, N) andalso Version =:= version(keyed_by(Root)) of
                 true -> "right";
                 false -> "wrong"
             end;

@@ -105,7 +105,8 @@ class Erlang:
         env = {**os.environ, "LD_PRELOAD": job["linger"]} if job["busy"] else None
         self.vm = subprocess.Popen(
             [job["erl"], "-noshell", "-kernel", "logger", LOG_TO_CONSOLE, "-pa", *job["ebins"],
-             "-s", "erllama_cache_crash", "main", "-extra", DISK, str(model.MAX_BYTES)],
+             "-s", "erllama_cache_crash", "main", "-extra", DISK, str(model.MAX_BYTES),
+             job["keyed_by"]],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.names = {}
 

@@ -458,7 +458,7 @@ node_main() ->
     {ok, Noise} = file:read_file(os:getenv("KILL_NOISE")),
     Whose = {list_to_integer(os:getenv("KILL_NODE")), list_to_integer(os:getenv("KILL_LIFE"))},
     {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root, keyed_by => keyed_by()}),
-    ok = erllama_cache_hooked_host:key_by(keyed_by()),
+    ok = erllama_cache_hooked_host:make_keys_of(keyed_by()),
     {ok, _} = ?WRITER:start_link(#{host => erllama_cache_hooked_host,
                                    max_concurrent => ?SAVERS + 1}),
     {ok, Path} = erllama_cache_path:native(Root),

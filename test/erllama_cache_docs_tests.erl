@@ -8,8 +8,8 @@
 -include_lib("eunit/include/eunit.hrl").
 
 -import(erllama_cache_test_util, [
-    in_project/1, page_tables_names/2, run_command/2, source/1, matches/2, silence/0, unsilence/1,
-    temporary_dir/1, stop/1
+    in_project/1, page/1, page_tables_names/2, run_command/2, source/1, matches/2, silence/0,
+    unsilence/1, temporary_dir/1, stop/1
 ]).
 
 -define(PUBLIC, [
@@ -296,6 +296,30 @@ the_reference_names_each_metric_test() ->
             page_tables_names("metrics.md", "metric of a store"),
         ?assertEqual(lists:sort(Printed), lists:sort(Named))
     end).
+
+%% Each branch of a save stands beside cases, and each of those is there and is run.
+each_branch_of_a_save_has_cases_test_() ->
+    {ok, Page} = file:read_file(page("erllama.md")),
+    [_, After] = binary:split(Page, <<"\n## Every branch of the original's save\n">>),
+    [Section | _] = binary:split(After, <<"\n## ">>),
+    Rows = matches("^\\| (?!branch )([^|]+) \\| [^|]+ \\| ([^|]+) \\|$", Section),
+    ?assert(length(Rows) >= 25),
+    [
+        {binary_to_list(Branch), fun() ->
+            Named = matches("`(\\w+_SUITE):(\\w+)`", Cases),
+            ?assertNotEqual([], Named),
+            [?assertEqual(ok, runs(Suite, Case)) || [Suite, Case] <- Named]
+        end}
+     || [Branch, Cases] <- Rows
+    ].
+
+runs(Suite, Case) ->
+    Name = binary_to_list(<<"test/erllama_cache_", Suite/binary, ".erl">>),
+    {ok, Source} = file:read_file(in_project(Name)),
+    case [matches(Pattern, Source) || Pattern <- [["^", Case, "\\("], ["^ +", Case, ",?$"]]] of
+        [[_ | _], [_ | _]] -> ok;
+        _ -> {not_there, Suite, Case}
+    end.
 
 targets(Page) ->
     {ok, Text} = file:read_file(in_project(Page)),

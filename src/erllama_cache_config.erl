@@ -57,8 +57,10 @@ erllama_limit() ->
     end.
 
 %% How the library writes files, by tier.
--spec save_options(erllama_cache_writer:config(), none | erllama_cache_nif:secret()) ->
-    #{erllama_cache_host:tier() => erllama_cache_nif:save_options()}.
+-spec save_options(
+    #{file_mode := non_neg_integer(), page_cache := keep | drop, atom() => term()},
+    none | erllama_cache_nif:secret()
+) -> #{erllama_cache_host:tier() => erllama_cache_nif:save_options()}.
 save_options(#{file_mode := Mode, page_cache := PageCache} = Config, Secret) ->
     Digest = fun(Default) ->
         case Secret of

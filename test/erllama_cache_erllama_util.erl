@@ -20,7 +20,7 @@
 -export([script_failure/0, host_calls/0, calls/0, calls_after_the_key/0, calls_but_the_check/0]).
 -export([is_about_the_key/1]).
 -export([args/1, token/1]).
--export([stored_payload/2, stored_quant_byte/2, payload/1, tags/1, oracle/1, on_peer/2]).
+-export([stored_payload/2, stored_quant_byte/2, payload/1, tags/1, as_host/0, oracle/1, on_peer/2]).
 
 -import(erllama_cache_test_util, [
     fresh_dir/2, files/1, open_files/1, file_of/2, eventually/1, actor/0, actor/1, tell/2,
@@ -272,10 +272,14 @@ the_host_takes(Files) ->
     Refused = [
         {File, Reason} || File <- Files, {error, Reason} <- [erllama_fake_kvc:read(File)]
     ],
-    case {Refused, oracle(["check", "--host" | Files])} of
+    case {Refused, oracle(["check", as_host() | Files])} of
         {[], {0, _}} -> ok;
         {_, {_, Output}} -> {fail, {not_for_the_host, Refused, Output}}
     end.
+
+%% The oracle's option for this kind of host.
+as_host() ->
+    "--host=" ++ integer_to_list(erllama_fake_kvc:version()).
 
 oracle(Args) ->
     Script = erllama_cache_test_util:in_project("proofs/oracle/kvc_oracle.py"),

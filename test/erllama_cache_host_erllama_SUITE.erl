@@ -27,7 +27,7 @@
     waiting/0, save/0, save/1, save/2, untidy_actor/0, assert_nothing_left/1, assert_only/2,
     nothing_open/1, script_failure/0, host_calls/0, calls/0, calls_after_the_key/0,
     calls_but_the_check/0, is_about_the_key/1, args/1, stored_payload/2, stored_quant_byte/2,
-    payload/1, oracle/1, on_peer/2
+    payload/1, as_host/0, oracle/1, on_peer/2
 ]).
 
 suite() ->
@@ -242,7 +242,7 @@ key_and_quant_byte_are_the_hosts(Config) ->
     %% Left on purpose, and for this host only: the oracle's table has not grown.
     File = file_of(?config(root, Config), Theirs),
     ?assertMatch({0, _}, oracle(["check", File])),
-    ?assertMatch({1, _}, oracle(["check", "--host", File])),
+    ?assertMatch({1, _}, oracle(["check", as_host(), File])),
     ok = file:delete(File).
 
 %%% What can fail

@@ -6,9 +6,10 @@ this makes of it compares two implementations. It is slow, and meant to be plain
 
     kvc_oracle.py build META.json PAYLOAD OUT.kvc    write a file
     kvc_oracle.py show FILE.kvc                      print its fields as JSON
-    kvc_oracle.py check [--host] FILE.kvc...         verify; exit 1 if any is bad; with --host also
+    kvc_oracle.py check [--host[=1|2]] FILE.kvc...   verify; exit 1 if any is bad; with --host also
                                                      what a host's parser refuses: a quant byte
-                                                     that names no type
+                                                     that names no type, and with a version files
+                                                     of the other
     kvc_oracle.py prefix FILE.kvc                    hex of all bytes before the payload,
                                                      extension tags (>= 0x80) removed
 
@@ -179,7 +180,7 @@ def digest(data, fields):
     return h.digest()
 
 
-def check(path, as_host=False):
+def check(path, host=()):
     """Raise ValueError unless every stored check of the file holds."""
     with open(path, "rb") as f:
         data = f.read()
@@ -190,7 +191,12 @@ def check(path, as_host=False):
         raise ValueError("crc32c %08x, stored %08x" % (actual, fields["payload_crc32c"]))
     if len(tags[0x09]) != 4 * fields["cached_token_count"]:
         raise ValueError("token count mismatch")
-    if as_host and tags[0x03][0] not in QUANT.values():
+    if host and fields["version"] not in host:
+        raise ValueError("version %d is not the host's" % fields["version"])
+    if fields["save_reason"] > LAST_REASON[fields["version"]]:
+        raise ValueError("version %d has no save_reason %d"
+                         % (fields["version"], fields["save_reason"]))
+    if host and tags[0x03][0] not in QUANT.values():
         raise ValueError("quant byte %d names no type" % tags[0x03][0])
     name = os.path.basename(path)
     if name != fields["key"].hex() + ".kvc":
@@ -244,10 +250,11 @@ def main(argv):
         return 0
     if len(argv) >= 2 and argv[0] == "check":
         bad = 0
-        as_host = "--host" in argv
-        for path in [arg for arg in argv[1:] if arg != "--host"]:
+        hosts = {"--host": (1, 2), "--host=1": (1,), "--host=2": (2,)}
+        host = hosts.get(argv[1], ())
+        for path in argv[2 if host else 1:]:
             try:
-                check(path, as_host)
+                check(path, host)
                 print("ok   %s" % path)
             except (ValueError, OSError) as e:
                 bad += 1

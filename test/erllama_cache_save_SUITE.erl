@@ -130,6 +130,7 @@ varied() ->
                         hit_count => 16#ffffffff, context_size => 16#ffffffff, quant_bits => 255},
     [
         {maps:merge(meta(), Complete), <<>>},
+        {maps:merge(maps:remove(prompt_text, meta([3])), Complete), <<"no prompt">>},
         {maps:merge(meta([]), Extreme), <<0>>},
         {maps:merge(meta([-1, 1 bsl 32, 1 bsl 70 + 9, -(1 bsl 63)]), Complete), ?PAYLOAD},
         {
@@ -150,6 +151,10 @@ varied() ->
             %% Large enough to be written in pieces.
             crypto:strong_rand_bytes(2500000)
         }
+        | [
+            {maps:merge(meta([8]), Complete#{save_reason => agent_prefix}), <<"system and tools">>}
+         || erllama_fake_kvc:version() =:= 2
+        ]
     ].
 
 %% A build_meta map as JSON. Its texts have nothing in them that has to be escaped.
@@ -395,12 +400,18 @@ file_of_another_key_is_replaced(Config) ->
     ?assertEqual(<<"its own">>, stored_payload(Config, Key)),
     assert_only(Path, Config).
 
-%% It is whole, and of the same prompt, but the host's parser does not take it.
+%% It is whole, without a digest to be wrong, and of the same key in its version, for the prompt's
+%% bytes are those of the tokens; but the host's parser does not take it.
 file_of_the_other_version_is_replaced(Config) ->
-    {Key, Path} = saved_and_forgotten(Config),
+    _ = restart_writer(#{max_concurrent => ?LIMIT, digest => none}),
+    Meta = (meta([1, 2]))#{prompt_text => <<1:32/little, 2:32/little>>},
+    {ok, Key} = save(Meta),
+    Path = file_of(?config(root, Config), Key),
     {ok, <<"KVC", Version, Rest/binary>>} = file:read_file(Path),
     ok = file:write_file(Path, <<"KVC", (3 - Version), Rest/binary>>),
-    ?assertEqual({ok, Key}, save(meta(), <<"of the host's version">>)),
+    ?assertMatch({0, _}, oracle(["check", Path])),
+    ok = ?META_SRV:forget(Key),
+    ?assertEqual({ok, Key}, save(Meta, <<"of the host's version">>)),
     ?assertEqual(<<"of the host's version">>, stored_payload(Config, Key)),
     ?assertMatch({ok, <<"KVC", Version, _/binary>>}, file:read_file(Path)),
     assert_only(Path, Config).

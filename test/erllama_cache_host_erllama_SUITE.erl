@@ -481,7 +481,7 @@ turn_that_follows_waits_for_the_announcement(_Config) ->
 
 %% It sits out its time.
 failure_answers_nobody_who_waits(Config) ->
-    {Follower, Following} = follows_a_save(500),
+    {Follower, Following} = follows_a_save(2000),
     ok = erllama_fake:script(check_reservation, [
         {before, fun([Key | _]) -> ok = ?META_SRV:expire(Key) end}
     ]),

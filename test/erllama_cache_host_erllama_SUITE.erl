@@ -118,6 +118,8 @@ host_replaced_under_a_running_writer(Config) ->
     ok = erllama_fake:stop(),
     ok = load_fakes(by_kind(text, tokens)),
     ok = erllama_fake:start(?TIER, Root),
+    ?assertError(undef, save()),
+    ?assertEqual({[], 0}, {?META_SRV:reserved(), ?WRITER:current()}),
     _ = restart_writer(?LIMIT),
     {ok, Second} = save(),
     ?assertNotEqual(First, Second),

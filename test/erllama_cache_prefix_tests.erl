@@ -10,7 +10,7 @@
     corrupt_payload/1, in_process/1, none_reserved/1, patch_file/3, reserve/2, start_owner/1,
     watches/1, with_store/2, with_store/3, with_two_stores/2
 ]).
--import(erllama_cache_test_util, [ask/2, eventually/1, file_of/2, kill/1]).
+-import(erllama_cache_test_util, [ask/2, eventually/1, file_of/2, kill/1, next_millisecond/0]).
 
 %% With room for a few files, and without a bound: what a load finds out of the index goes two ways.
 -define(BOUNDS, [infinity, 1 bsl 20]).
@@ -166,9 +166,11 @@ a_store_that_has_ended_exits_noproc(Root) ->
 
 %%% How rows come and go
 
+%% Although there is a file of its length.
 a_reservation_is_not_found(Root) ->
     each_bound(Root, fun(Store) ->
         Key = key([1, 2]),
+        Other = save(Store, [3, 4]),
         {Owner, {ok, Token}} = start_owner(fun() -> reserve(Store, Key) end),
         ?assertEqual(miss, longest(Store, [1, 2])),
         ok = ask(Owner, fun() -> erllama_cache_store:cancel(Store, Key, Token) end),
@@ -176,7 +178,7 @@ a_reservation_is_not_found(Root) ->
         kill(Owner),
         Key = save(Store, [1, 2]),
         ?assertEqual({ok, Key, 2}, longest(Store, [1, 2])),
-        ok = erllama_cache_store:delete(Store, Key)
+        [ok = erllama_cache_store:delete(Store, Each) || Each <- [Key, Other]]
     end).
 
 a_deleted_state_is_not_found(Root) ->
@@ -201,6 +203,7 @@ an_evicted_state_is_not_found(Root) ->
     Payload = binary:copy(<<0>>, 10000),
     with_store(#{root => Root, max_bytes => 25000}, fun(Store) ->
         _Old = save(Store, [1], Payload),
+        ok = next_millisecond(),
         New = save(Store, [1, 2], Payload),
         ?assertMatch({ok, New, 2}, longest(Store, [1, 2])),
         Newest = save(Store, [1, 2, 3], Payload),
@@ -212,7 +215,7 @@ an_evicted_state_is_not_found(Root) ->
 
 a_refused_state_is_not_found_until_replaced(Root) ->
     each_bound(Root, fun(Store) ->
-        [Short, Long] = [save(Store, Tokens) || Tokens <- [[1], [1, 2]]],
+        [Short, Long, Other] = [save(Store, Tokens) || Tokens <- [[1], [1, 2], [3, 4]]],
         corrupt_payload(file_of(Root, Long)),
         ?assertEqual({ok, Long, 2}, longest(Store, [1, 2])),
         ?assertMatch({error, {corrupt, _}}, erllama_cache_store:load(Store, Long)),
@@ -222,7 +225,7 @@ a_refused_state_is_not_found_until_replaced(Root) ->
         %% And one that was refused may be deleted.
         corrupt_payload(file_of(Root, Long)),
         ?assertMatch({error, {corrupt, _}}, erllama_cache_store:load(Store, Long)),
-        [ok = erllama_cache_store:delete(Store, Key) || Key <- [Short, Long]]
+        [ok = erllama_cache_store:delete(Store, Key) || Key <- [Short, Long, Other]]
     end).
 
 %% As another node has saved it anew, or as a scan could not read it.
@@ -380,10 +383,14 @@ a_file_that_is_gone_is_missed_once(Root) ->
     end).
 
 longest_that_loads(Store, Tokens) ->
+    longest_that_loads(Store, Tokens, []).
+
+longest_that_loads(Store, Tokens, Missed) ->
     {ok, Key, Length} = longest(Store, Tokens),
+    ?assertNot(lists:member(Key, Missed)),
     case erllama_cache_store:load(Store, Key) of
         {ok, _, ?PAYLOAD} -> {ok, Key, Length};
-        miss -> longest_that_loads(Store, Tokens)
+        miss -> longest_that_loads(Store, Tokens, [Key | Missed])
     end.
 
 %%% The keys of prefixes

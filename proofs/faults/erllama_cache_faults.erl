@@ -497,6 +497,7 @@ reservations(_World, _Result) ->
 
 class({ok, _}) -> ok;
 class({ok, _, _}) -> ok;
+class({ok, _, _, _}) -> ok;
 class(ok) -> ok;
 class({error, already_present}) -> ok;
 class({error, _}) -> error;

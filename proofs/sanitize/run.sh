@@ -88,8 +88,11 @@ lay_out() {
     # The vectors.
     cp -R "$here/test/." "$lib/test"
     erlc +debug_info -o "$lib/ebin" "$here"/src/*.erl
-    erlc +debug_info +nowarn_export_all -I "$here/src" -pa "$lib/ebin" -o "$lib/test" \
-        "$here"/test/fakes/*.erl "$here"/test/*.erl
+    # Apart, as rebar3 has them: some tests want a node without them.
+    erlc +debug_info +nowarn_export_all -I "$here/src" -pa "$lib/ebin" -o "$lib/test/fakes" \
+        "$here"/test/fakes/*.erl
+    erlc +debug_info +nowarn_export_all -I "$here/src" -pa "$lib/ebin" -pa "$lib/test/fakes" \
+        -o "$lib/test" "$here"/test/*.erl
 }
 
 # What runs the tests inside a VM, and ends with a status. Time has another pace there.
@@ -129,7 +132,7 @@ nif_under_asan() {
     export ASAN_OPTIONS="detect_leaks=0:log_path=$reports/report"
     ended=0
     # shellcheck disable=SC2086  # lists of words are split on purpose
-    LD_PRELOAD="$libasan" erl -noinput -pa "$lib/ebin" "$lib/test" "$out" \
+    LD_PRELOAD="$libasan" erl -noinput -pa "$lib/ebin" "$lib/test" "$lib/test/fakes" "$out" \
         -run sanitize_runner main -extra $eunit and $suites || ended=$?
     # Of a VM that a test has started, too.
     if [ -n "$(ls "$reports")" ]; then
@@ -191,7 +194,7 @@ vm_under_valgrind() {
         --suppressions="$here/proofs/sanitize/valgrind.supp" \
         --log-file="$reports/report.%p" \
         "$BINDIR/beam.smp" -Mea min -h 200000 -- -root "$ROOTDIR" -bindir "$BINDIR" -progname erl -- \
-        -home "${HOME:-/}" -- -noshell -noinput -pa "$lib/ebin" "$lib/test" "$out" \
+        -home "${HOME:-/}" -- -noshell -noinput -pa "$lib/ebin" "$lib/test" "$lib/test/fakes" "$out" \
         -run sanitize_runner main -extra "$@"
 }
 

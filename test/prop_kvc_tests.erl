@@ -15,6 +15,8 @@
 -define(HIT_COUNT, 12).
 -define(LAST_USED, 32).
 -define(FIXED_LEN, 72).
+%% The digest's record, which is the last before the payload: tag, length, mode, digest.
+-define(DIGEST_RECORD, 38).
 
 properties_test_() ->
     %% Both versions of the format.
@@ -153,28 +155,38 @@ prop_damage(KeyedBy, Root) ->
     end)).
 
 %% A file that is as it was is loaded. Of another one nothing but what no checksum covers may differ
-%% when it is loaded: neither its length, nor its payload, nor what makes its key.
-holds({ok, #{file_size := Size} = Info, Loaded}, Good, Bad, Payload) ->
+%% when it is loaded: neither its length, nor its payload, nor what makes its key. With its digest it
+%% is none but the one that was saved.
+holds({ok, #{file_size := Size, version := Version} = Info, Loaded}, Good, Bad, Payload) ->
+    Covered = covered(Version, digest_record(Good, Payload) =:= digest_record(Bad, Payload)),
     Loaded =:= Payload andalso Size =:= byte_size(Good) andalso byte_size(Bad) =:= Size andalso
-        made_of(Info) =:= made_of(Good);
+        maps:with(Covered, described(Info)) =:= maps:with(Covered, described(Good));
 holds({error, {corrupt, Reason}}, Good, Bad, _Payload) when is_atom(Reason) ->
     Good =/= Bad andalso differ_where_it_matters(Good, Bad);
 holds(_Other, _Good, _Bad, _Payload) ->
     false.
 
-%% What the key of either version is made of, as the load tells it: it was not changed unnoticed.
-made_of(#{fingerprint := Fp, quant_byte := Quant, ctx_params_hash := Ctx, tokens := Tokens,
-          prompt_text := Prompt}) ->
-    {Fp, Quant, Ctx, Tokens, Prompt};
+%% Of a file that has lost its digest, the key covers tokens or text alone.
+covered(_Version, true) -> [fingerprint, quant_byte, ctx_params_hash, tokens, prompt_text];
+covered(1, false) -> [fingerprint, quant_byte, ctx_params_hash, tokens];
+covered(2, false) -> [fingerprint, quant_byte, ctx_params_hash, prompt_text].
+
+digest_record(File, Payload) ->
+    binary:part(File, byte_size(File) - byte_size(Payload) - ?DIGEST_RECORD, ?DIGEST_RECORD).
+
+%% What the key of either version is made of, as the load tells it.
+described(#{fingerprint := _} = Info) ->
+    Info;
 %% The same from the undamaged file, whose TLV section begins behind the prompt: fingerprint, mode,
 %% quant byte, context hash, number of tokens, tokens.
-made_of(Good) ->
+described(Good) ->
     <<_:?FIXED_LEN/binary, PromptLen:32/little, Prompt:PromptLen/binary, _TlvLen:32,
       1, 32:32/little, Fp:32/binary, 2, 1:32/little, _Mode, 3, 1:32/little, Quant,
       4, 32:32/little, Ctx:32/binary, 8, 4:32/little, Count:32/little,
       9, TokensLen:32/little, Tokens:TokensLen/binary, _/binary>> = Good,
     TokensLen = 4 * Count,
-    {Fp, Quant, Ctx, Tokens, Prompt}.
+    #{fingerprint => Fp, quant_byte => Quant, ctx_params_hash => Ctx, tokens => Tokens,
+      prompt_text => Prompt}.
 
 %% Hits and last use are rewritten while a file lives: whatever they are, it is no damage.
 differ_where_it_matters(Good, Bad) ->

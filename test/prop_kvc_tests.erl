@@ -155,8 +155,8 @@ prop_damage(KeyedBy, Root) ->
     end)).
 
 %% A file that is as it was is loaded. Of another one nothing but what no checksum covers may differ
-%% when it is loaded: neither its length, nor its payload, nor what makes its key. With its digest it
-%% is none but the one that was saved.
+%% when it is loaded: neither its length, nor its payload, nor what makes its key. With its digest
+%% it is none but the one that was saved.
 holds({ok, #{file_size := Size, version := Version} = Info, Loaded}, Good, Bad, Payload) ->
     Covered = covered(Version, digest_record(Good, Payload) =:= digest_record(Bad, Payload)),
     Loaded =:= Payload andalso Size =:= byte_size(Good) andalso byte_size(Bad) =:= Size andalso

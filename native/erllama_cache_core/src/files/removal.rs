@@ -40,14 +40,15 @@ impl Removal {
     }
 
     /// Goes on with the check, and removes the file if it is corrupt. `true` if it was removed;
-    /// `false` if it is sound, was made without the secret, is of a later version of the format, or
-    /// has lost its name meanwhile.
+    /// `false` if it is sound, of another key, made without the secret, of a later version of
+    /// the format, or has lost its name meanwhile.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn step(&mut self, slice: &Slice) -> Result<Progress<bool>, Error> {
         let found = match &mut self.check {
-            Ok(check) if check.prefix().key() != self.key => None,
+            // The name is the host's, and so is the formula of its keys: no proof of damage.
+            Ok(check) if check.prefix().key() != self.key => return Ok(Progress::Done(false)),
             Ok(check) => match check.step(slice) {
                 Ok(Progress::More) => return Ok(Progress::More),
                 Ok(Progress::Done(())) => return Ok(Progress::Done(false)),

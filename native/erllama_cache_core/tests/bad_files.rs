@@ -17,7 +17,8 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use erllama_cache_core::Error;
@@ -278,8 +279,13 @@ fn complete<T>(mut step: impl FnMut() -> Result<Progress<T>, Error>) -> Result<T
     }
 }
 
+/// Held by whoever judges files, and alone by whoever starts a process. Until the new process has
+/// replaced its image it has this one's files open, with their locks; a scan leaves a locked file.
+static OPEN_FILES: RwLock<()> = RwLock::new(());
+
 /// Does everything that is done with a file, and returns whether it loads.
 fn judge(place: &Place, sample: &Sample, what: &str, file: &[u8]) -> bool {
+    let _files = OPEN_FILES.read().unwrap_or_else(PoisonError::into_inner);
     let Sample { way, key, .. } = sample;
     let what = format!("{way}: {what}");
     let secret = way.secret();
@@ -999,5 +1005,14 @@ fn python<S: AsRef<OsStr>>(args: &[S], secret: Option<&[u8; 32]>) -> Output {
     if let Some(secret) = secret {
         command.env("KVC_KEY", secret.map(|byte| format!("{byte:02x}")).concat());
     }
-    command.output().expect("python3 runs")
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    // It has replaced its image when this returns.
+    let child = {
+        let _no_files = OPEN_FILES.write().unwrap_or_else(PoisonError::into_inner);
+        command.spawn().expect("python3 starts")
+    };
+    child.wait_with_output().expect("python3 runs")
 }

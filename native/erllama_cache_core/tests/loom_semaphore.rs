@@ -80,6 +80,16 @@ fn queued(semaphore: &Arc<Sem>, request: Request) -> (G, Arc<Sleeper>) {
     (guard, sleeper)
 }
 
+fn queued_last(semaphore: &Arc<Sem>, request: Request) -> (G, Arc<Sleeper>) {
+    let guard = Guard::new(semaphore, ());
+    let sleeper = Arc::new(Sleeper::default());
+    assert_eq!(
+        guard.acquire_or_queue_last(request, Arc::clone(&sleeper)),
+        Ok(Attempt::Queued)
+    );
+    (guard, sleeper)
+}
+
 /// Acquires, however long it takes.
 fn acquire(guard: &G, request: Request) -> Result<(), Verdict> {
     let sleeper = Arc::new(Sleeper::default());
@@ -533,6 +543,147 @@ fn bytes_given_back_during_an_acquire_are_found() {
         releaser.join().unwrap();
         assert_eq!(semaphore.info().bytes, 10);
         release(&guard);
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn a_slot_released_during_an_acquire_is_found_past_the_last_lane() {
+    model(Some(3), || {
+        let semaphore = open(1);
+        let holder = holding(&semaphore, Request::SLOT);
+        let (last, sleeper) = queued_last(&semaphore, Request::SLOT);
+        let releaser = thread::spawn(move || release(&holder));
+        let guard = Guard::new(&semaphore, ());
+        // Either may be first: the slot may be handed on before the usual acquire comes.
+        let usual = thread::spawn(move || {
+            acquire(&guard, Request::SLOT).unwrap();
+            release(&guard);
+        });
+        assert_eq!(sleeper.sleep(), Verdict::Granted);
+        release(&last);
+        releaser.join().unwrap();
+        usual.join().unwrap();
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn the_usual_lane_comes_first_whoever_came_first() {
+    model(None, || {
+        let semaphore = open(1);
+        let holder = holding(&semaphore, Request::SLOT);
+        let (last, woken_last) = queued_last(&semaphore, Request::SLOT);
+        let (usual, woken_usual) = queued(&semaphore, Request::SLOT);
+        let releaser = thread::spawn(move || release(&holder));
+        assert_eq!(woken_usual.sleep(), Verdict::Granted);
+        assert!(!woken_last.was_told());
+        release(&usual);
+        assert_eq!(woken_last.sleep(), Verdict::Granted);
+        releaser.join().unwrap();
+        release(&last);
+        nothing_left(&semaphore);
+    });
+}
+
+/// Nobody gives anything back until all are granted what they ask for.
+#[test]
+fn a_light_one_passes_a_heavy_waiter_of_the_last_lane() {
+    model(None, || {
+        let semaphore = open(3);
+        let _holder = holding(&semaphore, Request::SLOT);
+        let (heavy, sleeper) = queued_last(&semaphore, slots(3));
+        let other = {
+            let semaphore = Arc::clone(&semaphore);
+            thread::spawn(move || {
+                let light = Guard::new(&semaphore, ());
+                acquire(&light, Request::SLOT).unwrap();
+            })
+        };
+        let light = Guard::new(&semaphore, ());
+        assert_eq!(light.try_acquire(Request::SLOT), Ok(()));
+        other.join().unwrap();
+        assert_eq!(semaphore.current(), 3);
+        let (gave_up, wakes) = heavy.give_up();
+        deliver(&semaphore, wakes);
+        assert!(gave_up && !sleeper.was_told());
+        release(&light);
+        assert_eq!((semaphore.current(), semaphore.info().waiting), (2, 0));
+    });
+}
+
+#[test]
+fn who_gives_up_in_the_usual_lane_lets_the_last_one_in() {
+    model(None, || {
+        let semaphore = open(2);
+        let holder = holding(&semaphore, Request::SLOT);
+        let (heavy, woken_heavy) = queued(&semaphore, slots(2));
+        let (last, woken_last) = queued_last(&semaphore, Request::SLOT);
+        let releaser = thread::spawn(move || release(&holder));
+        let (gave_up, wakes) = heavy.give_up();
+        deliver(&semaphore, wakes);
+        if !gave_up {
+            assert_eq!(woken_heavy.sleep(), Verdict::Granted);
+            release(&heavy);
+        }
+        assert_eq!(woken_last.sleep(), Verdict::Granted);
+        releaser.join().unwrap();
+        release(&last);
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn closing_tells_both_lanes_exactly_one_thing() {
+    model(Some(3), || {
+        let semaphore = open(1);
+        let holder = holding(&semaphore, Request::SLOT);
+        let waiters = [
+            queued_last(&semaphore, Request::SLOT),
+            queued(&semaphore, Request::SLOT),
+        ];
+        let closer = {
+            let semaphore = Arc::clone(&semaphore);
+            thread::spawn(move || deliver(&semaphore, semaphore.close()))
+        };
+        release(&holder);
+        // The slot goes to the usual one, or to nobody.
+        for (waiter, sleeper) in waiters.iter().rev() {
+            match sleeper.sleep() {
+                Verdict::Granted => release(waiter),
+                verdict => assert_eq!(verdict, Verdict::Closed),
+            }
+        }
+        closer.join().unwrap();
+        assert!(waiters.iter().all(|(_, sleeper)| !sleeper.was_told()));
+        nothing_left(&semaphore);
+    });
+}
+
+#[test]
+fn a_lower_limit_refuses_who_is_too_heavy_in_both_lanes() {
+    model(Some(3), || {
+        let semaphore = open(2);
+        let holder = holding(&semaphore, Request::SLOT);
+        let waiters = [
+            queued_last(&semaphore, slots(2)),
+            queued(&semaphore, slots(2)),
+        ];
+        let resize = {
+            let semaphore = Arc::clone(&semaphore);
+            thread::spawn(move || deliver(&semaphore, semaphore.set_limit(1)))
+        };
+        let guard = Guard::new(&semaphore, ());
+        let other = thread::spawn(move || {
+            acquire(&guard, Request::SLOT).unwrap();
+            release(&guard);
+        });
+        for (_, sleeper) in &waiters {
+            assert_eq!(sleeper.sleep(), Verdict::WeightExceedsLimit);
+        }
+        release(&holder);
+        resize.join().unwrap();
+        other.join().unwrap();
         nothing_left(&semaphore);
     });
 }

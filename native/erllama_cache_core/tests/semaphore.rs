@@ -44,6 +44,23 @@ fn queued(semaphore: &Arc<Sem>, name: &'static str, request: Request) -> G {
     guard
 }
 
+/// A guard that waits in the last lane.
+fn queued_last(semaphore: &Arc<Sem>, name: &'static str, request: Request) -> G {
+    let guard = Guard::new(semaphore, name);
+    assert_eq!(
+        guard.acquire_or_queue_last(request, name),
+        Ok(Attempt::Queued)
+    );
+    guard
+}
+
+/// Who waits, in the order in which they will be served.
+fn waiting(semaphore: &Sem) -> Vec<&'static str> {
+    let waiters = semaphore.waiters();
+    assert_eq!(semaphore.info().waiting, waiters.len());
+    waiters.into_iter().map(|waiter| waiter.owner).collect()
+}
+
 /// A guard that holds.
 fn holding(semaphore: &Arc<Sem>, name: &'static str, request: Request) -> G {
     let guard = Guard::new(semaphore, name);
@@ -345,6 +362,187 @@ fn a_higher_byte_bound_is_handed_out_at_once() {
 }
 
 #[test]
+fn the_last_lane_is_served_when_the_usual_one_is_empty() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let last = queued_last(&semaphore, "last", Request::SLOT);
+    let last2 = queued_last(&semaphore, "last2", Request::SLOT);
+    let usual = queued(&semaphore, "usual", Request::SLOT);
+    let usual2 = queued(&semaphore, "usual2", Request::SLOT);
+    assert_eq!(waiting(&semaphore), ["usual", "usual2", "last", "last2"]);
+    assert_eq!(released(&holder), granted(&["usual"]));
+    assert_eq!(released(&usual), granted(&["usual2"]));
+    assert_eq!(released(&usual2), granted(&["last"]));
+    let usual3 = queued(&semaphore, "usual3", Request::SLOT);
+    assert_eq!(released(&last), granted(&["usual3"]), "it came last of all");
+    assert_eq!(released(&usual3), granted(&["last2"]));
+    assert!(released(&last2).is_empty());
+    assert_eq!((semaphore.current(), semaphore.info().waited), (0, 5));
+}
+
+#[test]
+fn a_free_slot_is_taken_in_the_last_lane_too() {
+    let semaphore = Arc::new(Sem::new());
+    assert!(semaphore.open(3, Some(100)).is_empty());
+    for request in [Request::SLOT, bytes(100)] {
+        let last = Guard::new(&semaphore, "last");
+        assert_eq!(
+            last.acquire_or_queue_last(request, "last"),
+            Ok(Attempt::Granted)
+        );
+    }
+    // Behind a usual waiter it is not.
+    let _heavy = queued(&semaphore, "heavy", slots(2));
+    let _last = queued_last(&semaphore, "last", Request::SLOT);
+    assert_eq!(waiting(&semaphore), ["heavy", "last"]);
+}
+
+#[test]
+fn a_usual_acquire_passes_a_waiter_of_the_last_lane_that_does_not_fit() {
+    let semaphore = Arc::new(Sem::new());
+    assert!(semaphore.open(8, Some(100)).is_empty());
+    let holder = holding(&semaphore, "holder", bytes(60));
+    let _last = queued_last(&semaphore, "last", bytes(60));
+    // Nothing may ever be given back that would serve them, so none of these may queue.
+    let _light = holding(&semaphore, "light", bytes(40));
+    let _slot = holding(&semaphore, "slot", Request::SLOT);
+    let _slots = holding(&semaphore, "slots", slots(2));
+    let tries = Guard::new(&semaphore, "tries");
+    assert_eq!(tries.try_acquire(Request::SLOT), Ok(()));
+    assert_eq!(tries.try_acquire(slots(2)), Ok(()));
+    assert_eq!(tries.try_acquire(bytes(40)), Err(Refusal::Busy));
+    assert!(released(&tries).is_empty());
+    assert_eq!(tries.try_acquire(bytes(0)), Ok(()));
+    assert_eq!(waiting(&semaphore), ["last"]);
+    // A second one of the last lane does not pass the first.
+    let _last2 = queued_last(&semaphore, "last2", Request::SLOT);
+    // Nor does a usual one pass another that does not fit.
+    let _usual = queued(&semaphore, "usual", bytes(60));
+    assert_eq!(tries.try_acquire(Request::SLOT), Err(Refusal::Busy));
+    assert_eq!(tries.try_acquire(bytes(1)), Err(Refusal::Busy));
+    assert_eq!(waiting(&semaphore), ["usual", "last", "last2"]);
+    assert_eq!(released(&holder), granted(&["usual"]));
+}
+
+/// Of weights, the word knows that the slots would be free, but not for whom.
+#[test]
+fn a_light_acquire_passes_a_heavy_waiter_of_the_last_lane() {
+    let semaphore = open(3);
+    let holder = holding(&semaphore, "holder", slots(2));
+    let _heavy = queued_last(&semaphore, "heavy", slots(2));
+    let light = Guard::new(&semaphore, "light");
+    assert_eq!(light.try_acquire(Request::SLOT), Ok(()));
+    assert_eq!(light.try_acquire(Request::SLOT), Err(Refusal::Busy));
+    let _usual = queued(&semaphore, "usual", Request::SLOT);
+    assert_eq!(released(&holder), granted(&["usual"]));
+    assert_eq!(released(&light), granted(&["heavy"]));
+}
+
+#[test]
+fn who_leaves_the_usual_lane_lets_the_last_one_in() {
+    let semaphore = open(2);
+    let _holder = holding(&semaphore, "holder", Request::SLOT);
+    let heavy = queued(&semaphore, "heavy", slots(2));
+    let last = queued_last(&semaphore, "last", Request::SLOT);
+    let (gave_up, wakes) = heavy.give_up();
+    assert!(gave_up);
+    assert_eq!(woken(wakes), granted(&["last"]));
+    // By its death, too.
+    assert_eq!(
+        heavy.acquire_or_queue(slots(2), "heavy"),
+        Ok(Attempt::Queued)
+    );
+    let last2 = queued_last(&semaphore, "last2", Request::SLOT);
+    assert!(released(&last).is_empty(), "heavy is not served yet");
+    assert_eq!(woken(heavy.end(End::OwnerDied)), granted(&["last2"]));
+    assert!(released(&last2).is_empty());
+}
+
+#[test]
+fn a_waiter_of_the_last_lane_gives_up_or_dies() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let gives_up = queued_last(&semaphore, "gives up", Request::SLOT);
+    let dies = queued_last(&semaphore, "dies", Request::SLOT);
+    let last = queued_last(&semaphore, "last", Request::SLOT);
+    let (gave_up, wakes) = gives_up.give_up();
+    assert!(gave_up && wakes.is_empty());
+    assert!(dies.end(End::OwnerDied).is_empty());
+    assert_eq!(
+        last.acquire_or_queue_last(Request::SLOT, "last"),
+        Err(Refusal::Ended),
+        "it waits already"
+    );
+    assert_eq!(waiting(&semaphore), ["last"]);
+    assert_eq!(released(&holder), granted(&["last"]));
+    assert_eq!(woken(last.end(End::OwnerDied)), granted(&[]));
+    assert_eq!(
+        (semaphore.info().timed_out, semaphore.info().owner_died),
+        (1, 1)
+    );
+}
+
+#[test]
+fn closing_refuses_both_lanes_but_not_who_comes_later() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let _waiters = [
+        queued_last(&semaphore, "last", Request::SLOT),
+        queued(&semaphore, "usual", Request::SLOT),
+    ];
+    let told = [("usual", Verdict::Closed), ("last", Verdict::Closed)];
+    assert_eq!(woken(semaphore.close()), told);
+    let late = Guard::new(&semaphore, "late");
+    assert_eq!(
+        late.acquire_or_queue_last(Request::SLOT, "late"),
+        Err(Refusal::Closed)
+    );
+    assert!(semaphore.open(1, None).is_empty());
+    let _later = [
+        queued_last(&semaphore, "last", Request::SLOT),
+        queued(&semaphore, "usual", Request::SLOT),
+    ];
+    assert_eq!(waiting(&semaphore), ["usual", "last"]);
+    assert_eq!(released(&holder), granted(&["usual"]));
+}
+
+#[test]
+fn what_nobody_opens_again_is_abandoned_in_both_lanes() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let _waiters = [
+        queued_last(&semaphore, "last", Request::SLOT),
+        queued(&semaphore, "usual", Request::SLOT),
+    ];
+    semaphore.suspend();
+    let told = [("usual", Verdict::Closed), ("last", Verdict::Closed)];
+    assert_eq!(woken(semaphore.abandon()), told);
+    assert!(released(&holder).is_empty());
+    assert!(waiting(&semaphore).is_empty());
+}
+
+#[test]
+fn a_lower_limit_refuses_those_too_heavy_in_both_lanes() {
+    let semaphore = open(3);
+    let holder = holding(&semaphore, "holder", slots(3));
+    let _waiters = [
+        queued_last(&semaphore, "heavy last", slots(3)),
+        queued_last(&semaphore, "last", slots(2)),
+        queued(&semaphore, "heavy", slots(3)),
+        queued(&semaphore, "usual", slots(2)),
+    ];
+    assert_eq!(
+        woken(semaphore.set_limit(2)),
+        [
+            ("heavy", Verdict::WeightExceedsLimit),
+            ("heavy last", Verdict::WeightExceedsLimit)
+        ]
+    );
+    assert_eq!(waiting(&semaphore), ["usual", "last"]);
+    assert_eq!(released(&holder), granted(&["usual"]));
+}
+
+#[test]
 fn tells_who_holds_and_who_waits() {
     let semaphore = open(2);
     let a = holding(&semaphore, "a", slots(2));
@@ -401,7 +599,6 @@ fn limits_are_kept_in_bounds() {
     );
 }
 
-/// Real threads, real sleep: the count never passes the limit and every waiter is woken.
 /// More than one call decides for.
 const CROWD: usize = 1000;
 
@@ -495,6 +692,62 @@ fn a_crowd_that_is_too_heavy_is_refused_a_few_at_a_time() {
     assert_eq!(semaphore.info().waiting, CROWD);
 }
 
+fn crowd_in_both_lanes(semaphore: &Arc<Sem>, request: Request) -> Vec<G> {
+    let mut lanes = [queued, queued_last].into_iter().cycle();
+    (0..CROWD)
+        .map(|_| lanes.next().unwrap()(semaphore, "one of many", request))
+        .collect()
+}
+
+#[test]
+fn a_crowd_in_both_lanes_is_sent_away_and_nobody_who_comes_meanwhile() {
+    let semaphore = open(1);
+    let holder = holding(&semaphore, "holder", Request::SLOT);
+    let _guards = crowd_in_both_lanes(&semaphore, Request::SLOT);
+    let first = semaphore.close();
+    assert!(first.are_unfinished());
+    let told_first = woken(first).len();
+    let second = semaphore.open(1, None);
+    let _late = [
+        queued_last(&semaphore, "late", Request::SLOT),
+        queued(&semaphore, "late", Request::SLOT),
+    ];
+    let calls = decided(&semaphore, second);
+    assert_a_few_at_a_time(&calls, Verdict::Closed, CROWD - told_first);
+    assert_eq!(waiting(&semaphore), ["late", "late"]);
+    assert_eq!(released(&holder), granted(&["late"]));
+}
+
+#[test]
+fn a_crowd_in_both_lanes_is_refused_a_few_at_a_time() {
+    let semaphore = open(2);
+    let _holder = holding(&semaphore, "holder", slots(2));
+    let _heavy = crowd_in_both_lanes(&semaphore, slots(2));
+    let first = semaphore.set_limit(1);
+    // Who comes meanwhile is looked at among the others, or not at all.
+    let _light = [
+        queued_last(&semaphore, "last", Request::SLOT),
+        queued(&semaphore, "usual", Request::SLOT),
+    ];
+    let calls = decided(&semaphore, first);
+    assert_a_few_at_a_time(&calls, Verdict::WeightExceedsLimit, CROWD);
+    assert_eq!(waiting(&semaphore), ["usual", "last"]);
+}
+
+#[test]
+fn a_crowd_in_both_lanes_is_listed_in_the_order_of_service() {
+    let semaphore = open(1);
+    let _holder = holding(&semaphore, "holder", Request::SLOT);
+    let _last: Vec<_> = (0..CROWD)
+        .map(|_| queued_last(&semaphore, "last", Request::SLOT))
+        .collect();
+    let _usual: Vec<_> = (0..CROWD)
+        .map(|_| queued(&semaphore, "usual", Request::SLOT))
+        .collect();
+    let expected = [["usual"; CROWD], ["last"; CROWD]].concat();
+    assert_eq!(waiting(&semaphore), expected);
+}
+
 #[test]
 fn another_thread_goes_on() {
     let semaphore = open(CROWD as u32);
@@ -514,6 +767,8 @@ fn another_thread_goes_on() {
     assert_eq!(woken(first).len() + told.iter().count(), CROWD);
 }
 
+/// Real threads, real sleep: the count never passes the limit and every waiter is woken, in
+/// whichever lane.
 #[test]
 fn threads_share_it() {
     use std::sync::atomic::{AtomicU32, Ordering};
@@ -537,7 +792,12 @@ fn threads_share_it() {
                 let guard = Guard::new(semaphore, name);
                 let (sender, receiver) = mpsc::channel();
                 for turn in 0..TURNS {
-                    match guard.acquire_or_queue(Request::SLOT, sender.clone()) {
+                    let attempt = if (name + turn) % 3 == 0 {
+                        guard.acquire_or_queue_last(Request::SLOT, sender.clone())
+                    } else {
+                        guard.acquire_or_queue(Request::SLOT, sender.clone())
+                    };
+                    match attempt {
                         Ok(Attempt::Granted) => {}
                         Ok(Attempt::Queued) if turn % 5 == 0 => {
                             let (gave_up, wakes) = guard.give_up();

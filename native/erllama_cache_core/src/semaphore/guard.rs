@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::primitives::{Arc, lock};
+use super::queue::Lane;
 use super::request::{Attempt, Refusal, Request};
 use super::shared::{End, Shared};
 use super::slots::Semaphore;
@@ -40,10 +41,11 @@ impl<O: Clone, W> Guard<O, W> {
         &self.semaphore
     }
 
-    /// Takes what is requested if it is free and nobody is queued, without waiting.
+    /// Takes what is requested if it is free and nobody waits in the usual lane, without waiting.
     ///
     /// # Errors
-    /// [`Refusal::Busy`] when it is not free or another process waits; the others as they say.
+    /// [`Refusal::Busy`] when it is not free or another process waits in the usual lane; the others
+    /// as they say.
     pub fn try_acquire(&self, request: Request) -> Result<(), Refusal> {
         match self.attempt_unqueued(request) {
             Some(result) => result,
@@ -58,10 +60,29 @@ impl<O: Clone, W> Guard<O, W> {
     /// # Errors
     /// Never [`Refusal::Busy`].
     pub fn acquire_or_queue(&self, request: Request, waker: W) -> Result<Attempt, Refusal> {
+        self.acquire_or_queue_in(Lane::Usual, request, waker)
+    }
+
+    /// The same, but it queues in the last lane: it is served when nobody waits in the usual one,
+    /// whoever came first. Meanwhile usual acquires are granted what its request cannot use yet.
+    /// For work that nobody waits for: a usual lane that never empties starves it.
+    ///
+    /// # Errors
+    /// Never [`Refusal::Busy`].
+    pub fn acquire_or_queue_last(&self, request: Request, waker: W) -> Result<Attempt, Refusal> {
+        self.acquire_or_queue_in(Lane::Last, request, waker)
+    }
+
+    fn acquire_or_queue_in(
+        &self,
+        lane: Lane,
+        request: Request,
+        waker: W,
+    ) -> Result<Attempt, Refusal> {
         match self.attempt_unqueued(request) {
             Some(Err(Refusal::Busy)) | None => {
                 self.semaphore
-                    .acquire_or_queue_locked(&self.shared, request, waker)
+                    .acquire_or_queue_locked(&self.shared, lane, request, waker)
             }
             Some(Ok(())) => Ok(Attempt::Granted),
             Some(Err(refusal)) => Err(refusal),
@@ -81,8 +102,11 @@ impl<O: Clone, W> Guard<O, W> {
         }
         let mut seen = self.semaphore.word.load();
         loop {
-            if let Err(refusal) = request.check(seen) {
-                return Some(Err(refusal));
+            match request.check(seen) {
+                Ok(()) => {}
+                // It would fit, so others wait. Only under the lock is it known in which lane.
+                Err(Refusal::Busy) if seen.fits(request.weight) => return None,
+                Err(refusal) => return Some(Err(refusal)),
             }
             match self.semaphore.word.take(seen, request.weight) {
                 Ok(()) => break,

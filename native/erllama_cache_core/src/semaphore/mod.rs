@@ -11,7 +11,14 @@
 //! on every acquire goes through the lock and behind the queue, and every release, after its
 //! subtraction, sees the flag and takes the lock to hand on what has become free: the slot goes
 //! to the head of the queue *before* the lock is released, so no later caller can take it. That
-//! is why it is fair: at no moment is a slot free while somebody waits for it.
+//! is why it is fair: at no moment is a slot free while its head waits for it.
+//!
+//! # Two lanes
+//!
+//! Work that nobody waits for queues in the last lane ([`Guard::acquire_or_queue_last`]), which is
+//! served when the usual lane is empty. Behind an empty usual lane, what the head of the last one
+//! cannot use yet, because it is too heavy, is free for a usual acquire. It must be granted at
+//! once: once queued, it would wait for a release that need never come.
 //!
 //! # Decide under the lock, wake after it
 //!

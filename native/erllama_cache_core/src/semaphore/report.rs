@@ -45,7 +45,7 @@ pub struct Info {
     pub max_bytes: Option<u64>,
     /// Bytes that are in memory.
     pub bytes: u64,
-    /// Processes in the queue.
+    /// Processes in the queue, in both lanes.
     pub waiting: usize,
     /// Acquires granted.
     pub granted: u64,
@@ -121,7 +121,7 @@ impl<O: Clone, W> Semaphore<O, W> {
     pub fn waiters(&self) -> Vec<Waiting<O>> {
         let now = clock::precise();
         let mut waiters = Vec::new();
-        let mut next = 0;
+        let mut next = Ticket::MIN;
         loop {
             let inner = lock(&self.inner);
             let before = waiters.len();
@@ -131,7 +131,7 @@ impl<O: Clone, W> Semaphore<O, W> {
                     request: waiter.request,
                     waited: now.saturating_sub(waiter.since),
                 });
-                next = ticket + 1;
+                next = ticket.next();
             }
             if waiters.len() == before {
                 return waiters;

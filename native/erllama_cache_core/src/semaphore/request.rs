@@ -18,13 +18,21 @@ impl Request {
         bytes: 0,
     };
 
-    /// Whether it can be granted, as far as the word alone says.
-    pub(super) fn check(self, seen: Snapshot) -> Result<(), Refusal> {
+    /// Whether it may be granted, now or later.
+    pub(super) fn check_allowed(self, seen: Snapshot) -> Result<(), Refusal> {
         if !seen.is_open() {
             Err(Refusal::Closed)
         } else if self.weight > seen.limit() {
             Err(Refusal::WeightExceedsLimit)
-        } else if seen.has_queue() || !seen.fits(self.weight) {
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Whether it can be granted now, as far as the word alone says.
+    pub(super) fn check(self, seen: Snapshot) -> Result<(), Refusal> {
+        self.check_allowed(seen)?;
+        if seen.has_queue() || !seen.fits(self.weight) {
             Err(Refusal::Busy)
         } else {
             Ok(())
@@ -44,7 +52,7 @@ pub enum Attempt {
 /// Why an acquire was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// Not free now, or another process waits for it.
+    /// Not free now, or another process waits that is to be served before.
     Busy,
     /// The semaphore is not open.
     Closed,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::clock;
 use super::primitives::{Arc, lock};
-use super::queue::{Queue, Ticket};
+use super::queue::{Lane, Queue, Ticket};
 use super::request::{Refusal, Request, Verdict};
 use super::shared::Shared;
 use super::wakes::Wakes;
@@ -28,9 +28,11 @@ pub(super) struct Waiter<O, W> {
 /// What the semaphore's lock protects.
 pub(super) struct Inner<O, W> {
     pub(super) queue: Queue<Waiter<O, W>>,
-    /// Waiters with tickets below this waited when the semaphore was closed.
-    pub(super) closed_before: Ticket,
-    /// Waiters with these tickets have not been looked at since the limit was set.
+    /// Of the first so many to arrive, those that still wait are to be told that the semaphore was
+    /// closed. 0 when all have been.
+    pub(super) closed: u64,
+    /// Waiters with these tickets have not been looked at since the limit was set. Some that came
+    /// later may be among them.
     pub(super) limit_unchecked: Range<Ticket>,
     /// Every guard that has not ended, or that running I/O keeps.
     pub(super) guards: BTreeMap<u64, Arc<Shared<O>>>,
@@ -53,8 +55,8 @@ impl<O, W> Inner<O, W> {
     pub(super) fn new() -> Self {
         Inner {
             queue: Queue::new(),
-            closed_before: 0,
-            limit_unchecked: 0..0,
+            closed: 0,
+            limit_unchecked: Ticket::MIN..Ticket::MIN,
             guards: BTreeMap::new(),
             next_guard: 0,
             max_bytes: None,
@@ -81,12 +83,14 @@ impl<O, W> Inner<O, W> {
         }
     }
 
-    /// Takes what is requested, or returns why not and the word for which that is true.
+    /// Takes what is requested, or returns why not and the word for which that is true. It passes
+    /// by waiters of a later lane: what their head cannot use yet may be enough for this.
     pub(super) fn take(
         &mut self,
         word: &Word,
         shared: &Shared<O>,
         request: Request,
+        lane: Lane,
     ) -> Result<(), (Refusal, Snapshot)> {
         let mut state = lock(&shared.state);
         let mut seen = word.load();
@@ -94,8 +98,12 @@ impl<O, W> Inner<O, W> {
             return Err((Refusal::Ended, seen));
         }
         loop {
-            request.check(seen).map_err(|refusal| (refusal, seen))?;
-            if !self.bytes_fit(request.bytes) {
+            let allowed = request.check_allowed(seen);
+            allowed.map_err(|refusal| (refusal, seen))?;
+            if self.queue.is_ahead_of(lane)
+                || !seen.fits(request.weight)
+                || !self.bytes_fit(request.bytes)
+            {
                 return Err((Refusal::Busy, seen));
             }
             match word.take(seen, request.weight) {
@@ -157,17 +165,18 @@ impl<O, W> Inner<O, W> {
     /// Refuses the processes that waited when the semaphore was closed. `false` when there is more
     /// to do.
     fn refuse_after_close(&mut self, wakes: &mut Wakes<W>) -> bool {
-        while let Some((ticket, _)) = self.queue.head() {
-            if ticket >= self.closed_before {
-                break;
-            }
+        if self.closed == 0 {
+            return true;
+        }
+        while let Some(ticket) = self.queue.head_of_first(self.closed) {
             if wakes.len() >= AT_A_TIME {
                 return false;
             }
-            if let Some(waiter) = self.queue.pop() {
+            if let Some(waiter) = self.queue.remove(ticket) {
                 dismiss(waiter, Verdict::Closed, wakes);
             }
         }
+        self.closed = 0;
         true
     }
 
@@ -191,7 +200,7 @@ impl<O, W> Inner<O, W> {
         }
         self.limit_unchecked.start = match looked_at.last() {
             _ if looked_at.len() < room => self.limit_unchecked.end,
-            Some((last, _)) => last + 1,
+            Some((last, _)) => last.next(),
             None => self.limit_unchecked.start,
         };
         self.limit_unchecked.is_empty()

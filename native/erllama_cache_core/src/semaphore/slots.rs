@@ -5,6 +5,7 @@ use std::mem;
 
 use super::clock;
 use super::primitives::{Arc, Mutex, MutexGuard, lock};
+use super::queue::Lane;
 use super::request::{Attempt, Refusal, Request};
 use super::serve::{Inner, Waiter};
 use super::shared::{End, Shared, State};
@@ -50,7 +51,7 @@ impl<O: Clone, W> Semaphore<O, W> {
     pub fn close(&self) -> Wakes<W> {
         let mut inner = lock(&self.inner);
         self.word.set_open(false);
-        inner.closed_before = inner.queue.next();
+        inner.closed = inner.queue.arrived();
         self.serve(&mut inner)
     }
 
@@ -61,7 +62,7 @@ impl<O: Clone, W> Semaphore<O, W> {
         if self.word.load().is_open() {
             return Wakes::none();
         }
-        inner.closed_before = inner.queue.next();
+        inner.closed = inner.queue.arrived();
         self.serve(&mut inner)
     }
 
@@ -74,7 +75,7 @@ impl<O: Clone, W> Semaphore<O, W> {
 
     fn limit_locked(&self, mut inner: MutexGuard<'_, Inner<O, W>>, limit: u32) -> Wakes<W> {
         self.word.set_limit(limit.clamp(1, MAX_LIMIT));
-        inner.limit_unchecked = 0..inner.queue.next();
+        inner.limit_unchecked = inner.queue.tickets();
         self.serve(&mut inner)
     }
 
@@ -141,19 +142,20 @@ impl<O: Clone, W> Semaphore<O, W> {
     ) -> Result<(), Refusal> {
         let mut inner = lock(&self.inner);
         inner
-            .take(&self.word, shared, request)
+            .take(&self.word, shared, request, Lane::Usual)
             .map_err(|(refusal, _)| refusal)
     }
 
     pub(super) fn acquire_or_queue_locked(
         &self,
         shared: &Arc<Shared<O>>,
+        lane: Lane,
         request: Request,
         waker: W,
     ) -> Result<Attempt, Refusal> {
         let mut inner = lock(&self.inner);
         loop {
-            let seen = match inner.take(&self.word, shared, request) {
+            let seen = match inner.take(&self.word, shared, request, lane) {
                 Ok(()) => return Ok(Attempt::Granted),
                 Err((Refusal::Busy, seen)) => seen,
                 Err((refusal, _)) => return Err(refusal),
@@ -164,13 +166,13 @@ impl<O: Clone, W> Semaphore<O, W> {
             }
         }
         let mut state = lock(&shared.state);
-        let ticket = inner.queue.push(Waiter {
+        let waiter = Waiter {
             guard: Arc::clone(shared),
             request,
             waker,
             since: clock::precise(),
-        });
-        state.ticket = Some(ticket);
+        };
+        state.ticket = Some(inner.queue.push(lane, waiter));
         Ok(Attempt::Queued)
     }
 

@@ -30,7 +30,7 @@ new() ->
 -spec run(fun((erllama_cache_nif:guard()) -> Result)) -> Result.
 run(Call) ->
     Guard = guard(),
-    ok = take(Guard, infinity, fun() -> ok end),
+    granted = take(Guard, infinity, fun() -> ok end),
     call(Guard, Call).
 
 %% The same. Until the turn comes, `Meanwhile' runs every so many milliseconds. An error of it ends
@@ -40,8 +40,8 @@ run(Call) ->
 run(Call, Every, Meanwhile) ->
     Guard = guard(),
     case take(Guard, Every, Meanwhile) of
-        ok -> call(Guard, Call);
-        Error -> {gave_up, Error}
+        granted -> call(Guard, Call);
+        {gave_up, Error} -> {gave_up, Error}
     end.
 
 %% Begins what may be too long for one turn, and continues it, each slice in a turn of its own.
@@ -80,37 +80,6 @@ guard() ->
 
 take(Guard, Every, Meanwhile) ->
     case erllama_cache_nif:try_acquire(Guard) of
-        ok ->
-            ok;
-        busy ->
-            case erllama_cache_waiter:queue(Guard, 1, 0) of
-                granted -> ok;
-                {queued, Ref} -> await(Guard, Ref, Every, Meanwhile)
-            end
-    end.
-
-await(Guard, Ref, Every, Meanwhile) ->
-    receive
-        {Ref, granted} -> ok
-    after Every ->
-        try Meanwhile() of
-            ok ->
-                await(Guard, Ref, Every, Meanwhile);
-            Error ->
-                ok = leave(Guard, Ref),
-                Error
-        catch
-            Class:Reason:Stack ->
-                ok = leave(Guard, Ref),
-                erlang:raise(Class, Reason, Stack)
-        end
-    end.
-
-leave(Guard, Ref) ->
-    case erllama_cache_waiter:leave(Guard, Ref) of
-        withdrawn ->
-            ok;
-        granted ->
-            _ = erllama_cache_nif:release(Guard),
-            ok
+        ok -> granted;
+        busy -> erllama_cache_waiter:wait_meanwhile(Guard, 1, 0, Every, Meanwhile)
     end.

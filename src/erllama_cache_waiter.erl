@@ -6,11 +6,12 @@
 %% @private
 -module(erllama_cache_waiter).
 
--export([wait/5]).
--export([queue/3, leave/2]).
--export_type([verdict/0]).
+-export([wait/5, wait_meanwhile/5]).
+-export_type([verdict/0, meanwhile/1]).
 
 -type verdict() :: granted | weight_exceeds_limit | closed.
+-type meanwhile(Error) :: fun(() -> ok | Error).
+%% What runs now and then while a process waits. An error of it, or an exception, ends the wait.
 
 %% Waits at most `Timeout' milliseconds for so many slots and bytes, or until `Stop' says so. Unless
 %% the answer is `granted', the process holds nothing of what it asked for.
@@ -18,20 +19,47 @@
            erllama_cache_save:stop()) ->
     verdict() | timed_out | stopped.
 wait(Guard, Weight, Bytes, Timeout, Stop) ->
-    case queue(Guard, Weight, Bytes) of
-        {queued, Ref} -> await(Guard, Ref, Timeout, Stop);
-        Verdict -> Verdict
+    Ref = make_ref(),
+    Attempt = erllama_cache_nif:acquire_or_queue(Guard, Weight, Bytes, Ref),
+    decided(Attempt, fun() -> await(Guard, Ref, Timeout, Stop) end).
+
+%% Waits for so many slots and bytes for as long as it takes, and runs `Meanwhile' every so many
+%% milliseconds until it is decided. Unless the answer is `granted', the process holds nothing of
+%% what it asked for.
+-spec wait_meanwhile(erllama_cache_nif:guard(), pos_integer(), non_neg_integer(), timeout(),
+                     meanwhile(Error)) ->
+    verdict() | {gave_up, Error}.
+wait_meanwhile(Guard, Weight, Bytes, Every, Meanwhile) ->
+    Ref = make_ref(),
+    Attempt = erllama_cache_nif:acquire_or_queue(Guard, Weight, Bytes, Ref),
+    decided(Attempt, fun() -> await_decision(Guard, Ref, Every, Meanwhile) end).
+
+decided(ok, _Await) -> granted;
+decided(queued, Await) -> Await();
+decided(Refused, _Await) -> Refused.
+
+await_decision(Guard, Ref, Every, Meanwhile) ->
+    receive
+        {Ref, Verdict} -> Verdict
+    after Every ->
+        %% A process that did not run for long may find both, and then it is decided.
+        receive
+            {Ref, Verdict} -> Verdict
+        after 0 -> look_up(Guard, Ref, Every, Meanwhile)
+        end
     end.
 
-%% Takes what is free after all, or a place in the queue.
--spec queue(erllama_cache_nif:guard(), pos_integer(), non_neg_integer()) ->
-    verdict() | {queued, reference()}.
-queue(Guard, Weight, Bytes) ->
-    Ref = make_ref(),
-    case erllama_cache_nif:acquire_or_queue(Guard, Weight, Bytes, Ref) of
-        ok -> granted;
-        queued -> {queued, Ref};
-        Refused -> Refused
+look_up(Guard, Ref, Every, Meanwhile) ->
+    try Meanwhile() of
+        ok ->
+            await_decision(Guard, Ref, Every, Meanwhile);
+        Error ->
+            _ = stop(Guard, Ref),
+            {gave_up, Error}
+    catch
+        Class:Reason:Stack ->
+            _ = stop(Guard, Ref),
+            erlang:raise(Class, Reason, Stack)
     end.
 
 await(Guard, Ref, Timeout, never) ->
@@ -53,6 +81,7 @@ time_out(Guard, Ref) ->
         Verdict -> Verdict
     end.
 
+%% Leaves the queue without a slot, even if one has been granted meanwhile.
 stop(Guard, Ref) ->
     case leave(Guard, Ref) of
         withdrawn ->
@@ -65,7 +94,6 @@ stop(Guard, Ref) ->
     end.
 
 %% Leaves the queue, or receives the decision that came first.
--spec leave(erllama_cache_nif:guard(), reference()) -> withdrawn | verdict().
 leave(Guard, Ref) ->
     case erllama_cache_nif:give_up(Guard) of
         withdrawn ->

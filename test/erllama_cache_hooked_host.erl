@@ -80,9 +80,14 @@ taken({_Guard, {Ref, queued}}) -> receive {Ref, granted} -> ok end.
 %% Returns when this process waits for its turn.
 -spec waits_for_a_turn(pid()) -> ok.
 waits_for_a_turn(Pid) ->
-    Waits = [{current_function, {erllama_cache_io_limit, await, 4}}, {status, waiting}],
     erllama_cache_test_util:eventually(fun() ->
-        process_info(Pid, [current_function, status]) =:= Waits
+        case process_info(Pid, [status, current_stacktrace]) of
+            [{status, waiting}, {current_stacktrace, [Waits, Asks | _]}] ->
+                {element(1, Waits), element(1, Asks)} =:=
+                    {erllama_cache_waiter, erllama_cache_io_limit};
+            _ ->
+                false
+        end
     end).
 
 keyed_by() ->

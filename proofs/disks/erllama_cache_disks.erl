@@ -470,7 +470,7 @@ begin_save(N) ->
     eventually(fun() ->
         {current_function, {Module, Function, _}} = process_info(Saver, current_function),
         lists:member({Module, Function}, [
-            {erllama_cache_nif, write_tmp}, {erllama_cache_io_limit, await}
+            {erllama_cache_nif, write_tmp}, {erllama_cache_waiter, await_decision}
         ])
     end),
     {N, Saver, Saving}.

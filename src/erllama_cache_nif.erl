@@ -13,7 +13,8 @@
     semaphore_set_limit/2, semaphore_set_max_bytes/2,
     semaphore_current/1, semaphore_limit/1,
     semaphore_info/1, semaphore_holders/1, semaphore_waiters/1,
-    guard_new/1, try_acquire/1, try_acquire/3, acquire_or_queue/4, give_up/1, release/1,
+    guard_new/1, try_acquire/1, try_acquire/3,
+    acquire_or_queue/4, acquire_or_queue_last/4, give_up/1, release/1,
     handle_new/1, handle_pid/1,
     quant_byte/1, encode_tokens/1, key/4, key_of_many/4, prefix_keys/5, prefix_keys_of_many/5,
     write_tmp/5, write_more/4, write_and_publish/5, write_and_publish_in_memory/4,
@@ -135,6 +136,11 @@ try_acquire(_Guard, _Weight, _Bytes) -> ?NOT_LOADED.
 -spec acquire_or_queue(guard(), pos_integer(), non_neg_integer(), reference()) ->
     ok | queued | closed | weight_exceeds_limit | ended.
 acquire_or_queue(_Guard, _Weight, _Bytes, _Ref) -> ?NOT_LOADED.
+
+%% The same in the last lane, which is served when no process waits in the usual one.
+-spec acquire_or_queue_last(guard(), pos_integer(), non_neg_integer(), reference()) ->
+    ok | queued | closed | weight_exceeds_limit | ended.
+acquire_or_queue_last(_Guard, _Weight, _Bytes, _Ref) -> ?NOT_LOADED.
 
 %% `decided': the message has been sent or is being sent.
 -spec give_up(guard()) -> withdrawn | decided.

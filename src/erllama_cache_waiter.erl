@@ -6,7 +6,7 @@
 %% @private
 -module(erllama_cache_waiter).
 
--export([wait/5, wait_meanwhile/5]).
+-export([wait/5, wait_meanwhile/5, wait_last/5]).
 -export_type([verdict/0, meanwhile/1]).
 
 -type verdict() :: granted | weight_exceeds_limit | closed.
@@ -32,6 +32,15 @@ wait(Guard, Weight, Bytes, Timeout, Stop) ->
 wait_meanwhile(Guard, Weight, Bytes, Every, Meanwhile) ->
     Ref = make_ref(),
     Attempt = erllama_cache_nif:acquire_or_queue(Guard, Weight, Bytes, Ref),
+    decided(Attempt, fun() -> await_decision(Guard, Ref, Every, Meanwhile) end).
+
+%% The same in the last lane: after all that wait in the usual one.
+-spec wait_last(erllama_cache_nif:guard(), pos_integer(), non_neg_integer(), timeout(),
+                meanwhile(Error)) ->
+    verdict() | {gave_up, Error}.
+wait_last(Guard, Weight, Bytes, Every, Meanwhile) ->
+    Ref = make_ref(),
+    Attempt = erllama_cache_nif:acquire_or_queue_last(Guard, Weight, Bytes, Ref),
     decided(Attempt, fun() -> await_decision(Guard, Ref, Every, Meanwhile) end).
 
 decided(ok, _Await) -> granted;

@@ -47,6 +47,11 @@ groups() ->
             releaser_killed_in_a_write,
             time_out_at_the_hand_over,
             waiter_killed_after_the_hand_over,
+            last_lane_waits_for_the_usual_one,
+            waiter_in_the_last_lane_looks_up_meanwhile,
+            waiter_in_the_last_lane_gives_up,
+            giving_up_in_the_last_lane_at_the_hand_over,
+            light_save_passes_a_large_one_in_the_last_lane,
             limit_raised_under_waiters,
             byte_bound_raised_under_waiters,
             server_restarted_under_waiters,
@@ -422,23 +427,26 @@ await_waiters(N) ->
 
 %% Each time either the waiter has the slot or the one behind it has, and nobody is left a message.
 time_out_at_the_hand_over(_Config) ->
+    time_out_at_the_hand_over_of(fun(Timeout) -> ?WRITER:acquire(Timeout) end).
+
+time_out_at_the_hand_over_of(Acquire) ->
     Holder = actor([{priority, high}]),
     Waiter = actor([{priority, high}]),
     Next = actor(),
-    Won = [hand_over_at(Jitter, Holder, Waiter, Next)
+    Won = [hand_over_at(Jitter, Holder, Waiter, Next, Acquire)
            || _ <- lists:seq(1, 60), Jitter <- lists:seq(-400, 400, 80)],
     ct:pal("~b of ~b waiters had the slot", [length([ok || ok <- Won]), length(Won)]),
     lists:foreach(fun has_no_message/1, [Holder, Waiter, Next]).
 
-hand_over_at(Jitter, Holder, Waiter, Next) ->
+hand_over_at(Jitter, Holder, Waiter, Next, Acquire) ->
     ok = ask(Holder, fun() -> ?WRITER:acquire(0) end),
     TimeOut = erlang:monotonic_time(microsecond) + 1000,
-    Wait = tell(Waiter, fun() -> ?WRITER:acquire(1) end),
+    Wait = tell(Waiter, fun() -> Acquire(1) end),
     Release = tell(Holder, fun() ->
         spin_until(TimeOut + Jitter),
         ?WRITER:release()
     end),
-    Behind = tell(Next, fun() -> ?WRITER:acquire(infinity) end),
+    Behind = tell(Next, fun() -> Acquire(infinity) end),
     ok = answer(Holder, Release),
     Result = answer(Waiter, Wait),
     _ = case Result of
@@ -478,8 +486,11 @@ queue_up(N) ->
     [queue_up_behind(Before + I - 1) || I <- lists:seq(1, N)].
 
 queue_up_behind(Before) ->
+    queue_up_behind(Before, fun() -> ?WRITER:acquire(infinity) end).
+
+queue_up_behind(Before, Asks) ->
     Waiter = actor(),
-    Acquire = tell(Waiter, fun() -> ?WRITER:acquire(infinity) end),
+    Acquire = tell(Waiter, Asks),
     await_waiters(Before + 1),
     {Waiter, Acquire}.
 
@@ -489,6 +500,91 @@ answered({Waiter, Acquire}) -> answer(Waiter, Acquire).
 
 waiting(Waiters) ->
     [pid_of(Waiter) || Waiter <- Waiters] =:= [Pid || #{pid := Pid} <- ?WRITER:waiters()].
+
+%%% The last lane
+
+%% Waits in the last lane for so many bytes, as a save behind its caller does.
+wait_last(Bytes, Every, Meanwhile) ->
+    %% Makes the process's guard.
+    {error, weight_exceeds_limit} = ?WRITER:acquire(0, #{weight => 16#7fffffff}),
+    erllama_cache_waiter:wait_last(get(?GUARD), 1, Bytes, Every, Meanwhile).
+
+wait_last() ->
+    wait_last(0, infinity, fun() -> error(too_early) end).
+
+last_lane_waits_for_the_usual_one(_Config) ->
+    ok = ?WRITER:acquire(0),
+    [First, Second, Third] = Last = [queue_up_behind(N, fun wait_last/0) || N <- [0, 1, 2]],
+    [Usual, Dying] = [queue_up_behind(N) || N <- [3, 4]],
+    ?assert(waiting([Usual, Dying | Last])),
+    ?assertMatch(#{waiting := 5}, ?WRITER:info()),
+    ok = ?WRITER:release(),
+    ok = answered(Usual),
+    ?assert(waiting([Dying | Last])),
+    %% Waiters of both lanes that die, and a holder: the next one has the slot.
+    lists:foreach(fun(Waiter) -> ok = kill(pid_of(Waiter)) end, [Dying, First, Usual]),
+    granted = answered(Second),
+    Late = queue_up_behind(1),
+    ok = ask(pid_of(Second), fun() -> ?WRITER:release() end),
+    ok = answered(Late),
+    ?assert(waiting([Third])),
+    ok = gen_server:stop(?WRITER),
+    closed = answered(Third),
+    lists:foreach(fun has_no_message/1, [pid_of(Waiter) || Waiter <- [Second, Third, Late]]).
+
+waiter_in_the_last_lane_looks_up_meanwhile(_Config) ->
+    ok = ?WRITER:acquire(0),
+    Test = self(),
+    Tell = fun() -> Test ! meanwhile, ok end,
+    Waiter = queue_up_behind(0, fun() -> wait_last(0, 1, Tell) end),
+    [receive meanwhile -> ok end || _ <- lists:seq(1, 10)],
+    ?assert(waiting([Waiter])),
+    ok = ?WRITER:release(),
+    granted = answered(Waiter),
+    has_no_message(pid_of(Waiter)).
+
+waiter_in_the_last_lane_gives_up(_Config) ->
+    ok = ?WRITER:acquire(0),
+    #{timed_out := Before} = ?WRITER:info(),
+    Waiter = actor(),
+    Raise = fun(Class) -> wait_last(0, 1, fun() -> erlang:Class(expired) end) end,
+    {gave_up, {error, expired}} =
+        ask(Waiter, fun() -> wait_last(0, 1, fun() -> {error, expired} end) end),
+    [{Class, expired} = ask(Waiter, fun() -> try Raise(Class) catch C:R -> {C, R} end end)
+     || Class <- [error, exit, throw]],
+    ?assertEqual({[], Before + 4}, {?WRITER:waiters(), maps:get(timed_out, ?WRITER:info())}),
+    ok = ?WRITER:release(),
+    ?assertEqual(0, ?WRITER:current()),
+    has_no_message(Waiter).
+
+giving_up_in_the_last_lane_at_the_hand_over(_Config) ->
+    time_out_at_the_hand_over_of(fun(Timeout) ->
+        case wait_last(0, Timeout, fun() -> {error, max_concurrent} end) of
+            granted -> ok;
+            {gave_up, Error} -> Error
+        end
+    end).
+
+%% Its bytes do not fit beside what is in memory, and nothing is given back until others are done.
+light_save_passes_a_large_one_in_the_last_lane(_Config) ->
+    ok = ?WRITER:set_max_concurrent(4),
+    ok = ?WRITER:set_max_inflight_bytes(1000),
+    Small = saver(1, <<0:500/unit:8>>),
+    SmallInside = inside(),
+    Large = queue_up_behind(0, fun() ->
+        wait_last(5000, infinity, fun() -> error(too_early) end)
+    end),
+    {ok, _} = ?WRITER:save(?STORE, disk, meta([2]), <<0:500/unit:8>>, infinity),
+    {ok, _} = ?WRITER:save(?STORE, disk, meta([3]), <<0:500/unit:8>>, 0),
+    ok = ?WRITER:acquire(0),
+    ok = ?WRITER:acquire(infinity, #{weight => 2}),
+    ok = ?WRITER:release(),
+    ok = ?WRITER:release(),
+    ?assert(waiting([Large])),
+    ok = go_on(SmallInside),
+    {ok, _} = answered(Small),
+    granted = answered(Large),
+    ?assertEqual(5000, inflight_bytes()).
 
 limit_raised_under_waiters(_Config) ->
     ok = ?WRITER:acquire(0),

@@ -94,9 +94,12 @@ flush() ->
 
 %%% The model
 
-%% What is asked for: acquire/1,2, with_slot/2 or save/5. The last two have a scope: the slot is
-%% theirs until they are left.
--type call() :: {acquire, Weight :: pos_integer()} | with_slot | {save, Bytes :: non_neg_integer()}.
+%% What is asked for: acquire/1,2, with_slot/2, save/5, or a slot in the last lane, with the way in
+%% which that wait is given up. with_slot/2 and save/5 have a scope: the slot is theirs until they
+%% are left.
+-type call() ::
+    {acquire, Weight :: pos_integer()} | with_slot | {save, Bytes :: non_neg_integer()} |
+    {last, Weight :: pos_integer(), Bytes :: non_neg_integer(), return | throw}.
 -type client() :: a | b | c | d | e.
 -type answer() :: ok | entered | left | noproc | {error, max_concurrent | weight_exceeds_limit}.
 
@@ -126,8 +129,8 @@ next_state(Model, _Result, {call, ?MODULE, Step, Args}) ->
 modelled(take, [Client, Call, Timeout], Model) ->
     case attempt(Call, Model) of
         granted -> answer(Client, granted_answer(Call), hold(Client, Call, Model));
-        busy when Timeout =:= 0 -> answer(Client, {error, max_concurrent}, Model);
-        busy -> Model#model{queue = Model#model.queue ++ [{Client, Call}]};
+        busy when Timeout =:= 0 -> answer(Client, {error, max_concurrent}, gave_up(Call, Model));
+        busy -> enqueue(Client, Call, Model);
         Refusal -> answer(Client, Refusal, Model)
     end;
 modelled(doze, [Client, Call], Model) ->
@@ -183,13 +186,25 @@ attempt(_Call, #model{open = false}) ->
 attempt(Call, #model{limit = Limit} = Model) ->
     case weight(Call) > Limit of
         true -> {error, weight_exceeds_limit};
-        false when Model#model.queue =:= [] ->
-            case fits(Call, Model) of
+        false ->
+            {Ahead, _} = split_queue(Call, Model),
+            case Ahead =:= [] andalso fits(Call, Model) of
                 true -> granted;
                 false -> busy
-            end;
-        false -> busy
+            end
     end.
+
+%% Who waits to be served before one who comes now, and who after.
+split_queue(Call, #model{queue = Queue}) ->
+    lists:splitwith(fun({_, Queued}) -> lane(Queued) =< lane(Call) end, Queue).
+
+enqueue(Client, Call, Model) ->
+    {Ahead, Behind} = split_queue(Call, Model),
+    Model#model{queue = Ahead ++ [{Client, Call} | Behind]}.
+
+%% Without patience, only who waits in the last lane has queued at all.
+gave_up({last, _, _, _}, Model) -> count(timed_out, 1, Model);
+gave_up(_, Model) -> Model.
 
 fits(Call, #model{limit = Limit, max_bytes = MaxBytes} = Model) ->
     Bytes = bytes(Call),
@@ -243,16 +258,26 @@ count(What, N, #model{counts = Counts} = Model) ->
     Model#model{counts = maps:update_with(What, fun(Sofar) -> Sofar + N end, Counts)}.
 
 weight({acquire, Weight}) -> Weight;
+weight({last, Weight, _, _}) -> Weight;
 weight(_) -> 1.
 
 bytes({save, Bytes}) -> Bytes;
+bytes({last, _, Bytes, _}) -> Bytes;
 bytes(_) -> 0.
 
+%% The lower one is served first.
+lane({last, _, _, _}) -> 2;
+lane(_) -> 1.
+
 scopes({acquire, _}) -> 0;
+scopes({last, _, _, _}) -> 0;
 scopes(_) -> 1.
 
-granted_answer({acquire, _}) -> ok;
-granted_answer(_) -> entered.
+granted_answer(Call) ->
+    case scopes(Call) of
+        0 -> ok;
+        1 -> entered
+    end.
 
 held(#model{holds = Holds}) ->
     lists:sum([weight(Call) || Calls <- maps:values(Holds), Call <- Calls]).
@@ -307,8 +332,12 @@ call() ->
         {5, {acquire, 1}},
         {3, {acquire, range(2, 4)}},
         {2, with_slot},
-        {3, {save, oneof([0, 30, 60, 100])}}
+        {3, {save, payload()}},
+        {5, {last, weighted_union([{3, 1}, {2, range(2, 4)}]), payload(), oneof([return, throw])}}
     ]).
+
+payload() ->
+    oneof([0, 30, 60, 100]).
 
 patience() ->
     oneof([0, ?LONG, infinity]).
@@ -537,12 +566,31 @@ perform({take, {save, Bytes}, Timeout}, To) ->
     %% identify/2 finds in the map whom to answer.
     Meta = (meta())#{prompt_text => term_to_binary(To)},
     enter(To, fun() -> ?WRITER:save(no_store, disk, Meta, <<0:Bytes/unit:8>>, Timeout) end);
+perform({take, {last, Weight, Bytes, How}, Timeout}, To) ->
+    answer_to(To, attempt(fun() -> take_last(Weight, Bytes, Timeout, How) end));
 perform(release, To) ->
     answer_to(To, ?WRITER:release());
 perform(drop_guard, To) ->
     _ = erase('$erllama_cache_guard'),
     true = garbage_collect(),
     answer_to(To, ok).
+
+%% As a save behind its caller does. What it does meanwhile ends the wait, when it is first done.
+take_last(Weight, Bytes, Timeout, How) ->
+    {error, weight_exceeds_limit} = ?WRITER:acquire(0, #{weight => ?NEVER}),
+    Guard = get('$erllama_cache_guard'),
+    TimedOut = {error, max_concurrent},
+    Meanwhile =
+        case How of
+            return -> fun() -> TimedOut end;
+            throw -> fun() -> throw({timed_out, TimedOut}) end
+        end,
+    case erllama_cache_waiter:wait_last(Guard, Weight, Bytes, Timeout, Meanwhile) of
+        granted -> ok;
+        {gave_up, Answer} -> Answer;
+        weight_exceeds_limit -> {error, weight_exceeds_limit};
+        closed -> noproc
+    end.
 
 enter(To, Fun) ->
     case attempt(Fun) of
@@ -564,6 +612,7 @@ attempt(Fun) ->
         Fun()
     catch
         throw:{left, _} = Left -> Left;
+        throw:{timed_out, Answer} -> Answer;
         exit:{noproc, _} -> noproc
     end.
 

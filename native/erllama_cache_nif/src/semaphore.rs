@@ -113,6 +113,14 @@ fn refusal(refusal: Refusal) -> Atom {
     }
 }
 
+fn attempt(attempt: Result<Attempt, Refusal>) -> Atom {
+    match attempt {
+        Ok(Attempt::Granted) => atoms::ok(),
+        Ok(Attempt::Queued) => atoms::queued(),
+        Err(reason) => refusal(reason),
+    }
+}
+
 fn closed_semaphore() -> ResourceArc<Semaphore> {
     ResourceArc::new(Semaphore {
         core: Arc::new(core::Semaphore::new()),
@@ -300,14 +308,23 @@ fn acquire_or_queue(
     bytes: u64,
     reference: Reference<'_>,
 ) -> NifResult<Atom> {
+    let request = request(weight, bytes)?;
     let waker = Waker::new(env.pid(), reference, &guard.spare_env);
-    Ok(
-        match guard.core.acquire_or_queue(request(weight, bytes)?, waker) {
-            Ok(Attempt::Granted) => atoms::ok(),
-            Ok(Attempt::Queued) => atoms::queued(),
-            Err(reason) => refusal(reason),
-        },
-    )
+    Ok(attempt(guard.core.acquire_or_queue(request, waker)))
+}
+
+/// The same in the last lane.
+#[rustler::nif]
+fn acquire_or_queue_last(
+    env: Env<'_>,
+    guard: &Guard,
+    weight: u32,
+    bytes: u64,
+    reference: Reference<'_>,
+) -> NifResult<Atom> {
+    let request = request(weight, bytes)?;
+    let waker = Waker::new(env.pid(), reference, &guard.spare_env);
+    Ok(attempt(guard.core.acquire_or_queue_last(request, waker)))
 }
 
 #[rustler::nif]

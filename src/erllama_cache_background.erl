@@ -1,20 +1,33 @@
 %% A save in another process, which sends its result to the caller.
 %%
+%% It takes two processes. The saver saves, and may be killed. The owner answers for the save: it
+%% watches the saver, tells the result to whom it concerns, does nothing else, and gives no reason
+%% to be killed.
+%%
 %% @private
 -module(erllama_cache_background).
 
 -export([run/2, cancel/1]).
+-export([for_caller/2, attempt/1]).
+-export_type([raised/0]).
+
+-type result() :: {ok, erllama_cache_writer:key()} | {error, term()}.
+-type raised() :: {raised, Class :: error | exit | throw, Reason :: term(), Stack :: term()}.
 
 %% Runs `Save' in a process of its own. The caller receives one message,
 %% `{erllama_cache_writer, Ref, Result}'. Unless the save is detached, the caller's death stops it.
--spec run(fun((erllama_cache_save:stop()) -> Result), Detach :: boolean()) -> reference() when
-    Result :: {ok, erllama_cache_writer:key()} | {error, term()}.
+-spec run(fun((erllama_cache_save:stop()) -> result()), Detach :: boolean()) -> reference().
 run(Save, Detach) ->
     Caller = self(),
     %% The caller waits for nothing: its next token is more urgent than this save.
-    Messenger = spawn(fun() -> begin_for(Caller, Detach, Save) end),
-    Ref = erllama_cache_nif:handle_new(Messenger),
-    Messenger ! {Caller, Ref},
+    Owner = spawn(fun() -> for_caller(Caller, fun(Ref) -> own(Caller, Ref, Detach, Save) end) end),
+    %% From here on a shutdown waits for it.
+    ok = case Detach of
+        true -> erllama_cache_pending:enter_detached(Owner);
+        false -> ok
+    end,
+    Ref = erllama_cache_nif:handle_new(Owner),
+    Owner ! {Caller, Ref},
     Ref.
 
 %% Stops the save of this reference, between two slices. Does nothing for any other reference.
@@ -28,27 +41,32 @@ cancel(Ref) ->
             ok
     end.
 
-begin_for(Caller, Detach, Save) ->
+%% What an owner does for its caller, when that has told it by which reference it is known.
+-spec for_caller(pid(), fun((reference()) -> ok)) -> ok.
+for_caller(Caller, Own) ->
     Monitor = monitor(process, Caller),
     receive
         {Caller, Ref} ->
             true = demonitor(Monitor, [flush]),
-            Self = self(),
-            Saver = spawn_monitor(fun() ->
-                Self ! {Ref, save_for(Caller, Ref, Detach, Save)}
-            end),
-            Caller ! {erllama_cache_writer, Ref, result_of(Saver, Ref)};
+            Own(Ref);
         {'DOWN', Monitor, process, Caller, _} ->
             ok
     end.
 
-%% The saver may be killed, so the result is sent by this process, which does nothing else and gives
-%% no reason to be killed.
+own(Caller, Ref, Detach, Save) ->
+    Self = self(),
+    Saver = spawn_monitor(fun() -> Self ! {Ref, save_for(Caller, Ref, Detach, Save)} end),
+    Caller ! {erllama_cache_writer, Ref, result_of(Saver, Ref)},
+    ok.
+
 result_of({Pid, Monitor} = Saver, Ref) ->
     receive
         {erllama_cache_writer, cancel, Ref} = Cancel ->
             Pid ! Cancel,
             result_of(Saver, Ref);
+        {Ref, {raised, _, _, _} = Raised} ->
+            true = demonitor(Monitor, [flush]),
+            {error, Raised};
         {Ref, Result} ->
             true = demonitor(Monitor, [flush]),
             Result;
@@ -61,8 +79,13 @@ save_for(Caller, Ref, Detach, Save) ->
         true -> [];
         false -> [monitor(process, Caller)]
     end,
+    attempt(fun() -> Save({Ref, Monitors}) end).
+
+%% The result, or what was raised instead.
+-spec attempt(fun(() -> Result)) -> Result | raised().
+attempt(Fun) ->
     try
-        Save({Ref, Monitors})
+        Fun()
     catch
-        Class:Reason:Stack -> {error, {raised, Class, Reason, Stack}}
+        Class:Reason:Stack -> {raised, Class, Reason, Stack}
     end.

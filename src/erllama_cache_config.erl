@@ -9,13 +9,14 @@
 -module(erllama_cache_config).
 
 -export([complete/1, environment/0, erllama_limit/0, save_options/2]).
--export([complete_options/1, keyed_by/1, timeout/1]).
+-export([complete_options/1, keyed_by/1, load_options/1]).
 
 -include("erllama_cache_limits.hrl").
 
 %% The application's environment: what configures the writer, and the rest.
 -define(WRITER, [max_concurrent, max_inflight_bytes, host, file_mode, digest, mac_key, page_cache,
-                 slow_save_ms]).
+                 slow_save_ms, write_behind, drain_ms]).
+-define(WRITE_BEHIND, [reasons, max, max_bytes, save_bytes, slot_ms]).
 -define(APPLICATION, [stores, start_writer]).
 -define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by]).
 
@@ -27,7 +28,35 @@ complete(Config) ->
     ok = check_keys(Config, ?WRITER, unknown_config),
     Complete = maps:merge(defaults(), Config),
     ok = check_values(Complete, invalid_config),
+    #{write_behind := WriteBehind} = Complete,
+    Complete#{write_behind := complete_write_behind(WriteBehind)}.
+
+complete_write_behind(off) ->
+    off;
+complete_write_behind(Given) ->
+    ok = check_keys(Given, ?WRITE_BEHIND, unknown_config),
+    Complete = maps:merge(write_behind_defaults(), Given),
+    ok = maps:foreach(
+        fun(Key, Value) ->
+            is_valid_behind(Key, Value) orelse error({invalid_config, {write_behind, Key}, Value})
+        end,
+        Complete
+    ),
     Complete.
+
+write_behind_defaults() ->
+    #{
+        reasons => [cold, continued, finish, agent_prefix],
+        max => 16,
+        max_bytes => 4 bsl 30,
+        save_bytes => 1 bsl 30,
+        slot_ms => 30000
+    }.
+
+is_valid_behind(reasons, Reasons) -> erllama_cache_meta:are_reasons(Reasons);
+is_valid_behind(max, Max) -> ?IS_LIMIT(Max);
+is_valid_behind(slot_ms, Ms) -> ?IS_TIMEOUT(Ms);
+is_valid_behind(_Bytes, Bytes) -> is_integer(Bytes) andalso ?IS_BYTES(Bytes).
 
 defaults() ->
     #{
@@ -36,7 +65,9 @@ defaults() ->
         host => erllama_cache_host_erllama,
         file_mode => 8#600,
         page_cache => keep,
-        slow_save_ms => 10000
+        slow_save_ms => 10000,
+        write_behind => off,
+        drain_ms => 30000
     }.
 
 %% The writer's part of this application's environment.
@@ -97,12 +128,13 @@ keyed_by(Options) ->
     ok = check_values(Options, invalid_option),
     maps:get(keyed_by, Options, tokens).
 
-%% How long a load may take, from some options or by default.
--spec timeout(#{timeout => timeout()}) -> timeout().
-timeout(Options) ->
-    ok = check_keys(Options, [timeout], unknown_option),
+%% Options of a load, with defaults for what they leave out.
+-spec load_options(erllama_cache_reader:options()) ->
+    #{timeout := timeout(), wait := none | timeout()}.
+load_options(Options) ->
+    ok = check_keys(Options, [timeout, wait], unknown_option),
     ok = check_values(Options, invalid_option),
-    maps:get(timeout, Options, infinity).
+    maps:merge(#{timeout => infinity, wait => none}, Options).
 
 %%% Both
 
@@ -127,10 +159,13 @@ is_valid(mac_key, {file, _Path}) -> true;
 is_valid(mac_key, Fun) -> is_function(Fun, 0);
 is_valid(page_cache, PageCache) -> PageCache =:= keep orelse PageCache =:= drop;
 is_valid(slow_save_ms, Ms) -> is_integer(Ms) andalso Ms > 0;
+is_valid(write_behind, WriteBehind) -> WriteBehind =:= off orelse is_map(WriteBehind);
+is_valid(drain_ms, Ms) -> is_integer(Ms) andalso ?IS_TIMEOUT(Ms);
 %% Whether it is a path, its encoding and the system say.
 is_valid(root, _Root) -> true;
 is_valid(tier, Tier) -> Tier =:= disk orelse Tier =:= ram_file;
 is_valid(timeout, Timeout) -> ?IS_TIMEOUT(Timeout);
+is_valid(wait, Timeout) -> ?IS_TIMEOUT(Timeout);
 is_valid(keyed_by, KeyedBy) -> KeyedBy =:= tokens orelse KeyedBy =:= text;
 is_valid(max_bytes, Bytes) -> Bytes =:= infinity orelse (is_integer(Bytes) andalso Bytes > 0).
 

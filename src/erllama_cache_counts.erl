@@ -15,6 +15,7 @@
     refused := non_neg_integer(),
     adoptions := non_neg_integer(),
     replacements := non_neg_integer(),
+    dropped := non_neg_integer(),
     sync_failures := non_neg_integer(),
     save_time := erllama_cache_metrics:histogram(),
     wait_time := erllama_cache_metrics:histogram()
@@ -34,6 +35,10 @@
     {adoptions, counted, counter, "Saves that found a valid file of their key and left it."},
     {replacements, counted, counter, "Saves that replaced a file that was not valid."},
     {refused, counted, counter, "Saves and acquires that would not wait and found no slot free."},
+    {pending, info, gauge, "Saves behind their callers that have not ended."},
+    {pending_bytes, info, gauge, "Bytes of payload that those hold."},
+    {oldest_pending_ms, info, gauge, "Milliseconds since the oldest of those began."},
+    {dropped, counted, counter, "Saves behind their callers that failed after the answer."},
     {sync_failures, info, counter, "Syncs that the system has failed. The files were dropped."},
     {granted, info, counter, "Slots that were given."},
     {timed_out, info, counter, "Waits for a slot that ended without one."},

@@ -11,6 +11,7 @@
 format({error, Reason}) -> format(Reason);
 format(max_concurrent) -> "no slot became free in time";
 format(weight_exceeds_limit) -> "the weight is above the limit, so it could never be served";
+format({pending, N}) -> text("~w saves are still pending", [N]);
 format(cancelled) -> "the save was cancelled";
 format(already_present) -> "the key is stored already";
 format(conflict) -> "another process is saving the key";
@@ -30,7 +31,7 @@ format(unauthenticated) -> "the file was not made with this node's secret";
 format(not_regular) -> "under the key's name stands something that is not a regular file";
 format({wrong_tier, Tier}) -> text("the store is for tier ~ts", [Tier]);
 format(exceeds_max_bytes) -> "the file is larger than the store may be";
-format(timeout) -> "the load took longer than it may";
+format(timeout) -> "the load, or the save that it waited for, took longer than it may";
 format(tier_busy) -> "the tier server, busy with loads, did not answer in time";
 format(no_room) ->
     "running saves, or files that cannot be removed, leave too little room in the store";

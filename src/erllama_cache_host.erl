@@ -13,7 +13,7 @@
 %%   temporary file is removed, and the reservation is not cancelled, for it is another's.</li>
 %% <li>`mark_published' and `announce', when the file has its name. After their errors the file
 %%   stays.</li>
-%% <li>`count', after a save that succeeded.</li>
+%% <li>`count', after a save that succeeded, and for the other events.</li>
 %% <li>`cancel', when anything failed between `reserve' and the publication.</li>
 %% </ul>
 -module(erllama_cache_host).
@@ -32,7 +32,8 @@
 -type content() :: {keyed_by(), Tokens :: binary(), TextBytes :: non_neg_integer()}.
 %% What the key is made of, the tokens as u32 little-endian each, and the size of the prompt's text.
 -type token() :: reference().
--type event() :: {saved, erllama_cache_meta:save_reason()} | duplicate_dropped.
+-type event() :: {saved, erllama_cache_meta:save_reason()} | duplicate_dropped | dropped.
+%% `dropped': a save behind its caller failed after the caller had its answer.
 
 %% A reservation's lease in milliseconds: erllama's, which the built-in store shares.
 -define(LEASE, 60000).

@@ -23,6 +23,7 @@
 -define(SAVES_SHUTDOWN, 8).
 -define(CORRUPT_FILES, 10).
 -define(DUPLICATE_DROPPED, 16).
+-define(SAVES_DROPPED, 20).
 -define(SAVES_AGENT_PREFIX, 22).
 
 %% What the kinds export, and only one of them each.
@@ -117,7 +118,8 @@ count(_TierSrv, {saved, finish}) -> erllama_cache_counters:incr(?SAVES_FINISH);
 count(_TierSrv, {saved, evict}) -> erllama_cache_counters:incr(?SAVES_EVICT);
 count(_TierSrv, {saved, shutdown}) -> erllama_cache_counters:incr(?SAVES_SHUTDOWN);
 count(_TierSrv, {saved, agent_prefix}) -> erllama_cache_counters:incr(?SAVES_AGENT_PREFIX);
-count(_TierSrv, duplicate_dropped) -> erllama_cache_counters:incr(?DUPLICATE_DROPPED).
+count(_TierSrv, duplicate_dropped) -> erllama_cache_counters:incr(?DUPLICATE_DROPPED);
+count(_TierSrv, dropped) -> erllama_cache_counters:incr(?SAVES_DROPPED).
 
 %% @private
 %% erllama's own load counts so, too.

@@ -1,7 +1,7 @@
 %% @doc The `build_meta' map, which describes a payload: its types, checks and defaults.
 -module(erllama_cache_meta).
 
--export([complete/3, check_identity/2, are_tokens/1]).
+-export([complete/3, check_identity/2, are_tokens/1, are_reasons/1]).
 -export_type([build_meta/0, complete/0, identity/0, save_reason/0, fingerprint_mode/0, defaults/0,
               invalid/0]).
 
@@ -137,6 +137,12 @@ identity(text) -> ?IDENTITY ++ [prompt_text].
 are_tokens([Token | Rest]) when is_integer(Token) -> are_tokens(Rest);
 are_tokens([]) -> true;
 are_tokens(_) -> false.
+
+%% @doc Whether these are reasons of saves: a proper list of them.
+-spec are_reasons(term()) -> boolean().
+are_reasons([Reason | Rest]) when ?IS_REASON(Reason) -> are_reasons(Rest);
+are_reasons([]) -> true;
+are_reasons(_) -> false.
 
 check(Meta) ->
     Iterator = maps:iterator(Meta),

@@ -27,6 +27,10 @@
     refused := non_neg_integer(),
     adoptions := non_neg_integer(),
     replacements := non_neg_integer(),
+    pending := non_neg_integer(),
+    pending_bytes := non_neg_integer(),
+    oldest_pending_ms := non_neg_integer(),
+    dropped := non_neg_integer(),
     sync_failures := non_neg_integer(),
     save_time := histogram(),
     wait_time := histogram()

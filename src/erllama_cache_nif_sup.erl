@@ -1,5 +1,6 @@
 %% Starts the stores that the application's environment names and, with them, the writer. Without
-%% stores it starts nothing: inside erllama the writer is a child of erllama's own supervisor.
+%% stores it starts neither: inside erllama the writer is a child of erllama's own supervisor. What
+%% it starts in any case is the server that waits for pending saves when the application stops.
 %%
 %% Each server has its own keeper, so that none ends another.
 %%
@@ -38,14 +39,16 @@ all_or_none(Supervisor) ->
     end.
 
 init([]) ->
-    Children = children(application:get_env(erllama_cache_nif, stores, [])),
+    {Stores, Writer} = children(application:get_env(erllama_cache_nif, stores, [])),
+    %% Stopped in reverse: pending saves need their stores.
+    Children = Stores ++ [erllama_cache_drain:child_spec()] ++ Writer,
     %% Keepers end only when they are killed.
     {ok, {#{strategy => one_for_one, intensity => 100, period => 1}, Children}}.
 
 children([]) ->
-    [];
+    {[], []};
 children(Stores) when is_list(Stores) ->
-    writer() ++ [store(Store) || Store <- Stores];
+    {[store(Store) || Store <- Stores], writer()};
 children(Other) ->
     error({invalid_config, stores, Other}).
 

@@ -3,6 +3,9 @@
 %% A load runs on dirty schedulers, a slice at a time, beside any number of others, and every byte
 %% is checked by the strongest check that the file has. Inside erllama it takes the place of
 %% `erllama_cache_disk_srv:load/2', which reads one file after the other in one process.
+%%
+%% While a save of the key is pending behind its caller on this node, a load returns that save's
+%% payload from memory, at once and without a copy.
 -module(erllama_cache_reader).
 
 -export([load/2, load/3]).
@@ -10,8 +13,12 @@
 
 -include("erllama_cache_limits.hrl").
 
--type options() :: #{timeout => timeout()}.
-%% Milliseconds after which a load gives up (default: `infinity').
+-type options() :: #{timeout => timeout(), wait => timeout()}.
+%% <ul>
+%% <li>`timeout': milliseconds after which a load gives up (default: `infinity');</li>
+%% <li>`wait': for a caller that wants what is on the disk, and no payload from memory: milliseconds
+%%   to wait for a pending save of the key.</li>
+%% </ul>
 
 %% @doc Loads as {@link load/3}, however long it takes.
 %%
@@ -30,23 +37,53 @@ load(TierSrv, Key) ->
 %% {ok, _Info, Payload} = erllama_cache_reader:load(my_store, Key, #{timeout => 2000}).
 %% '''
 %%
-%% Errors: `timeout'; `{corrupt, Reason}', and inside erllama the file is removed, as erllama does;
-%% `unauthenticated', the writer has a secret and the file was made without it; `tier_busy', the
-%% tier server did not answer; `enomem'; a POSIX reason. Exits with `{noproc, _}' when there is
-%% neither a store nor a tier server of that name, or no writer has been started.
+%% Errors: `timeout', also of `wait'; `{corrupt, Reason}', and inside erllama the file is removed,
+%% as erllama does; `unauthenticated', the writer has a secret and the file was made without it;
+%% `tier_busy', the tier server did not answer; `enomem'; a POSIX reason. Exits with `{noproc, _}'
+%% when there is neither a store nor a tier server of that name, or no writer has been started.
 -spec load(erllama_cache_host:tier_srv(), erllama_cache_writer:key(), options()) ->
     {ok, erllama_cache_store:file_info(), Payload :: binary()} | miss | {error, term()}.
 load(TierSrv, Key, Options) when
     is_atom(TierSrv), is_binary(Key), byte_size(Key) =:= 32, is_map(Options)
 ->
-    Timeout = erllama_cache_config:timeout(Options),
+    #{timeout := Timeout, wait := Wait} = erllama_cache_config:load_options(Options),
     case erllama_cache_store:find_keyed_by(TierSrv) of
-        {ok, _KeyedBy} -> erllama_cache_store:load(TierSrv, Key, Timeout);
-        error -> load_by_host(TierSrv, Key, Timeout)
+        {ok, _KeyedBy} when Wait =:= none -> erllama_cache_store:load(TierSrv, Key, Timeout);
+        {ok, _KeyedBy} -> load_after(Wait, erllama_cache_store, TierSrv, Key, Timeout);
+        error -> load_by_host(Wait, TierSrv, Key, Timeout)
     end.
 
-load_by_host(TierSrv, Key, Timeout) ->
-    #{host := Host, secret := Secret} = erllama_cache_setup:get(?MODULE, load, [TierSrv, Key]),
+load_by_host(Wait, TierSrv, Key, Timeout) ->
+    #{host := Host} = erllama_cache_setup:get(?MODULE, load, [TierSrv, Key]),
+    case Wait of
+        none ->
+            case erllama_cache_pending:find(erllama_cache_pending:scope(Host, TierSrv), Key) of
+                {ok, Info, Payload, _Owner} -> {ok, Info, Payload};
+                none -> load_file(Host, TierSrv, Key, Timeout)
+            end;
+        _ ->
+            load_after(Wait, Host, TierSrv, Key, Timeout)
+    end.
+
+%% Loads what is on the disk when no save of the key is pending.
+load_after(Wait, Host, TierSrv, Key, Timeout) ->
+    case erllama_cache_pending:find(erllama_cache_pending:scope(Host, TierSrv), Key) of
+        {ok, _Info, _Payload, Owner} ->
+            Monitor = monitor(process, Owner),
+            receive
+                {'DOWN', Monitor, process, Owner, _} -> load_file(Host, TierSrv, Key, Timeout)
+            after Wait ->
+                true = demonitor(Monitor, [flush]),
+                {error, timeout}
+            end;
+        none ->
+            load_file(Host, TierSrv, Key, Timeout)
+    end.
+
+load_file(erllama_cache_store, Store, Key, Timeout) ->
+    erllama_cache_store:load_file(Store, Key, Timeout);
+load_file(Host, TierSrv, Key, Timeout) ->
+    #{secret := Secret} = erllama_cache_setup:get(?MODULE, load, [TierSrv, Key]),
     case native(Host:root(TierSrv)) of
         {ok, Path} ->
             Result = erllama_cache_load:run(Path, Key, Secret, Timeout),

@@ -1,60 +1,92 @@
-%% One save, from the metadata to the announcement, in the process that has a slot for it: the host
-%% computes a key and reserves room, the library writes and publishes slice by slice, and the host
-%% announces the file. docs/design/save.md has the order and its reasons.
+%% One save, from the metadata to the announcement: the host computes a key and reserves room, the
+%% library writes and publishes slice by slice, and the host announces the file. docs/design/save.md
+%% has the order and its reasons.
+%%
+%% A save in line is prepared, reserved and finished by its caller, which has a slot by then. A save
+%% behind its caller is prepared by that, and reserved and finished by a process of its own, which
+%% waits for a slot in between.
 %%
 %% @private
 -module(erllama_cache_save).
 
 -export([run/7]).
--export_type([stop/0]).
+-export([prepare/5, reserve/1, finish/3, renew_reservation/1]).
+-export([subject/1, payload/1, info/1, scope/1, count/2, counted/4]).
+-export_type([save/0, stop/0]).
+
+-include("erllama_cache_log.hrl").
 
 %% Up to this many bytes of file, a save is one call of the library.
 -define(ONE_CALL, 65536).
+%% What every file has but its prompt, texts, tokens and payload: the fixed fields, and the tags
+%% that are always written, with a digest or without.
+-define(FIXED_BYTES, 180).
+-define(DIGEST_BYTES, 38).
+%% What a text costs beside its bytes, unless it is empty and left out.
+-define(TAG_BYTES, 5).
 
-%% What stops a save before its file has its name: `{Ref, [Monitor]}', a message that cancels it and
-%% its caller's death.
--type stop() :: never | {reference(), [reference()]}.
+%% What stops a save before its file has its name: for one in line, nothing; for one in the
+%% background, `{Ref, Monitors}', a message that cancels it and, unless it is detached, its caller's
+%% death; for one behind its caller, nothing, not even the host's end.
+-type stop() :: never | {reference(), [reference()]} | behind.
 
 %% One save: what it is about, and how far it is.
 -record(save, {
     host :: module(),
-    guard :: erllama_cache_nif:guard(),
     tier_srv :: erllama_cache_host:tier_srv(),
     tier :: erllama_cache_host:tier(),
-    reason :: atom(),
     key :: erllama_cache_writer:key(),
     content :: erllama_cache_host:content(),
     plan :: erllama_cache_nif:save_plan(),
     payload :: binary(),
     size :: pos_integer(),
-    stop :: stop(),
-    %% When the lease was renewed last.
-    renewed :: integer(),
     %% Of the reservation, once there is one.
     token :: undefined | erllama_cache_host:token(),
+    %% As the host has it, and as the system wants it.
     root :: undefined | file:name_all(),
+    path :: undefined | erllama_cache_nif:root(),
+    %% When the lease was renewed last.
+    renewed :: undefined | integer(),
+    %% Once there is one; it need not hold a slot.
+    guard :: undefined | erllama_cache_nif:guard(),
+    stop = never :: stop(),
     %% The temporary file, once there is one: whether more of it is to be written.
     tmp :: undefined | erllama_cache_nif:tmp(),
     progress = more :: ok | more
 }).
+-opaque save() :: #save{}.
 
-%% A save that has its slot.
+%% A save in line, or in the background: one that has its slot.
 -spec run(erllama_cache_setup:setup(), erllama_cache_nif:guard(), erllama_cache_host:tier_srv(),
           erllama_cache_host:tier(), erllama_cache_meta:build_meta(), Payload :: binary(),
           stop()) ->
     {ok, erllama_cache_writer:key()} | {error, term()}.
-run(#{options := Options, defaults := Defaults} = Setup, Guard, TierSrv, Tier, BuildMeta, Payload,
-    Stop) ->
+run(Setup, Guard, TierSrv, Tier, BuildMeta, Payload, Stop) ->
+    case prepare(Setup, TierSrv, Tier, BuildMeta, Payload) of
+        {ok, Save} ->
+            case reserve(Save) of
+                {ok, Reserved} -> finish(Reserved, Guard, Stop);
+                {error, _} = Error -> Error
+            end;
+        {error, _} = Error ->
+            Error
+    end.
+
+%% What is to be saved, under which key. This needs neither a slot nor a reservation, and leaves
+%% nothing behind. The list of tokens is not part of it: their encoding is.
+-spec prepare(erllama_cache_setup:setup(), erllama_cache_host:tier_srv(),
+              erllama_cache_host:tier(), erllama_cache_meta:build_meta(), Payload :: binary()) ->
+    {ok, save()} | {error, term()}.
+prepare(#{options := Options, defaults := Defaults} = Setup, TierSrv, Tier, BuildMeta, Payload) ->
     {Host, KeyedBy} = host(TierSrv, Setup),
     case identify(Host, KeyedBy, BuildMeta, Defaults) of
-        {ok, #{save_reason := Reason} = Meta, {Key, QuantByte, {_, Tokens, _} = Content}} ->
-            reserve(#save{
-                host = Host, guard = Guard, tier_srv = TierSrv, tier = Tier, reason = Reason,
-                key = Key, content = Content,
-                plan = {Key, KeyedBy, Meta, QuantByte, Tokens, map_get(Tier, Options)},
-                payload = Payload, size = file_size(Meta, Tokens, Payload), stop = Stop,
-                renewed = erlang:monotonic_time(millisecond)
-            });
+        {ok, Meta, {Key, QuantByte, {_, Tokens, _} = Content}} ->
+            #{Tier := SaveOptions} = Options,
+            {ok, #save{
+                host = Host, tier_srv = TierSrv, tier = Tier, key = Key, content = Content,
+                plan = {Key, KeyedBy, Meta#{tokens := []}, QuantByte, Tokens, SaveOptions},
+                payload = Payload, size = file_size(Meta, Tokens, SaveOptions, Payload)
+            }};
         {error, _} = Error ->
             Error
     end.
@@ -70,16 +102,105 @@ identify(Host, KeyedBy, BuildMeta, Defaults) ->
             Error
     end.
 
+%% Reserves the key for the calling process, which owns the save from here on, and finds the root.
+-spec reserve(save()) -> {ok, save()} | {error, term()}.
 reserve(#save{host = Host, tier_srv = TierSrv, tier = Tier, key = Key, size = Size} = Save) ->
     case Host:reserve(TierSrv, Tier, Key, Size) of
         {ok, Token} ->
-            steps([fun begin_write/1, fun write/1, fun publish/1], Save#save{token = Token});
+            Now = erlang:monotonic_time(millisecond),
+            steps([fun find_root/1], Save#save{token = Token, renewed = Now});
         {error, already_present} = Error ->
-            ok = Host:count(TierSrv, duplicate_dropped),
+            ok = count(duplicate_dropped, Save),
             Error;
         {error, _} = Error ->
             Error
     end.
+
+%% Writes, publishes and announces what is reserved. The slot that the guard holds, if any, stays
+%% taken while the library writes, even if this process is killed.
+-spec finish(save(), erllama_cache_nif:guard(), stop()) ->
+    {ok, erllama_cache_writer:key()} | {error, term()}.
+finish(Save, Guard, Stop) ->
+    steps([fun begin_write/1, fun write/1, fun publish/1], Save#save{guard = Guard, stop = Stop}).
+
+%% For a save that waits: keeps its reservation.
+-spec renew_reservation(save()) -> ok | {lost, {error, expired}}.
+renew_reservation(Save) ->
+    check(Save).
+
+%% What a save is about.
+-spec subject(save()) ->
+    {erllama_cache_host:tier_srv(), erllama_cache_writer:key(), erllama_cache_meta:save_reason()}.
+subject(#save{tier_srv = TierSrv, key = Key, plan = Plan}) ->
+    {TierSrv, Key, save_reason(Plan)}.
+
+save_reason({_Key, _KeyedBy, #{save_reason := Reason}, _QuantByte, _Tokens, _Options}) ->
+    Reason.
+
+-spec payload(save()) -> binary().
+payload(#save{payload = Payload}) -> Payload.
+
+%% Where the key is reserved: with the host, or with the store of this name.
+-spec scope(save()) -> erllama_cache_pending:scope().
+scope(#save{host = Host, tier_srv = TierSrv}) ->
+    erllama_cache_pending:scope(Host, TierSrv).
+
+-spec count(erllama_cache_host:event(), save()) -> ok.
+count(Event, #save{host = Host, tier_srv = TierSrv}) ->
+    Host:count(TierSrv, Event).
+
+%% What a load of this save's file gives beside the payload.
+-spec info(save()) -> erllama_cache_store:file_info().
+info(#save{plan = {_Key, KeyedBy, Meta, QuantByte, Tokens, _Options}, size = Size}) ->
+    #{quant_type := Type} = Meta,
+    Fields = maps:with(
+        [save_reason, quant_bits, fingerprint, fingerprint_mode, ctx_params_hash, context_size,
+         creation_time, last_used_time, hit_count, prompt_text, hostname, erllama_version,
+         save_reason_detail], Meta),
+    Fields#{
+        version => case KeyedBy of tokens -> 1; text -> 2 end,
+        %% The file has the byte only, and a load names it by this table.
+        quant_type => case erllama_cache_nif:quant_byte(Type) of
+            QuantByte -> Type;
+            _ -> undefined
+        end,
+        quant_byte => QuantByte,
+        tokens => Tokens,
+        file_size => Size
+    }.
+
+%% Runs a save that was granted its slot after a wait, counts it, and logs a slow one. Times are
+%% native.
+-spec counted(fun(() -> Result), {erllama_cache_host:tier_srv(), Bytes :: non_neg_integer()},
+              Begun :: integer(), Granted :: integer()) -> Result when
+    Result :: {ok, erllama_cache_writer:key()} | {error, term()}.
+counted(Save, Subject, Begun, Granted) ->
+    try Save() of
+        Result ->
+            ok = ended(Result, Subject, microseconds(Granted - Begun),
+                       microseconds(erlang:monotonic_time() - Granted)),
+            Result
+    catch
+        Class:Reason:Stack ->
+            ok = erllama_cache_counts:count(save_errors),
+            erlang:raise(Class, Reason, Stack)
+    end.
+
+ended(Result, {TierSrv, Bytes}, Waited, Took) ->
+    ok = erllama_cache_counts:save_ended(Result, Bytes, Waited, Took),
+    {ok, #{slow_save_ms := Slow}} = erllama_cache_setup:find(),
+    case Result of
+        {ok, Key} when Took > Slow * 1000 ->
+            ?LOG_WARNING(#{
+                event => slow_save, tier_srv => TierSrv, key => Key, payload_bytes => Bytes,
+                save_ms => Took div 1000, waited_ms => Waited div 1000
+            }, ?LOG_META);
+        _ ->
+            ok
+    end.
+
+microseconds(Native) ->
+    erlang:convert_time_unit(Native, native, microsecond).
 
 %% Beside erllama a node may have stores: each of them is its own host.
 host(TierSrv, #{host := Host, keyed_by := KeyedBy}) when
@@ -92,16 +213,22 @@ host(TierSrv, #{host := Host, keyed_by := KeyedBy}) when
 host(_TierSrv, #{host := Host, keyed_by := KeyedBy}) ->
     {Host, KeyedBy}.
 
-%% How long the file will be, for a host that makes room: exact but for the fixed fields and tags,
-%% for which 256 bytes are more than enough.
+%% docs/reference/format.md has the layout.
 file_size(#{prompt_text := Prompt, hostname := Hostname, erllama_version := Version,
-            save_reason_detail := Detail}, Tokens, Payload) ->
-    256 + byte_size(Prompt) + byte_size(Hostname) + byte_size(Version) + byte_size(Detail) +
-        byte_size(Tokens) + byte_size(Payload).
+            save_reason_detail := Detail}, Tokens, {_Mode, Digest, _PageCache}, Payload) ->
+    Digested = case Digest of
+        none -> 0;
+        _ -> ?DIGEST_BYTES
+    end,
+    Texts = [?TAG_BYTES + byte_size(Text) || Text <- [Hostname, Version, Detail], Text =/= <<>>],
+    ?FIXED_BYTES + Digested + lists:sum(Texts) + byte_size(Prompt) + byte_size(Tokens) +
+        byte_size(Payload).
 
 %% Takes the steps of a save whose reservation is ours. Whatever ends it before the file is
 %% published drops the temporary file and cancels the reservation, unless that was lost: then it
 %% belongs to another save.
+steps([], Save) ->
+    {ok, Save};
 steps([Step | Steps], Save) ->
     try Step(Save) of
         {next, Next} ->
@@ -127,15 +254,19 @@ steps([Step | Steps], Save) ->
 drop_tmp(#save{tmp = undefined}) -> ok;
 drop_tmp(#save{tmp = Tmp}) -> erllama_cache_nif:abort(Tmp).
 
-begin_write(#save{host = Host, tier_srv = TierSrv} = Save) ->
-    Root = Host:root(TierSrv),
-    case native(Root) of
-        {ok, Path} -> begun(first_call(Path, Save), Save#save{root = Root});
-        {error, _} = Error -> Error
+find_root(#save{host = Host, tier_srv = TierSrv} = Save) ->
+    case Host:root(TierSrv) of
+        {error, _} = Error ->
+            Error;
+        Root ->
+            case erllama_cache_path:native(Root) of
+                {ok, Path} -> {next, Save#save{root = Root, path = Path}};
+                {error, _} = Error -> Error
+            end
     end.
 
-native({error, _} = Error) -> Error;
-native(Root) -> erllama_cache_path:native(Root).
+begin_write(#save{path = Path} = Save) ->
+    begun(first_call(Path, Save), Save).
 
 begun({ok, _Outcome, _Size, _Header} = Published, Save) ->
     {published, Published, Save};
@@ -234,8 +365,8 @@ renew(#save{renewed = Renewed} = Save) ->
         {lost, _} = Lost -> Lost
     end.
 
-check(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token}) ->
-    case Host:check(TierSrv, Key, Token) of
+check(#save{host = Host, tier_srv = TierSrv, key = Key, token = Token} = Save) ->
+    case ask(fun() -> Host:check(TierSrv, Key, Token) end, Save) of
         ok -> ok;
         {error, _} = Error -> {lost, Error}
     end.
@@ -250,8 +381,25 @@ renew_if_it_stands(Save) ->
         _:_ -> Save
     end.
 
+%% A call of the host. If writer and host have been stopped, a save that nobody waits for goes on
+%% without them: its file has its key as name, and the host finds it when it starts again.
+ask(Call, #save{stop = Stop}) ->
+    try
+        Call()
+    catch
+        exit:Reason:Stack ->
+            case outlives_host(Stop) andalso whereis(erllama_cache_writer) =:= undefined of
+                true -> ok;
+                false -> erlang:raise(exit, Reason, Stack)
+            end
+    end.
+
+outlives_host(behind) -> true;
+outlives_host({_Ref, []}) -> true;
+outlives_host(_Stop) -> false.
+
 %% Whether a save must stop, because it was cancelled or its caller has died.
-stopped(never) ->
+stopped(Stop) when Stop =:= never; Stop =:= behind ->
     false;
 stopped({Ref, []}) ->
     receive
@@ -271,15 +419,17 @@ count_outcome(replaced) -> erllama_cache_counts:count(replacements).
 
 %% The file stays from here on, whatever the host answers: it is whole, and the host adopts it.
 announce(Size, Header, #save{host = Host, tier_srv = TierSrv, key = Key, token = Token,
-                             root = Root, content = Content, reason = Reason}) ->
+                             root = Root, content = Content, plan = Plan} = Save) ->
     Answer =
-        case Host:mark_published(TierSrv, Key, Token, Root) of
-            ok -> Host:announce(TierSrv, Key, Token, Size, Header, Content);
-            {error, _} = Expired -> Expired
+        case ask(fun() -> Host:mark_published(TierSrv, Key, Token, Root) end, Save) of
+            ok ->
+                ask(fun() -> Host:announce(TierSrv, Key, Token, Size, Header, Content) end, Save);
+            {error, _} = Expired ->
+                Expired
         end,
     case Answer of
         ok ->
-            ok = Host:count(TierSrv, {saved, Reason}),
+            ok = ask(fun() -> count({saved, save_reason(Plan)}, Save) end, Save),
             {ok, Key};
         {error, _} = Error ->
             Error

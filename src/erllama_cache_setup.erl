@@ -15,6 +15,8 @@
     defaults := erllama_cache_meta:defaults(),
     options := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
     slow_save_ms := pos_integer(),
+    write_behind := off | #{max := pos_integer(), max_bytes := pos_integer(), atom() => term()},
+    drain_ms := non_neg_integer(),
     atom() => term()
 }.
 

@@ -15,7 +15,8 @@
 -include("erllama_cache_store.hrl").
 
 -export([start_link/2, child_spec/2]).
--export([load/2, load/3, delete/2, info/1, key/1, key/2, longest_prefix/2, find_keyed_by/1]).
+-export([load/2, load/3, load_file/3, delete/2, info/1, key/1, key/2, longest_prefix/2]).
+-export([find_keyed_by/1]).
 -export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 -export_type([name/0, options/0, file_info/0, info/0]).
 
@@ -147,7 +148,8 @@ child_spec(Name, #{root := Root} = Options) ->
 
 %% @doc Loads the payload that is stored under a key, in the calling process. Every byte has been
 %% checked when this returns. A file that fails a check is `{error, {corrupt, Reason}}'; it stays
-%% until a save of the same key replaces it, or it is deleted.
+%% until a save of the same key replaces it, or it is deleted. While a save of the key is pending
+%% behind its caller, the answer is that save's payload, from memory.
 %%
 %% ```
 %% {ok, #{context_size := 4096, hit_count := 0, tokens := Tokens}, Payload} =
@@ -173,7 +175,22 @@ load(Name, Key) ->
 -spec load(name(), erllama_cache_writer:key(), timeout()) ->
     {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
 load(Name, Key, Timeout) when is_atom(Name), ?IS_KEY(Key), ?IS_TIMEOUT(Timeout) ->
-    #config{path = Path, secret = Secret} = Config = config(Name),
+    Config = config(Name),
+    case erllama_cache_pending:find(erllama_cache_pending:scope(?MODULE, Name), Key) of
+        {ok, Info, Payload, _Owner} ->
+            count_one(Config, ?HITS),
+            {ok, Info, Payload};
+        none ->
+            load_file(Config, Key, Timeout)
+    end.
+
+%% @private
+%% The same from the disk alone.
+-spec load_file(name(), erllama_cache_writer:key(), timeout()) ->
+    {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
+load_file(Name, Key, Timeout) when is_atom(Name) ->
+    load_file(config(Name), Key, Timeout);
+load_file(#config{name = Name, path = Path, secret = Secret} = Config, Key, Timeout) ->
     %% Only this row may be removed: a save may end while the load finds no file.
     Known = erllama_cache_index:row(Name, Key),
     Result = erllama_cache_load:run(Path, Key, Secret, Timeout),
@@ -551,7 +568,9 @@ cancel(Name, Key, Token) ->
 
 %% @private
 count(Name, {saved, _Reason}) -> count_one(config(Name), ?SAVES);
-count(Name, duplicate_dropped) -> count_one(config(Name), ?DUPLICATES).
+count(Name, duplicate_dropped) -> count_one(config(Name), ?DUPLICATES);
+%% The writer counts those of all stores.
+count(_Name, dropped) -> ok.
 
 %% The reservation is over. In an unbounded store the server need not know, unless it has begun to
 %% watch the reservation.

@@ -8,10 +8,9 @@
 -behaviour(gen_server).
 
 -include("erllama_cache_limits.hrl").
--include("erllama_cache_log.hrl").
 
 -export([start_link/0, start_link/1]).
--export([save/4, save/5, save_async/4, save_async/5, cancel/1]).
+-export([save/4, save/5, save_async/4, save_async/5, cancel/1, flush/1]).
 -export([format_error/1]).
 -export([acquire/1, acquire/2, release/0, with_slot/2]).
 -export([current/0, max_concurrent/0, set_max_concurrent/1, set_max_inflight_bytes/1]).
@@ -31,7 +30,9 @@
     digest => blake3 | none,
     mac_key => {file, file:name_all()} | fun(() -> <<_:256>>),
     page_cache => keep | drop,
-    slow_save_ms => pos_integer()
+    slow_save_ms => pos_integer(),
+    write_behind => off | erllama_cache_behind:options(),
+    drain_ms => non_neg_integer()
 }.
 %% <ul>
 %% <li>`max_concurrent': how many saves run at once (default: twice the schedulers plus one);</li>
@@ -41,7 +42,10 @@
 %% <li>`digest': `blake3' (default in tier `disk') or `none' (default in tier `ram_file');</li>
 %% <li>`mac_key': a secret that keys all digests; with one, every file has a digest;</li>
 %% <li>`page_cache': whether a saved file stays in the page cache (default: `keep');</li>
-%% <li>`slow_save_ms': a save that takes longer is logged (default: 10,000).</li>
+%% <li>`slow_save_ms': a save that takes longer is logged (default: 10,000);</li>
+%% <li>`write_behind': {@link erllama_cache_behind. which saves go on behind their callers}
+%%   (default: `off', none);</li>
+%% <li>`drain_ms': how long the application waits for those when it stops (default: 30,000).</li>
 %% </ul>
 
 -type async_opts() :: #{timeout => timeout(), detach => boolean()}.
@@ -51,13 +55,16 @@
 -type slot_opts() :: #{weight => pos_integer()}.
 -type info() :: erllama_cache_metrics:info().
 -type slot_row() :: #{
-    pid := pid(), weight := pos_integer(), bytes := non_neg_integer(), ms := non_neg_integer()
+    pid := pid(), weight := pos_integer(), bytes := non_neg_integer(), ms := non_neg_integer(),
+    behind := boolean()
 }.
 
 %% This module's one entry in a process's dictionary.
 -define(GUARD, '$erllama_cache_guard').
 
 -define(DEFAULT_TIMEOUT, 30000).
+%% Milliseconds for pending saves when the writer is stopped: a supervisor gives it 5 seconds.
+-define(DRAIN, 4500).
 -define(IS_SAVE(TierSrv, Tier, Meta, Payload),
         is_atom(TierSrv), (Tier =:= disk orelse Tier =:= ram_file), is_map(Meta),
         is_binary(Payload)).
@@ -152,12 +159,18 @@ handle_info(_Message, Semaphore) ->
     {noreply, Semaphore}.
 
 %% @private
-%% A server that is stopped on purpose refuses its waiters. After a crash they go on waiting, and
-%% the next server finds them in the queue.
+%% A server that is stopped on purpose refuses its waiters, and gives the saves that nobody waits
+%% for time while the host still lives. After a crash waiters go on waiting, and the next server
+%% finds them in the queue.
 terminate(Reason, Semaphore) ->
     case erllama_cache_successor:is_stop(Reason) of
-        true -> erllama_cache_nif:semaphore_close(Semaphore);
-        false -> ok
+        true ->
+            ok = erllama_cache_nif:semaphore_close(Semaphore),
+            %% For what is left, erllama_cache_drain waits.
+            _ = erllama_cache_pending:flush(?DRAIN),
+            ok;
+        false ->
+            ok
     end.
 
 %%% Slots
@@ -281,6 +294,8 @@ wait(Guard, Weight, Bytes, Timeout, Stop) ->
         timed_out -> {error, max_concurrent};
         stopped -> {error, cancelled};
         weight_exceeds_limit -> {error, weight_exceeds_limit};
+        %% A detached save that had been accepted goes on without a slot: the shutdown waits for it.
+        closed when element(2, Stop) =:= [] -> Guard;
         closed -> closed
     end.
 
@@ -356,13 +371,14 @@ set_max_inflight_bytes(Bytes) when ?IS_BYTES(Bytes) ->
 -spec info() -> info().
 info() ->
     Semaphore = erllama_cache_nif:semaphore_info(semaphore_of(info, [])),
-    maps:merge(Semaphore, erllama_cache_counts:read()).
+    maps:merge(maps:merge(Semaphore, erllama_cache_counts:read()), erllama_cache_pending:info()).
 
-%% @doc Lists the slots that are held, one row for each acquire, with the milliseconds since. A
-%% killed process is listed for as long as its last write runs.
+%% @doc Lists the slots that are held, one row for each acquire, with the milliseconds since, and
+%% whether it is for a save behind its caller. A killed process is listed for as long as its last
+%% write runs.
 %%
 %% ```
-%% [#{pid := Pid, weight := 1, bytes := 0, ms := Ms}] =
+%% [#{pid := Pid, weight := 1, bytes := 0, ms := Ms, behind := false}] =
 %%     erllama_cache_writer:with_slot(0, fun erllama_cache_writer:holders/0).
 %% '''
 -spec holders() -> [slot_row()].
@@ -379,7 +395,12 @@ waiters() ->
     rows(erllama_cache_nif:semaphore_waiters(semaphore_of(waiters, []))).
 
 rows(Rows) ->
-    [#{pid => Pid, weight => Weight, bytes => Bytes, ms => Ms} || {Pid, Weight, Bytes, Ms} <- Rows].
+    Owners = erllama_cache_pending:owners(),
+    [
+        #{pid => Pid, weight => Weight, bytes => Bytes, ms => Ms,
+          behind => erllama_cache_behind:is_saver(Pid, Owners)}
+     || {Pid, Weight, Bytes, Ms} <- Rows
+    ].
 
 semaphore_of(Function, Args) ->
     map_get(semaphore, state(Function, Args)).
@@ -424,7 +445,21 @@ save(TierSrv, Tier, Meta, Payload) ->
 save(TierSrv, Tier, Meta, Payload, Timeout) when
     ?IS_SAVE(TierSrv, Tier, Meta, Payload), ?IS_TIMEOUT(Timeout)
 ->
-    save(TierSrv, Tier, Meta, Payload, Timeout, never).
+    case erllama_cache_setup:find() of
+        {ok, #{write_behind := WriteBehind} = Setup} when WriteBehind =/= off ->
+            case erllama_cache_behind:place(Meta, Payload, WriteBehind) of
+                behind ->
+                    answered(erllama_cache_behind:save(Setup, TierSrv, Tier, Meta, Payload),
+                             [TierSrv, Tier, '_', '_', Timeout]);
+                {in_line, Least} ->
+                    save(TierSrv, Tier, Meta, Payload, max(Timeout, Least), never)
+            end;
+        _ ->
+            save(TierSrv, Tier, Meta, Payload, Timeout, never)
+    end.
+
+answered(closed, Args) -> exit_noproc(save, Args);
+answered(Answer, _Args) -> Answer.
 
 save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
     Begun = erlang:monotonic_time(),
@@ -436,37 +471,15 @@ save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
         Guard ->
             Granted = erlang:monotonic_time(),
             Setup = state(save, []),
-            try erllama_cache_save:run(Setup, Guard, TierSrv, Tier, Meta, Payload, Stop) of
-                Result ->
-                    ended(Result, TierSrv, Payload, Begun, Granted),
-                    Result
-            catch
-                Class:Reason:Stack ->
-                    ok = erllama_cache_counts:count(save_errors),
-                    erlang:raise(Class, Reason, Stack)
+            Run = fun() ->
+                erllama_cache_save:run(Setup, Guard, TierSrv, Tier, Meta, Payload, Stop)
+            end,
+            try
+                erllama_cache_save:counted(Run, {TierSrv, byte_size(Payload)}, Begun, Granted)
             after
                 erllama_cache_nif:release(Guard)
             end
     end.
-
-ended(Result, TierSrv, Payload, Begun, Granted) ->
-    Waited = microseconds(Granted - Begun),
-    Took = microseconds(erlang:monotonic_time() - Granted),
-    ok = erllama_cache_counts:save_ended(Result, byte_size(Payload), Waited, Took),
-    #{slow_save_ms := Slow} = state(save, []),
-    case Result of
-        {ok, Key} when Took > Slow * 1000 ->
-            ?LOG_WARNING(#{
-                event => slow_save, tier_srv => TierSrv, key => Key,
-                payload_bytes => byte_size(Payload), save_ms => Took div 1000,
-                waited_ms => Waited div 1000
-            }, ?LOG_META);
-        _ ->
-            ok
-    end.
-
-microseconds(Native) ->
-    erlang:convert_time_unit(Native, native, microsecond).
 
 %% @doc Saves as {@link save_async/5}, with its defaults.
 -spec save_async(erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
@@ -513,3 +526,16 @@ save_async(TierSrv, Tier, Meta, Payload, Opts) when
 -spec cancel(reference()) -> ok.
 cancel(Ref) when is_reference(Ref) ->
     erllama_cache_background:cancel(Ref).
+
+%% @doc Waits until the saves that are pending now have ended, at most `Timeout' milliseconds: those
+%% behind their callers, and those of {@link save_async/5} that are detached. After `ok' each of
+%% them is on the disk, or its failure has been logged and counted.
+%%
+%% ```
+%% ok = erllama_cache_writer:flush(5000).
+%% '''
+%%
+%% Error: `{pending, N}', so many of them are still pending.
+-spec flush(timeout()) -> ok | {error, {pending, pos_integer()}}.
+flush(Timeout) when ?IS_TIMEOUT(Timeout) ->
+    erllama_cache_pending:flush(Timeout).

@@ -72,13 +72,29 @@ the_application_stops_under_a_save(Root) ->
     whole_or_not_at_all(Root, Payload).
 
 the_application_stops_under_a_background_save(Root) ->
-    stopped_under_a_background_save(Root, #{}).
-
-the_application_stops_under_a_detached_save(Root) ->
-    stopped_under_a_background_save(Root, #{detach => true}).
-
-stopped_under_a_background_save(Root, Opts) ->
     Payload = rand:bytes(?LARGE),
+    {Turns, Ref} = stopped_in_the_background(Payload, #{}),
+    ok = application:stop(erllama_cache_nif),
+    ok = ?HOOKED:go_on(Turns),
+    receive {?WRITER, Ref, Result} -> {error, _} = Result end,
+    [] = own_messages(),
+    whole_or_not_at_all(Root, Payload).
+
+%% It waits for the save, whose store stops later.
+the_application_stops_under_a_detached_save(Root) ->
+    Payload = rand:bytes(?LARGE),
+    {Turns, Ref} = stopped_in_the_background(Payload, #{detach => true}),
+    {Stopper, Monitor} = spawn_monitor(fun() -> ok = application:stop(erllama_cache_nif) end),
+    eventually(fun() -> whereis(?WRITER) =:= undefined end),
+    true = is_process_alive(Stopper),
+    ok = ?HOOKED:go_on(Turns),
+    receive {'DOWN', Monitor, process, Stopper, normal} -> ok end,
+    receive {?WRITER, Ref, Result} -> {ok, _} = Result end,
+    {ok, [_]} = file:list_dir(Root),
+    whole_or_not_at_all(Root, Payload).
+
+%% A save that has written a slice.
+stopped_in_the_background(Payload, Opts) ->
     Self = self(),
     Turns = ?HOOKED:stop_after_first_slice(fun() ->
         {ok, Ref} = ?WRITER:save_async(?STORE, disk, meta(), Payload, Opts),
@@ -87,12 +103,7 @@ stopped_under_a_background_save(Root, Opts) ->
         [#{pid := Saver}] = ?WRITER:holders(),
         Saver
     end),
-    ok = application:stop(erllama_cache_nif),
-    ok = ?HOOKED:go_on(Turns),
-    Ref = receive {saving, Reference} -> Reference end,
-    receive {?WRITER, Ref, Result} -> {error, _} = Result end,
-    [] = own_messages(),
-    whole_or_not_at_all(Root, Payload).
+    {Turns, receive {saving, Ref} -> Ref end}.
 
 whole_or_not_at_all(Root, Payload) ->
     eventually(fun() -> map_get(tmp, erllama_cache_nif:live_objects()) =:= 0 end),

@@ -21,6 +21,7 @@
 -export([is_about_the_key/1]).
 -export([args/1, token/1]).
 -export([stored_payload/2, stored_quant_byte/2, payload/1, tags/1, as_host/0, oracle/1, on_peer/2]).
+-export([renew_every/1]).
 
 -import(erllama_cache_test_util, [
     fresh_dir/2, files/1, open_files/1, file_of/2, eventually/1, actor/0, actor/1, tell/2,
@@ -301,3 +302,21 @@ on_peer([Command | Args], Fun) ->
     after
         peer:stop(Peer)
     end.
+
+%% From now on a save on this node asks after this many milliseconds whether its reservation still
+%% stands, and not after 15 s.
+renew_every(Ms) ->
+    Module = erllama_cache_host,
+    {ok, {Module, [{abstract_code, {_, Forms}}]}} =
+        beam_lib:chunks(code:which(Module), [abstract_code]),
+    Answer = fun(Anno) -> [{clause, Anno, [], [], [{integer, Anno, Ms}]}] end,
+    {ok, Module, Beam} = compile:forms([
+        case Form of
+            {function, Anno, renew_every, 0, _} -> {function, Anno, renew_every, 0, Answer(Anno)};
+            _ -> Form
+        end
+     || Form <- Forms
+    ]),
+    {module, Module} = code:load_binary(Module, "as for this test", Beam),
+    Ms = Module:renew_every(),
+    ok.

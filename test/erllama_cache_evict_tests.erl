@@ -11,8 +11,8 @@
 -import(erllama_cache_test_util, [kill/1, eventually/1, file_of/2, files/1, next_millisecond/0]).
 
 -define(BIG, 10000).
-%% What the store reserves for a file with a payload of ?BIG bytes and nothing optional.
--define(ROOM, (?BIG + 260)).
+%% A file with a payload of ?BIG bytes and nothing optional.
+-define(ROOM, (?BIG + 222)).
 
 eviction_test_() ->
     erllama_cache_store_util:store_tests([

@@ -290,7 +290,7 @@ of_the_other_version(Root) ->
 %%% The counters
 
 a_writer_counts_in_its_own_slots(_Root) ->
-    Own = [4, 5, 6, 7, 8, 10, 16] ++ by_kind([], [22]),
+    Own = [4, 5, 6, 7, 8, 10, 16, 20] ++ by_kind([], [22]),
     [?assertEqual(ok, erllama_cache_counters:incr(Slot)) || Slot <- Own],
     [
         ?assertError(function_clause, erllama_cache_counters:incr(Slot))

@@ -138,19 +138,7 @@ save_loses_its_key_in_line(Root) ->
 %% still stands, and not after 15 s.
 on_a_fresh_node(Root, Ms) ->
     {ok, _} = application:ensure_all_started(crypto),
-    Module = erllama_cache_host,
-    {ok, {Module, [{abstract_code, {_, Forms}}]}} =
-        beam_lib:chunks(code:which(Module), [abstract_code]),
-    Answer = fun(Anno) -> [{clause, Anno, [], [], [{integer, Anno, Ms}]}] end,
-    {ok, Module, Beam} = compile:forms([
-        case Form of
-            {function, Anno, renew_every, 0, _} -> {function, Anno, renew_every, 0, Answer(Anno)};
-            _ -> Form
-        end
-     || Form <- Forms
-    ]),
-    {module, Module} = code:load_binary(Module, "as for this test", Beam),
-    Ms = Module:renew_every(),
+    ok = erllama_cache_erllama_util:renew_every(Ms),
     ok = erllama_fake:start(?TIER, Root),
     _ = start_writer(?LIMIT),
     ok.

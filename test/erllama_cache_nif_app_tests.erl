@@ -9,16 +9,17 @@
 
 application_test_() ->
     erllama_cache_store_util:application_tests([
-        fun starts_nothing_without_stores/1,
+        fun starts_no_server_without_stores/1,
         fun starts_the_stores_of_its_environment/1,
         fun beside_erllama_the_writer_is_erllamas/1,
         fun an_invalid_configuration_is_named/1,
         fun a_store_that_cannot_start_stops_the_start/1
     ]).
 
-starts_nothing_without_stores(_Root) ->
+starts_no_server_without_stores(_Root) ->
     ok = application:start(erllama_cache_nif),
-    ?assertEqual([], supervisor:which_children(erllama_cache_nif_sup)),
+    ?assertMatch([{erllama_cache_drain, _, _, _}],
+                 supervisor:which_children(erllama_cache_nif_sup)),
     ?assertEqual(undefined, whereis(erllama_cache_writer)).
 
 starts_the_stores_of_its_environment(Root) ->

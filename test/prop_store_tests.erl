@@ -44,9 +44,8 @@
 -define(KEYS, [1, 2, 3, 4, 5, 6]).
 %% A prompt has so many bytes for each number up to its key's: a token, or as much text.
 -define(UNIT, 4).
-%% What a file has beside its payload, and what the writer reserves for that.
+%% What a file has beside its payload.
 -define(OVERHEAD, 248).
--define(RESERVED, 281).
 %% What is left of a file that was cut: less than its fields of fixed size.
 -define(CUT, 50).
 %% Payloads above this size are written before the reservation is checked, others after that.
@@ -281,7 +280,7 @@ modelled(save_no_type, [_Key], Model) ->
 modelled(begin_save, [Client, Key, Size, Way, N], #model{timers = Timers} = Model) ->
     case reserve(Key, Size, N, Model) of
         {ok, #model{saving = Saving} = Reserved} ->
-            Timer = [{N, Key, Size + ?RESERVED} || Model#model.max_bytes =:= infinity],
+            Timer = [{N, Key, Size + ?OVERHEAD} || Model#model.max_bytes =:= infinity],
             Reserved#model{
                 saving = Saving#{Client => #saving{n = N, key = Key, size = Size, way = Way}},
                 timers = Timers ++ Timer,
@@ -470,7 +469,7 @@ hear({checked, Token, Key}, Model) ->
 reserve(_Key, _Size, _N, #model{store = down} = Model) ->
     {noproc, Model};
 reserve(Key, Size, N, #model{max_bytes = MaxBytes} = Model) ->
-    Room = Size + ?RESERVED,
+    Room = Size + ?OVERHEAD,
     case claimable(Key, Model) of
         already_present -> {{error, already_present}, count(duplicates, Model)};
         conflict -> {{error, conflict}, Model};

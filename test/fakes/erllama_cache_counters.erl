@@ -1,5 +1,5 @@
-%% A fake of the host's counters. A writer has six of them, in a text-keyed host seven, a reader one
-%% (10), and neither has any business with the others.
+%% A fake of the host's counters. A writer has seven of them, in a text-keyed host eight, a reader
+%% one (10), and neither has any business with the others.
 -module(erllama_cache_counters).
 
 -export([incr/1]).
@@ -7,7 +7,7 @@
 
 -define(SLOTS, 32).
 -define(IS_ANY_WRITERS(Slot),
-        (Slot >= 4 andalso Slot =< 8 orelse Slot =:= 10 orelse Slot =:= 16)).
+        (Slot >= 4 andalso Slot =< 8 orelse Slot =:= 10 orelse Slot =:= 16 orelse Slot =:= 20)).
 -if(defined(TEXT_KEYED) orelse defined(BOTH_KINDS)).
 -define(IS_A_WRITERS(Slot), (?IS_ANY_WRITERS(Slot) orelse Slot =:= 22)).
 -else.

@@ -11,8 +11,8 @@
 
 %% These call modules that exist inside erllama only, which dialyzer reports from OTP 26 on.
 -if(?OTP_RELEASE >= 26).
--dialyzer({no_unknown, [identify/2, corrupt/2, reserve/4, root/1, check/3, mark_published/4,
-                        announce/6, cancel/3, count/2]}).
+-dialyzer({no_unknown, [identify/2, key/3, corrupt/2, reserve/4, ask_root/2, check/3,
+                        mark_published/4, announce/6, cancel/3, count/2]}).
 -endif.
 
 %% The slots of erllama's counters that a writer adds to.
@@ -82,13 +82,33 @@ reserve(_TierSrv, Tier, Key, _Size) ->
     erllama_cache_meta_srv:reserve_save(Key, Tier, self()).
 
 %% @private
+%% A tier server's root never changes, but the server answers only when it has read what others
+%% load. So each server is asked once. The answer is in a persistent term, which every process reads
+%% without a lock or a copy. Replacing one makes the VM scan the heaps of all processes: that is the
+%% price of a restart of the server, which is rare.
 root(TierSrv) ->
-    try
-        erllama_cache_disk_srv:dir(TierSrv)
+    Server = whereis(TierSrv),
+    case persistent_term:get({?MODULE, TierSrv}, none) of
+        {Server, Root} -> Root;
+        _ -> ask_root(TierSrv, Server)
+    end.
+
+ask_root(TierSrv, Server) ->
+    try erllama_cache_disk_srv:dir(TierSrv) of
+        Root ->
+            ok = remember(TierSrv, Server, Root),
+            Root
     catch
-        %% The server answers when it has read what others load, and the caller is the process that
-        %% decodes tokens: it must neither wait for all that nor die of it.
+        %% The caller is the process that decodes tokens: it must neither wait for all those loads
+        %% nor die of it.
         exit:{timeout, _} -> {error, tier_busy}
+    end.
+
+%% If another server has taken the name meanwhile, either of them may have answered.
+remember(TierSrv, Server, Root) ->
+    case whereis(TierSrv) of
+        Server when is_pid(Server) -> persistent_term:put({?MODULE, TierSrv}, {Server, Root});
+        _ -> ok
     end.
 
 %% @private

@@ -149,7 +149,7 @@ what_fails_before_the_answer_is_answered(Config) ->
     Missing = by_kind(tokens, fingerprint),
     ?assertEqual({error, {missing_key, Missing}},
                  save(maps:remove(Missing, meta(cold, [1])), ?PAYLOAD)),
-    ok = erllama_fake:script(dir, [{return, "with a \0"}]),
+    ok = erllama_cache_erllama_util:script_dir([{return, "with a \0"}]),
     ?assertEqual({error, badarg}, save(meta(cold, [1]), ?PAYLOAD)),
     ?assertMatch(#{save_errors := Errors, pending := 0} when Errors =:= Before + 2, ?WRITER:info()),
     ?assertEqual([], ?META_SRV:reserved()),
@@ -245,7 +245,7 @@ a_killed_pending_set_stops_nothing(_Config) ->
 a_failure_afterwards_is_logged_and_counted(Config) ->
     ok = behind(#{}),
     ok = ?WRITER:acquire(0),
-    ok = erllama_fake:script(dir, [{return, filename:join(root(Config), "gone")}]),
+    ok = erllama_cache_erllama_util:script_dir([{return, filename:join(root(Config), "gone")}]),
     {ok, Key} = save(meta(finish, [1]), ?PAYLOAD),
     [Report] = logged(fun() ->
         ok = ?WRITER:release(),

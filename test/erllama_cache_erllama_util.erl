@@ -17,6 +17,7 @@
 -export([start_writer/1, restart_writer/1, wait_in_line/0, waiting/0]).
 -export([save/0, save/1, save/2, saved_and_forgotten/1, untidy_actor/0]).
 -export([fails_and_is_undone/4, assert_nothing_left/1, assert_only/2, nothing_open/1]).
+-export([restart_tier_server/0, restart_tier_server/1, script_dir/1, script_busy/0]).
 -export([script_failure/0, host_calls/0, calls/0, calls_after_the_key/0, calls_but_the_check/0]).
 -export([is_about_the_key/1]).
 -export([args/1, token/1]).
@@ -186,7 +187,7 @@ saved_and_forgotten(Config) ->
 
 fails_and_is_undone(Error, Root, Payload, Config) ->
     ok = erllama_fake:forget_calls(),
-    ok = erllama_fake:script(dir, [{return, Root}]),
+    ok = script_dir([{return, Root}]),
     ?assertEqual(Error, save(meta(), Payload)),
     ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
     [[Key, Token]] = args(cancel_reservation),
@@ -216,9 +217,29 @@ assert_only(Path, Config) ->
 
 %%% What the host was asked
 
+%% The tier server ends, and another one starts under its name, with the same root or this one.
+restart_tier_server() ->
+    restart_tier_server(gen_server:call(?TIER, dir)).
+
+restart_tier_server(Root) ->
+    ok = gen_server:stop(?TIER),
+    {ok, _} = ?DISK_SRV:start(?TIER, Root),
+    ok.
+
+%% Makes the next save ask for the root, whatever it has asked before, with these steps.
+script_dir(Steps) ->
+    ok = restart_tier_server(),
+    erllama_fake:script(dir, Steps).
+
+%% Makes the next one that asks for the root give up at once, not after 5 s.
+script_busy() ->
+    erllama_fake:script(dir, [
+        {instead, fun([TierSrv]) -> gen_server:call(TierSrv, dir, 0) end}
+    ]).
+
 %% Makes the next save fail and cancel its reservation.
 script_failure() ->
-    erllama_fake:script(dir, [{return, "/nowhere/at/all"}]).
+    script_dir([{return, "/nowhere/at/all"}]).
 
 %% What a save that succeeds calls.
 host_calls() ->

@@ -9,6 +9,7 @@
 
 -compile(export_all).
 
+-define(READER, erllama_cache_reader).
 -define(DUPLICATE_DROPPED, 16).
 %% Milliseconds.
 -define(LEASE, 60000).
@@ -25,9 +26,9 @@
 -import(erllama_cache_erllama_util, [
     load_fakes/1, load_fake/2, meta/0, meta/1, by_kind/2, key_of/2, encoded/1, restart_writer/1,
     waiting/0, save/0, save/1, save/2, untidy_actor/0, assert_nothing_left/1, assert_only/2,
-    nothing_open/1, script_failure/0, host_calls/0, calls/0, calls_after_the_key/0,
-    calls_but_the_check/0, is_about_the_key/1, args/1, stored_payload/2, stored_quant_byte/2,
-    payload/1, as_host/0, oracle/1, on_peer/2
+    nothing_open/1, restart_tier_server/0, restart_tier_server/1, script_busy/0, script_failure/0,
+    host_calls/0, calls/0, calls_after_the_key/0, calls_but_the_check/0, is_about_the_key/1, args/1,
+    stored_payload/2, stored_quant_byte/2, payload/1, as_host/0, oracle/1, on_peer/2
 ]).
 
 suite() ->
@@ -51,6 +52,14 @@ groups() ->
             save_of_a_reserved_key,
             save_names_both_tiers,
             key_and_quant_byte_are_the_hosts
+        ]},
+        {roots, [], [
+            root_is_asked_for_once,
+            tier_server_that_was_asked_is_busy,
+            tier_server_that_was_asked_ends,
+            restarted_tier_server_is_asked,
+            root_is_not_kept_across_a_restart,
+            root_is_not_kept_across_a_start
         ]},
         {failures, [], [
             tier_server_is_not_there,
@@ -247,6 +256,83 @@ key_and_quant_byte_are_the_hosts(Config) ->
     ?assertMatch({1, _}, oracle(["check", as_host(), File])),
     ok = file:delete(File).
 
+%%% The root
+
+%% By no matter which process.
+root_is_asked_for_once(Config) ->
+    Savers = [actor() || _ <- lists:seq(1, 3)],
+    [
+        begin
+            {ok, Key} = ask(Saver, fun() -> save(meta([N])) end),
+            ?assertMatch({ok, _, ?PAYLOAD}, ask(Saver, fun() -> ?READER:load(?TIER, Key) end)),
+            ?assertEqual(?PAYLOAD, stored_payload(Config, Key))
+        end
+     || {N, Saver} <- lists:zip(lists:seq(1, 9), Savers ++ Savers ++ Savers)
+    ],
+    ?assertEqual([[?TIER]], args(dir)).
+
+tier_server_that_was_asked_is_busy(Config) ->
+    {ok, First} = save(meta([1])),
+    ok = sys:suspend(?TIER),
+    ok = script_busy(),
+    {ok, Second} = ask(actor(), fun() -> save(meta([2])) end),
+    ok = sys:resume(?TIER),
+    ?assertEqual(lists:sort([First, Second]), lists:sort(?META_SRV:stored())),
+    ?assertEqual(?PAYLOAD, stored_payload(Config, Second)).
+
+tier_server_that_was_asked_ends(Config) ->
+    {ok, First} = save(meta([1])),
+    ok = gen_server:stop(?TIER),
+    ok = erllama_fake:forget_calls(),
+    ?assertExit({noproc, {gen_server, call, [?TIER, dir]}}, save(meta([2]))),
+    ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
+    ?assertExit({noproc, {gen_server, call, [?TIER, dir]}}, ?READER:load(?TIER, First)),
+    assert_only(file_of(?config(root, Config), First), Config).
+
+%% It may have another root.
+restarted_tier_server_is_asked(Config) ->
+    {ok, First} = save(meta([1])),
+    Other = other_root(Config),
+    ok = restart_tier_server(Other),
+    [Second, Third] = [Key || N <- [2, 3], {ok, Key} <- [save(meta([N]))]],
+    ?assertEqual([[?TIER], [?TIER]], args(dir)),
+    ?assertEqual(lists:sort([filename:basename(file_of(Other, K)) || K <- [Second, Third]]),
+                 files(Other)),
+    ?assertMatch({ok, _, ?PAYLOAD}, ?READER:load(?TIER, Third)),
+    ?assertEqual(miss, ?READER:load(?TIER, First)).
+
+%% The server answers, and another one has its name before the answer is here.
+root_is_not_kept_across_a_restart(Config) ->
+    Other = other_root(Config),
+    ok = erllama_fake:script(dir, [
+        {instead, fun([?TIER]) ->
+            Root = gen_server:call(?TIER, dir),
+            ok = restart_tier_server(Other),
+            Root
+        end}
+    ]),
+    {ok, _} = save(meta([1])),
+    {ok, Second} = save(meta([2])),
+    {ok, Third} = save(meta([3])),
+    ?assertEqual(lists:sort([filename:basename(file_of(Other, K)) || K <- [Second, Third]]),
+                 files(Other)),
+    ?assertEqual([[?TIER], [?TIER]], args(dir)).
+
+%% There was no server before it was asked, so it may be another's answer too.
+root_is_not_kept_across_a_start(Config) ->
+    ok = gen_server:stop(?TIER),
+    ok = erllama_fake:script(dir, [
+        {before, fun([?TIER]) -> ?DISK_SRV:start(?TIER, ?config(root, Config)) end}
+    ]),
+    [?assertMatch({ok, _}, save(meta([N]))) || N <- [1, 2, 3]],
+    ?assertEqual([[?TIER], [?TIER]], args(dir)).
+
+%% Below the first one, so that its files are judged as well.
+other_root(Config) ->
+    Other = filename:join(?config(root, Config), "other"),
+    ok = file:make_dir(Other),
+    Other.
+
 %%% What can fail
 
 tier_server_is_not_there(Config) ->
@@ -255,11 +341,9 @@ tier_server_is_not_there(Config) ->
     ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
     assert_nothing_left(Config).
 
-%% It is reading what others load. The call's 5 s are over at once here.
+%% It is reading what others load, and nobody has asked it before.
 tier_server_is_busy(Config) ->
-    ok = erllama_fake:script(dir, [
-        {instead, fun([TierSrv]) -> gen_server:call(TierSrv, dir, 0) end}
-    ]),
+    ok = script_busy(),
     ok = sys:suspend(?TIER),
     ?assertEqual({{error, tier_busy}, []}, ask(actor(), fun() -> {save(), own_messages()} end)),
     ok = sys:resume(?TIER),
@@ -321,6 +405,7 @@ raises(Call, Class, Config) ->
     Root = ?config(root, Config),
     Reason = {raised_by, Call},
     ok = erllama_fake:forget_calls(),
+    ok = restart_tier_server(),
     ok = erllama_fake:script(Call, [{raise, Class, Reason}]),
     %% Only a save that fails cancels anything.
     [ok = script_failure() || Call =:= cancel_reservation],
@@ -337,6 +422,7 @@ raises(Call, Class, Config) ->
     kill(Actor),
     eventually(fun() -> ?META_SRV:reserved() =:= [] end),
     %% The same save goes well now: it adopts its own file where there is one.
+    ok = restart_tier_server(),
     [ok = ?META_SRV:forget(Key) || Key <- ?META_SRV:stored()],
     ?assertMatch({ok, _}, save()),
     [ok = ?META_SRV:forget(Key) || Key <- ?META_SRV:stored()],
@@ -348,6 +434,7 @@ owner_dies_in_a_call_to_the_host(Config) ->
     Block = {before, fun(_Args) -> Self ! {blocked, self()}, receive never -> ok end end},
     [
         begin
+            ok = restart_tier_server(),
             ok = erllama_fake:script(Call, [Block]),
             %% Only a save that fails cancels anything.
             [ok = script_failure() || Call =:= cancel_reservation],
@@ -364,6 +451,8 @@ owner_dies_in_a_call_to_the_host(Config) ->
             ?assertEqual({Call, Published}, {Call, files(Root) =/= []}),
             Known = lists:member(Call, [announce_saved, incr]),
             ?assertEqual({Call, Known}, {Call, ?META_SRV:stored() =/= []}),
+            %% The root that made a save fail is another server's.
+            ok = restart_tier_server(),
             case save() of
                 {ok, _} -> ?assertNot(Known);
                 {error, already_present} -> ?assert(Known)

@@ -9,8 +9,8 @@
 
 -import(erllama_cache_test_util, [file_of/2, run_command/2]).
 -import(erllama_cache_erllama_util, [
-    meta/1, start_writer/1, save/0, save/1, fails_and_is_undone/4, calls/0, args/1, payload/1,
-    on_peer/2
+    meta/1, start_writer/1, save/0, save/1, fails_and_is_undone/4, script_dir/1, calls/0, args/1,
+    payload/1, on_peer/2
 ]).
 
 suite() ->
@@ -30,7 +30,7 @@ root_as_string_and_binary(Config) ->
     Root = ?config(root, Config),
     [
         begin
-            ok = erllama_fake:script(dir, [{return, Given}]),
+            ok = script_dir([{return, Given}]),
             {ok, Key} = save(meta([N])),
             [_, _, Path] = lists:last(args(mark_published)),
             ?assertEqual(file_of(Given, Key), Path),

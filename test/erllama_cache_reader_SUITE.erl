@@ -7,8 +7,10 @@
 
 -compile(export_all).
 
--import(erllama_cache_test_util, [files/1, open_files/1, file_of/2, flip/2]).
--import(erllama_cache_erllama_util, [meta/1, save/0, save/2, restart_writer/1]).
+-import(erllama_cache_test_util, [files/1, open_files/1, file_of/2, flip/2, actor/0, ask/2]).
+-import(erllama_cache_erllama_util, [
+    meta/1, save/0, save/2, restart_writer/1, restart_tier_server/0, script_busy/0, args/1
+]).
 -import(erllama_cache_hooked_host, [hold_turns/0, go_on/1]).
 
 -define(READER, erllama_cache_reader).
@@ -23,6 +25,9 @@ groups() ->
     erllama_cache_erllama_util:groups([
         loads_what_the_host_loads,
         asks_the_tier_server_for_its_root_only,
+        asks_each_tier_server_once,
+        loads_while_a_tier_server_that_was_asked_is_busy,
+        gives_up_on_a_busy_tier_server_that_was_not_asked,
         misses_what_is_not_there,
         a_corrupt_file_is_removed_and_counted,
         a_sound_file_is_not_removed,
@@ -43,9 +48,38 @@ loads_what_the_host_loads(_Config) ->
 
 asks_the_tier_server_for_its_root_only(_Config) ->
     {ok, Key} = save(),
+    ok = restart_tier_server(),
     ok = erllama_fake:forget_calls(),
     {ok, _, _} = ?READER:load(?TIER, Key),
     ?assertMatch([{dir, [?TIER], _}], erllama_fake:calls()).
+
+%% For loads and saves, of any process.
+asks_each_tier_server_once(_Config) ->
+    miss = ?READER:load(?TIER, <<7:256>>),
+    {ok, Key} = save(),
+    Load = fun() -> ?READER:load(?TIER, Key) end,
+    [?assertMatch({ok, _, ?PAYLOAD}, Loaded) || Loaded <- [Load(), Load(), ask(actor(), Load)]],
+    ?assertEqual([[?TIER]], args(dir)),
+    ok = restart_tier_server(),
+    [?assertMatch({ok, _, ?PAYLOAD}, Load()) || _ <- [1, 2]],
+    ?assertEqual([[?TIER], [?TIER]], args(dir)).
+
+loads_while_a_tier_server_that_was_asked_is_busy(_Config) ->
+    {ok, Key} = save(),
+    ok = script_busy(),
+    ok = sys:suspend(?TIER),
+    ?assertMatch({ok, _, ?PAYLOAD}, ?READER:load(?TIER, Key)),
+    ?assertEqual(miss, ?READER:load(?TIER, <<7:256>>)),
+    ok = sys:resume(?TIER).
+
+gives_up_on_a_busy_tier_server_that_was_not_asked(_Config) ->
+    {ok, Key} = save(),
+    ok = restart_tier_server(),
+    ok = script_busy(),
+    ok = sys:suspend(?TIER),
+    ?assertEqual({error, tier_busy}, ?READER:load(?TIER, Key)),
+    ok = sys:resume(?TIER),
+    ?assertMatch({ok, _, ?PAYLOAD}, ?READER:load(?TIER, Key)).
 
 misses_what_is_not_there(_Config) ->
     ?assertEqual(miss, ?READER:load(?TIER, <<7:256>>)).

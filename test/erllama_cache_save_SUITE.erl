@@ -253,7 +253,7 @@ save_without_descriptors(Root) ->
     Descriptors = use_up_descriptors([]),
     ok = erllama_fake:forget_calls(),
     ?assertEqual({error, emfile}, save()),
-    ?assertEqual([reserve_save, dir, cancel_reservation], calls_but_the_check()),
+    ?assertEqual([reserve_save, cancel_reservation], calls_but_the_check()),
     ?assertEqual({0, []}, {?WRITER:current(), ?META_SRV:reserved()}),
     %% One is enough for the root, not for the file in it.
     ok = file:close(hd(Descriptors)),

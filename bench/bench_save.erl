@@ -6,6 +6,10 @@
 
 -export([main/0]).
 
+-import(bench_turns, [
+    order/2, in_turns/1, nanoseconds/1, new_root/2, file_name/1, payload/1
+]).
+
 -define(KIB, 1024).
 -define(MIB, 1048576).
 -define(TOKENS, 2048).
@@ -39,12 +43,6 @@ run() ->
         [file:del_dir_r(Root) || Root <- [Disk, Ram]]
     end.
 
-new_root(Variable, Default) ->
-    Name = "erllama_cache_bench." ++ os:getpid(),
-    Root = filename:join(os:getenv(Variable, Default), Name),
-    ok = filelib:ensure_dir(filename:join(Root, "x")),
-    unicode:characters_to_binary(Root).
-
 %%% Sides: each makes one file and says what it is called. What a caller has at hand, the metadata,
 %%% is made before the clock runs.
 
@@ -58,9 +56,6 @@ meta(N) ->
 %% Never the same twice.
 fresh() ->
     erlang:unique_integer([positive]).
-
-file_name(Key) ->
-    <<(string:lowercase(binary:encode_hex(Key)))/binary, ".kvc">>.
 
 %% As many bytes as the real one: nobody looks at what they are.
 prefix() ->
@@ -142,7 +137,7 @@ rested(Tier, Root) ->
     ]).
 
 sides(Tier, Root, Bytes) ->
-    Payload = crypto_like(Bytes),
+    Payload = payload(Bytes),
     [{Name, side(Name, Tier, Root, Payload)} || Name <- [floor, this, plain]].
 
 summaries(Rounds) ->
@@ -156,14 +151,6 @@ summaries(Rounds) ->
 warm_up(Root, Sides, Until) ->
     [remove(Root, once(Side)) || {_, Side} <- Sides],
     erlang:monotonic_time(millisecond) < Until andalso warm_up(Root, Sides, Until).
-
-%% Who comes first changes from round to round, and so does who comes after whom.
-order(Round, Sides) ->
-    Orders = permutations(Sides),
-    lists:nth(Round rem length(Orders) + 1, Orders).
-
-permutations([]) -> [[]];
-permutations(List) -> [[First | Rest] || First <- List, Rest <- permutations(List -- [First])].
 
 %% One turn: what each of so many saves takes.
 timed(Root, {Prepare, Save}, Saves) ->
@@ -182,11 +169,6 @@ timed(Root, {Prepare, Save}, Saves) ->
 %% A large payload's size.
 large(Mib) ->
     bench_report:large(Mib) * ?MIB.
-
-%% Random enough that nothing below can compress it.
-crypto_like(Bytes) ->
-    Chunk = rand:bytes(min(Bytes, ?MIB)),
-    binary:copy(Chunk, Bytes div byte_size(Chunk)).
 
 say_row(Name, #{ratio := Ratio} = Row) ->
     io:format("  ~9ts", [Name]),
@@ -256,7 +238,7 @@ loads(Tier, Root) ->
     end).
 
 load_rounds(Tier, Root, Bytes, Rounds) ->
-    Payload = crypto_like(Bytes),
+    Payload = payload(Bytes),
     {ok, Key} = erllama_cache_writer:save(?STORE, Tier, meta(fresh()), Payload),
     File = filename:join(Root, file_name(Key)),
     Offset = filelib:file_size(File) - Bytes,
@@ -276,21 +258,6 @@ load_rounds(Tier, Root, Bytes, Rounds) ->
         ratio => bench_report:median([T / F || {F, T} <- lists:zip(Of(floor), Of(this))]),
         above => bench_report:median([T - F || {F, T} <- lists:zip(Of(floor), Of(this))])
     }.
-
-%% Each in a process of its own, so that what it loaded is gone before the next begins.
-in_turns(Sides) ->
-    [
-        begin
-            {Pid, Monitor} = spawn_monitor(fun() -> exit({took, nanoseconds(Fun)}) end),
-            receive {'DOWN', Monitor, process, Pid, {took, Time}} -> {Side, Time} end
-        end
-     || {Side, Fun} <- Sides
-    ].
-
-nanoseconds(Fun) ->
-    Begun = erlang:monotonic_time(nanosecond),
-    _ = Fun(),
-    erlang:monotonic_time(nanosecond) - Begun.
 
 %%% Many writers
 
@@ -316,7 +283,7 @@ writers(Root) ->
     end).
 
 writer_rounds(Root, Writers, Bytes, Each) ->
-    Payload = crypto_like(Bytes),
+    Payload = payload(Bytes),
     Rates = [
         [{Name, rate(Root, side(Name, disk, Root, Payload), Writers, Each)}
          || Name <- [floor, this, plain]]
@@ -350,7 +317,7 @@ rate(Root, {Prepare, Save}, Writers, Each) ->
 
 processor(Root) ->
     with_store(Root, disk, fun() ->
-        Payload = crypto_like(large(256)),
+        Payload = payload(large(256)),
         [This, Plain] = [
             bench_report:median([cpu_ms(Root, side(Name, disk, Root, Payload))
                                  || _ <- lists:seq(1, 3)])
@@ -392,7 +359,7 @@ memory(Root) ->
     end).
 
 peak(Root, Bytes) ->
-    Payload = crypto_like(Bytes),
+    Payload = payload(Bytes),
     Save = side(this, disk, Root, Payload),
     remove(Root, once(Save)),
     true = garbage_collect(),
@@ -412,7 +379,7 @@ status(Field) ->
 %% The calls that a save of 4 GiB is made of, one by one.
 long_calls(Root) ->
     with_store(Root, disk, fun() ->
-        Payload = crypto_like(large(4096)),
+        Payload = payload(large(4096)),
         Tracer = self(),
         {Pid, Monitor} = spawn_monitor(fun() ->
             receive go -> ok end,
@@ -469,7 +436,7 @@ on_dirty_scheduler(Pid, Since) ->
 %% An unrelated call that needs a dirty I/O scheduler too, while 16 saves of 256 MiB run.
 neighbours(Root) ->
     with_store(Root, disk, fun() ->
-        Payload = crypto_like(large(256)),
+        Payload = payload(large(256)),
         Self = self(),
         Savers = [
             spawn_monitor(fun() ->
@@ -510,7 +477,7 @@ look_around(Root, Savers, Times) ->
 
 stands_still(Root) ->
     with_store(Root, disk, fun() ->
-        Payload = crypto_like(large(256)),
+        Payload = payload(large(256)),
         Times = [
             begin
                 Meta = meta(fresh()),

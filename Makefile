@@ -27,7 +27,8 @@ export FILE
 
 .PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom musl \
   soak-semaphore soak-store faults crash kill disks fuzz soak sanitize valgrind readme dropin \
-  chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-build edoc clean distclean
+  chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-host \
+  bench-build edoc clean distclean
 
 ### Build
 
@@ -182,6 +183,9 @@ bench-prefix: setup bench-build ## The longest stored prefix of a prompt, among 
 bench-slow: setup bench-build _build/iofault.so ## What another process waits for beside a slow disk
 	IOFAULT_SYNC_MS=30 IOFAULT_READ_MS=20 LD_PRELOAD=$(CURDIR)/_build/iofault.so \
 	  $(BENCH) -s bench_slow main
+
+bench-host: setup bench-build ## A model's tokens in a host while its state is saved and loaded
+	bench/disk.sh $(BENCH) -s bench_host main
 
 bench-plots: ## Write pictures and tables of the pages from what those have measured
 	bench/plots.sh

@@ -5,7 +5,7 @@
 -module(plain_writer).
 -behaviour(gen_server).
 
--export([start_link/1, save/2]).
+-export([start_link/1, save/2, save/3, announced/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 
 -spec start_link(Root :: binary()) -> {ok, pid()}.
@@ -13,32 +13,55 @@ start_link(Root) ->
     gen_server:start_link({local, ?MODULE}, ?MODULE, Root, []).
 
 -spec save(map(), binary()) -> {ok, binary()}.
-save(#{fingerprint := Fingerprint, ctx_params_hash := Context, tokens := Tokens} = Meta, Payload) ->
-    ok = plain_semaphore:acquire(infinity),
-    try
-        Encoded = <<<<Token:32/little>> || Token <- Tokens>>,
-        Key = crypto:hash(sha256, [Fingerprint, 1, Context, Encoded]),
-        {ok, Token} = gen_server:call(?MODULE, {reserve, Key, self()}),
-        Root = gen_server:call(?MODULE, root),
-        Crc = bench_nif:table_crc32c(Payload),
-        Prefix = prefix(Meta, Encoded, Payload, Crc),
-        Name = <<(string:lowercase(binary:encode_hex(Key)))/binary, ".kvc">>,
-        Tmp = filename:join(Root, <<Name/binary, ".tmp">>),
-        Final = filename:join(Root, Name),
-        ok = write(Tmp, [Prefix, Payload]),
-        ok = gen_server:call(?MODULE, {check, Key, Token}),
-        ok = prim_file:make_link(Tmp, Final),
-        ok = prim_file:delete(Tmp),
-        ok = sync_directory(Root),
-        ok = validate(Final, Meta, Encoded),
-        ok = gen_server:call(?MODULE, {mark, Key, Token, Final}),
-        ok = gen_server:call(?MODULE, {announce, Key, Token, byte_size(Payload), Encoded}),
-        {ok, Key}
-    after
-        plain_semaphore:release()
+save(Meta, Payload) ->
+    {ok, _} = save(Meta, Payload, infinity).
+
+%% With so long to wait for a slot.
+-spec save(map(), binary(), timeout()) -> {ok, binary()} | {error, max_concurrent}.
+save(Meta, Payload, Timeout) ->
+    case plain_semaphore:acquire(Timeout) of
+        ok ->
+            try
+                {ok, save_in_slot(Meta, Payload)}
+            after
+                plain_semaphore:release()
+            end;
+        {error, max_concurrent} = Error ->
+            Error
     end.
 
-prefix(Meta, Tokens, Payload, Crc) ->
+%% The keys of what has been saved.
+-spec announced() -> [binary()].
+announced() ->
+    gen_server:call(?MODULE, announced).
+
+save_in_slot(#{fingerprint := Fingerprint, ctx_params_hash := Context} = Meta, Payload) ->
+    Encoded = <<<<Token:32/little>> || Token <- maps:get(tokens, Meta)>>,
+    Text = maps:get(prompt_text, Meta, <<>>),
+    Key = crypto:hash(sha256, [Fingerprint, 1, Context, content(Encoded, Text)]),
+    {ok, Token} = gen_server:call(?MODULE, {reserve, Key, self()}),
+    Root = gen_server:call(?MODULE, root),
+    Crc = bench_nif:table_crc32c(Payload),
+    Prefix = prefix(Meta, Encoded, Text, Payload, Crc),
+    Name = <<(string:lowercase(binary:encode_hex(Key)))/binary, ".kvc">>,
+    Tmp = filename:join(Root, <<Name/binary, ".tmp">>),
+    Final = filename:join(Root, Name),
+    ok = write(Tmp, [Prefix, Payload]),
+    ok = gen_server:call(?MODULE, {check, Key, Token}),
+    ok = prim_file:make_link(Tmp, Final),
+    ok = prim_file:delete(Tmp),
+    ok = sync_directory(Root),
+    ok = validate(Final, Meta, Encoded),
+    ok = gen_server:call(?MODULE, {mark, Key, Token, Final}),
+    ok = gen_server:call(?MODULE, {announce, Key, Token, byte_size(Payload), Encoded}),
+    Key.
+
+%% What the key is made of, beside what all keys are: only a host whose keys are made of text gives
+%% the text.
+content(Encoded, <<>>) -> Encoded;
+content(_Encoded, Text) -> Text.
+
+prefix(Meta, Tokens, Text, Payload, Crc) ->
     #{fingerprint := Fingerprint, ctx_params_hash := Context, context_size := Size} = Meta,
     %% The default of a field that is not given.
     {ok, Host} = inet:gethostname(),
@@ -53,8 +76,8 @@ prefix(Meta, Tokens, Payload, Crc) ->
     <<
         "KVC", 1, 16, 1, 0:16, (byte_size(Tokens) div 4):32/little, 0:32, Size:32/little, 0:32,
         Now:64/little, Now:64/little, Bytes:64/little,
-        (80 + byte_size(Tlv)):64/little, Bytes:64/little, Crc:32/little, 0:32,
-        0:32, (byte_size(Tlv)):32/little, Tlv/binary
+        (80 + byte_size(Text) + byte_size(Tlv)):64/little, Bytes:64/little, Crc:32/little, 0:32,
+        (byte_size(Text)):32/little, Text/binary, (byte_size(Tlv)):32/little, Tlv/binary
     >>.
 
 record(Tag, Value) ->
@@ -74,9 +97,9 @@ sync_directory(Root) ->
 %% That it is a file, a whole one, and of this key.
 validate(Final, #{fingerprint := Fingerprint, ctx_params_hash := Context}, Encoded) ->
     {ok, <<"KVC", 1, _:36/binary, Bytes:64/little, Offset:64/little, Bytes:64/little, Crc:32/little,
-           0:32, 0:32, Length:32/little, Tlv:Length/binary, Payload/binary>>} =
-        prim_file:read_file(Final),
-    {Offset, Bytes} = {80 + Length, byte_size(Payload)},
+           0:32, TextLength:32/little, _Text:TextLength/binary, Length:32/little,
+           Tlv:Length/binary, Payload/binary>>} = prim_file:read_file(Final),
+    {Offset, Bytes} = {80 + TextLength + Length, byte_size(Payload)},
     #{1 := Fingerprint, 4 := Context, 9 := Encoded} = records(Tlv, #{}),
     Crc = bench_nif:table_crc32c(Payload),
     ok.
@@ -107,7 +130,14 @@ handle_call({mark, Key, Token, Path}, _From, Root) ->
 handle_call({announce, Key, Token, Size, Tokens}, _From, Root) ->
     true = demonitor(Token, [flush]),
     true = ets:insert(?MODULE, {Key, Size, Tokens}),
-    {reply, ok, Root}.
+    {reply, ok, Root};
+handle_call({cancel, Key, Token}, _From, Root) ->
+    true = demonitor(Token, [flush]),
+    true = ets:delete(?MODULE, Key),
+    {reply, ok, Root};
+handle_call(announced, _From, Root) ->
+    Keys = ets:select(?MODULE, [{{'$1', '$2', '_'}, [{is_integer, '$2'}], ['$1']}]),
+    {reply, Keys, Root}.
 
 handle_cast(_Request, Root) ->
     {noreply, Root}.

@@ -25,6 +25,8 @@ INK = "#102030"
 GRID = "#405060"
 # Of middle brightness: each can be told from white, from black and from the other two.
 SIDES = {"this": "#0a9396", "plain": "#e07a1f", "floor": "#8d99ae"}
+# How a host's model saves, in the benchmark of that.
+WAYS = {"original": "the original", "in_line": "in line", "behind": "behind the caller"}
 NAMES = {"this": "this", "plain": "plain Erlang", "floor": "floor"}
 
 STYLE = """<style>
@@ -113,6 +115,33 @@ set key at 0.03,62 left top reverse Left
 plot $plain using 1:2 with steps title '{NAMES["plain"]}' lw 2.5 lc rgb '{SIDES["plain"]}', \\
   $this using 1:2 with steps title '{NAMES["this"]}' lw 2.5 lc rgb '{SIDES["this"]}'
 """)
+    return "".join(commands)
+
+
+def tokens(figures):
+    """The time from each token to the next, while the state is saved after two of them."""
+    commands = [terminal("bench-tokens.svg", 860, 380), COMMON]
+    colours = {"original": SIDES["plain"], "in_line": "#7b6fd0", "behind": SIDES["this"]}
+    timeline = figures["tokens"]["timeline_ns"]
+    for way in WAYS:
+        at, rows = 0, []
+        for gap in timeline[way]:
+            rows.append((at / 1e9, gap / 1e6))
+            at += gap
+        commands.append(block(way, [*rows, (at / 1e9, rows[-1][1])]))
+    longest = max(sum(gaps) for gaps in timeline.values()) / 1e9
+    commands.append(f"""
+set logscale y
+set xrange [0:{longest * 1.01:.2f}]
+set yrange [2:12000]
+set xtics format '%g s' font ',12'
+set ytics ('2 ms' 2, '5 ms' 5, '10 ms' 10, '100 ms' 100, '1 s' 1000, '10 s' 10000) font ',12'
+set title 'time from each token to the next, while a state of 256 MiB is saved twice' font ',14' offset 0,-0.3
+set key top right reverse Left horizontal
+""")
+    plots = [f"${way} using 1:2 with steps title '{name}' lw 2.5 lc rgb '{colours[way]}'"
+             for way, name in WAYS.items()]
+    commands.append("plot " + ", \\\n  ".join(plots) + "\n")
     return "".join(commands)
 
 
@@ -292,7 +321,50 @@ def prefix_table(figures):
                      "hash, once", "look up"], *rows)
 
 
-def blocks(save, semaphore, prefix, slow):
+def host_tables(figures):
+    """Of each kind of host: gaps between tokens, calls and losses, loads, a save beside a load."""
+    def p50_and(summary, other="p99"):
+        return f"{duration(summary['p50'])} ({duration(summary[other])})"
+
+    def above(summary):
+        return " ".join(sign.format(duration(max(summary[key], 0)))
+                        for key, sign in (("p50", "{}"), ("max", "({})")))
+
+    gaps, calls, loads = [], [], []
+    for kind, host in (("tokens", figures["tokens"]), ("text", figures["text"])):
+        usual = host["gaps"][str(2**28)]["usual_ns"]
+        gaps.append([f"no save, keys of {kind}", f"({duration(usual['max'] - usual['p50'])})",
+                     "", "", ""])
+        for size in (2**24, 2**28, 2**30):
+            rows = host["gaps"][str(size)]
+            gaps += [[f"{SIZES[size]}, keys of {kind}, {name}", above(rows[way]["above_ns"]),
+                      p50_and(rows[way]["call_ns"], "max"), p50_and(rows[way]["saved_ns"], "max"),
+                      f"{number(rows[way]['rate_percent']['p50'])} %"]
+                     for way, name in WAYS.items()]
+        calls += [[f"`save/5`, {int(count):,} tokens, keys of {kind}",
+                   *[p50_and(host["calls_ns"][count][way]) for way in WAYS]]
+                  for count in sorted(host["calls_ns"], key=int)]
+        calls.append([f"saves lost of {host['lost_of']}, keys of {kind}",
+                      *[str(host["lost"][way]) for way in WAYS]])
+        loads += [[f"{what}, keys of {kind}", *[p50_and(host[key][side])
+                                                for side in ("tier", "reader")]]
+                  for what, key in (("256 MiB", "load_256m_ns"),
+                                    ("4 KiB beside four of 256 MiB", "load_4k_ns"))]
+    beside = [[f"{size}, keys of {kind}", *[p50_and(row[key]) for key in ("alone_ns", "beside_ns")],
+               duration(row["root_ns"])]
+              for kind in ("tokens", "text")
+              for size, row in ((SIZES.get(int(bytes_)), row) for bytes_, row in sorted(
+                  figures[kind]["beside_load"].items(), key=lambda item: int(item[0])))]
+    return "\n".join([
+        markdown(["gaps: p50 (max)", "longest, above the usual", "`save/5`", "until on the disk",
+                  "tokens per second, of the usual"], *gaps),
+        markdown(["calls: p50 (p99)", *WAYS.values()], *calls),
+        markdown(["load, warm: p50 (p99)", "by the tier server", "by the reader"], *loads),
+        markdown(["save beside a load of 2 GiB: p50 (p99)", "alone", "beside it",
+                  "`dir/1` answers after"], *beside)])
+
+
+def blocks(save, semaphore, prefix, slow, host):
     """What stands between two marks of a page: page, name and text of each."""
     page = "docs/benchmarks.md"
     return [
@@ -305,6 +377,7 @@ def blocks(save, semaphore, prefix, slow):
         (page, "longest prefix", bounds_table("prefix", prefix) + "\n" +
          prefix_table(prefix["figures"])),
         (page, "slow disk", bounds_table("slow", slow) + "\n" + slow_table(slow["figures"])),
+        (page, "tokens in a host", bounds_table("host", host) + "\n" + host_tables(host["figures"])),
     ]
 
 
@@ -349,17 +422,18 @@ def read(file):
 
 
 def main(arguments):
-    names = ("save", "semaphore", "prefix", "slow")
+    names = ("save", "semaphore", "prefix", "slow", "host")
     checks = arguments == ["--check"]
     if not checks:
         for name in names:
             take(name)
-    save, semaphore, prefix, slow = (read(BENCH / "figures" / f"{name}.json") for name in names)
+    reports = {name: read(BENCH / "figures" / f"{name}.json") for name in names}
     if not checks:
-        draw(saves(save["figures"]), "bench-save.svg")
-        draw(waits(semaphore["figures"]), "bench-waits.svg")
+        draw(saves(reports["save"]["figures"]), "bench-save.svg")
+        draw(waits(reports["semaphore"]["figures"]), "bench-waits.svg")
+        draw(tokens(reports["host"]["figures"]), "bench-tokens.svg")
     differ = 0
-    for page, what, text in blocks(save, semaphore, prefix, slow):
+    for page, what, text in blocks(**reports):
         file = PROJECT / page
         old = file.read_text()
         new = with_block(old, what, text)

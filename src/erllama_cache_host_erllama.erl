@@ -55,17 +55,17 @@ is_exported({error, _}, _MFA) ->
 
 %% @private
 %% Key and quant byte are the host's: its table may have grown since this was written, and it could
-%% not find a key that was made in another way.
+%% not find a key that was made in another way. The encoding of tokens is the format's, and the
+%% library is fast at it: this runs in the process that decodes them.
 identify(KeyedBy, #{quant_type := QuantType, tokens := Tokens, prompt_text := Text} = Meta) ->
-    case {erllama_cache_key:quant_byte(QuantType), erllama_cache_meta:are_tokens(Tokens)} of
+    case {erllama_cache_key:quant_byte(QuantType), erllama_cache_meta:encode_tokens(Tokens)} of
         {?NO_KNOWN_TYPE, _} ->
             %% The host's parser refuses such a file and deletes it, but its row would stay: the key
             %% would count as saved and never load.
             {error, {unknown_quant_byte, ?NO_KNOWN_TYPE}};
-        {_, false} ->
+        {_, error} ->
             {error, {invalid_meta, tokens}};
-        {QuantByte, true} ->
-            Encoded = erllama_cache_key:encode_tokens(Tokens),
+        {QuantByte, Encoded} ->
             {ok, {key(KeyedBy, Meta, Encoded), QuantByte, {KeyedBy, Encoded, byte_size(Text)}}}
     end.
 

@@ -1,7 +1,7 @@
 %% @doc The `build_meta' map, which describes a payload: its types, checks and defaults.
 -module(erllama_cache_meta).
 
--export([complete/3, check_identity/2, are_tokens/1, are_reasons/1]).
+-export([complete/3, check_identity/2, encode_tokens/1, are_reasons/1]).
 -export_type([build_meta/0, complete/0, identity/0, save_reason/0, fingerprint_mode/0, defaults/0,
               invalid/0]).
 
@@ -132,8 +132,23 @@ check_identity(KeyedBy, Meta) ->
 identity(tokens) -> ?IDENTITY ++ [tokens];
 identity(text) -> ?IDENTITY ++ [prompt_text].
 
-%% @doc Whether these tokens can be encoded: a proper list of integers.
--spec are_tokens(list()) -> boolean().
+%% @doc The tokens as a file has them: u32 little-endian each, modulo 2^32. `error' for what is not a
+%% proper list of integers.
+-spec encode_tokens(list()) -> binary() | error.
+encode_tokens(Tokens) ->
+    %% More tokens than a NIF may encode on a normal scheduler, and integers beyond 64 bits, are
+    %% rare enough for Erlang.
+    case erllama_cache_nif:encode_tokens(Tokens) of
+        error -> encode_tokens_slowly(Tokens);
+        Encoded -> Encoded
+    end.
+
+encode_tokens_slowly(Tokens) ->
+    case are_tokens(Tokens) of
+        true -> <<<<Token:32/little>> || Token <- Tokens>>;
+        false -> error
+    end.
+
 are_tokens([Token | Rest]) when is_integer(Token) -> are_tokens(Rest);
 are_tokens([]) -> true;
 are_tokens(_) -> false.

@@ -435,7 +435,7 @@ namespace(#{fingerprint := Fingerprint, quant_type := QuantType,
 keyed(text, #{prompt_text := Text}) ->
     {ok, Text};
 keyed(tokens, #{tokens := Tokens}) ->
-    case encode_tokens(Tokens) of
+    case erllama_cache_meta:encode_tokens(Tokens) of
         error -> {error, {invalid_meta, tokens}};
         Encoded -> {ok, Encoded}
     end.
@@ -458,25 +458,11 @@ prefix_keys({Fingerprint, QuantByte, CtxParamsHash}, Keyed, Ends) ->
                                                   Ends)
     end.
 
-%% More tokens than a NIF may encode on a normal scheduler, and integers beyond 64 bits, are rare
-%% enough for Erlang.
-encode_tokens(Tokens) ->
-    case erllama_cache_nif:encode_tokens(Tokens) of
-        error -> encode_tokens_slowly(Tokens);
-        Encoded -> Encoded
-    end.
-
-encode_tokens_slowly(Tokens) ->
-    case erllama_cache_meta:are_tokens(Tokens) of
-        true -> <<<<Token:32/little>> || Token <- Tokens>>;
-        false -> error
-    end.
-
 %%% For the writer
 
 %% @private
 identify(KeyedBy, #{tokens := Tokens, prompt_text := Text} = Meta) ->
-    case {namespace(Meta), encode_tokens(Tokens)} of
+    case {namespace(Meta), erllama_cache_meta:encode_tokens(Tokens)} of
         {{error, _} = Error, _} ->
             Error;
         {_, error} ->

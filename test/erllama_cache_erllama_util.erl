@@ -243,7 +243,7 @@ script_failure() ->
 
 %% What a save that succeeds calls.
 host_calls() ->
-    [encode_tokens, by_kind(make, make_text), quant_byte, reserve_save, dir, check_reservation,
+    [by_kind(make, make_text), quant_byte, reserve_save, dir, check_reservation,
      mark_published, announce_saved, incr].
 
 calls() ->
@@ -253,7 +253,7 @@ calls_after_the_key() ->
     [Name || Name <- calls(), not is_about_the_key(Name)].
 
 is_about_the_key(Name) ->
-    lists:member(Name, [make, make_text, quant_byte, encode_tokens]).
+    lists:member(Name, [make, make_text, quant_byte]).
 
 %% A small save, written and published at one go, checks its reservation before that.
 calls_but_the_check() ->

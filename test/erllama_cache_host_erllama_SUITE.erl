@@ -159,7 +159,7 @@ save_calls_the_host_in_order(Config) ->
     %% Every call comes from here, and the key is known before anything is reserved.
     ?assertEqual([Self], lists:usort([Caller || {_, _, Caller} <- erllama_fake:calls()])),
     {AboutTheKey, Others} = lists:splitwith(fun(Name) -> is_about_the_key(Name) end, calls()),
-    ?assertEqual(lists:sort([by_kind(make, make_text), quant_byte, encode_tokens]),
+    ?assertEqual(lists:sort([by_kind(make, make_text), quant_byte]),
                  lists:sort(AboutTheKey)),
     ?assertEqual([[QuantType]], args(quant_byte)),
     ?assertEqual(

@@ -50,6 +50,7 @@ groups() ->
             last_lane_waits_for_the_usual_one,
             waiter_in_the_last_lane_looks_up_meanwhile,
             waiter_in_the_last_lane_gives_up,
+            waiter_in_the_last_lane_gives_up_after_the_hand_over,
             giving_up_in_the_last_lane_at_the_hand_over,
             light_save_passes_a_large_one_in_the_last_lane,
             limit_raised_under_waiters,
@@ -537,7 +538,10 @@ waiter_in_the_last_lane_looks_up_meanwhile(_Config) ->
     Test = self(),
     Tell = fun() -> Test ! meanwhile, ok end,
     Waiter = queue_up_behind(0, fun() -> wait_last(0, 1, Tell) end),
-    [receive meanwhile -> ok end || _ <- lists:seq(1, 10)],
+    lists:foreach(
+        fun(_) -> receive meanwhile -> ok after 20000 -> error(never_again) end end,
+        lists:seq(1, 10)
+    ),
     ?assert(waiting([Waiter])),
     ok = ?WRITER:release(),
     granted = answered(Waiter),
@@ -555,6 +559,32 @@ waiter_in_the_last_lane_gives_up(_Config) ->
     ?assertEqual({[], Before + 4}, {?WRITER:waiters(), maps:get(timed_out, ?WRITER:info())}),
     ok = ?WRITER:release(),
     ?assertEqual(0, ?WRITER:current()),
+    has_no_message(Waiter).
+
+%% The slot comes while it looks up, and it does not want it any more.
+waiter_in_the_last_lane_gives_up_after_the_hand_over(_Config) ->
+    [Holder, Waiter] = [actor(), actor()],
+    Before = maps:get(timed_out, ?WRITER:info()),
+    lists:foreach(
+        fun(End) ->
+            ok = ask(Holder, fun() -> ?WRITER:acquire(0) end),
+            Meanwhile = fun() ->
+                ok = ask(Holder, fun() -> ?WRITER:release() end),
+                [#{pid := Waiter}] = ?WRITER:holders(),
+                End()
+            end,
+            expired = ask(Waiter, fun() ->
+                try wait_last(0, 1, Meanwhile) of
+                    {gave_up, Error} -> Error
+                catch
+                    throw:Thrown -> Thrown
+                end
+            end),
+            ?assertEqual({0, []}, {?WRITER:current(), ?WRITER:holders()})
+        end,
+        [fun() -> expired end, fun() -> throw(expired) end]
+    ),
+    ?assertEqual(Before, maps:get(timed_out, ?WRITER:info())),
     has_no_message(Waiter).
 
 giving_up_in_the_last_lane_at_the_hand_over(_Config) ->

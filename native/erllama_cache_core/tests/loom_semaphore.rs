@@ -647,11 +647,17 @@ fn closing_tells_both_lanes_exactly_one_thing() {
             thread::spawn(move || deliver(&semaphore, semaphore.close()))
         };
         release(&holder);
-        // The slot goes to the usual one, or to nobody.
+        let mut was_closed = false;
         for (waiter, sleeper) in waiters.iter().rev() {
             match sleeper.sleep() {
-                Verdict::Granted => release(waiter),
-                verdict => assert_eq!(verdict, Verdict::Closed),
+                Verdict::Granted => {
+                    assert!(!was_closed, "the last lane is closed with the usual one");
+                    release(waiter);
+                }
+                verdict => {
+                    assert_eq!(verdict, Verdict::Closed);
+                    was_closed = true;
+                }
             }
         }
         closer.join().unwrap();

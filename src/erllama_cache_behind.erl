@@ -48,8 +48,10 @@ place(_Meta, _Payload, _Options) ->
 -spec save(erllama_cache_setup:setup(), erllama_cache_host:tier_srv(), erllama_cache_host:tier(),
            erllama_cache_meta:build_meta(), Payload :: binary()) ->
     {ok, erllama_cache_writer:key()} | {error, term()} | closed.
-save(Setup, TierSrv, Tier, Meta, Payload) ->
-    Prepare = fun() -> erllama_cache_save:prepare(Setup, TierSrv, Tier, Meta, Payload) end,
+save(#{options_behind := Options} = Setup, TierSrv, Tier, Meta, Payload) ->
+    Prepare = fun() ->
+        erllama_cache_save:prepare(Setup#{options := Options}, TierSrv, Tier, Meta, Payload)
+    end,
     case counting_failure(Prepare) of
         {ok, Save} -> hand_over(Save, Setup);
         {error, _} = Error -> Error

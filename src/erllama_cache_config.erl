@@ -8,7 +8,7 @@
 %% @private
 -module(erllama_cache_config).
 
--export([complete/1, environment/0, erllama_limit/0, save_options/2]).
+-export([complete/1, environment/0, erllama_limit/0, save_options/3]).
 -export([complete_options/1, keyed_by/1, load_options/1]).
 
 -include("erllama_cache_limits.hrl").
@@ -90,9 +90,9 @@ erllama_limit() ->
 %% How the library writes files, by tier.
 -spec save_options(
     #{file_mode := non_neg_integer(), page_cache := keep | drop, atom() => term()},
-    none | erllama_cache_nif:secret()
+    none | erllama_cache_nif:secret(), helped | alone
 ) -> #{erllama_cache_host:tier() => erllama_cache_nif:save_options()}.
-save_options(#{file_mode := Mode, page_cache := PageCache} = Config, Secret) ->
+save_options(#{file_mode := Mode, page_cache := PageCache} = Config, Secret, Help) ->
     Digest = fun(Default) ->
         case Secret of
             none -> maps:get(digest, Config, Default);
@@ -100,7 +100,10 @@ save_options(#{file_mode := Mode, page_cache := PageCache} = Config, Secret) ->
             _ -> Secret
         end
     end,
-    #{disk => {Mode, Digest(blake3), PageCache}, ram_file => {Mode, Digest(none), PageCache}}.
+    #{
+        disk => {Mode, Digest(blake3), PageCache, Help},
+        ram_file => {Mode, Digest(none), PageCache, Help}
+    }.
 
 %%% A store
 

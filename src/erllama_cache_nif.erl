@@ -50,9 +50,10 @@
 %% What makes a file, but for its root and its payload. What its key is made of decides the file's
 %% version: 1 for tokens, 2 for text. The metadata is complete, as erllama_cache_meta:complete/3
 %% returns it.
--type save_options() :: {Mode :: non_neg_integer(), none | blake3 | secret(), keep | drop}.
+-type save_options() ::
+    {Mode :: non_neg_integer(), none | blake3 | secret(), keep | drop, helped | alone}.
 %% The file's permissions; its digest, keyed if there is a secret; whether it stays in the page
-%% cache.
+%% cache; whether another thread may help to write it.
 -type published() ::
     {ok, linked | adopted | replaced, Size :: pos_integer(), Header :: <<_:384>>}.
 -type failure() :: {error, file:posix() | {errno, integer()} | {corrupt | read_back, atom()}

@@ -215,7 +215,8 @@ host(_TierSrv, #{host := Host, keyed_by := KeyedBy}) ->
 
 %% docs/reference/format.md has the layout.
 file_size(#{prompt_text := Prompt, hostname := Hostname, erllama_version := Version,
-            save_reason_detail := Detail}, Tokens, {_Mode, Digest, _PageCache}, Payload) ->
+            save_reason_detail := Detail}, Tokens, {_Mode, Digest, _PageCache, _Help},
+          Payload) ->
     Digested = case Digest of
         none -> 0;
         _ -> ?DIGEST_BYTES

@@ -14,6 +14,7 @@
     secret := none | erllama_cache_nif:secret(),
     defaults := erllama_cache_meta:defaults(),
     options := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
+    options_behind := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
     slow_save_ms := pos_integer(),
     write_behind := off | #{max := pos_integer(), max_bytes := pos_integer(), atom() => term()},
     drain_ms := non_neg_integer(),

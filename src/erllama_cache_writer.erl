@@ -131,7 +131,9 @@ open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret
     ok = erllama_cache_setup:put(Config#{
         semaphore => Semaphore,
         secret => Secret,
-        options => erllama_cache_config:save_options(Config, Secret),
+        options => erllama_cache_config:save_options(Config, Secret, helped),
+        %% It takes no processor from those who go on meanwhile but the one that it runs on.
+        options_behind => erllama_cache_config:save_options(Config, Secret, alone),
         defaults => #{hostname => unicode:characters_to_binary(Hostname)}
     }),
     ok = erllama_cache_nif:semaphore_open(Semaphore, Limit, MaxBytes),

@@ -24,6 +24,20 @@ const WAITERS: usize = 4;
 
 type Task = Box<dyn FnOnce() + Send>;
 
+/// As [`join`], or one after the other on this thread if it is `alone`.
+pub(crate) fn join_unless<A: Send, B>(
+    alone: bool,
+    theirs: impl FnOnce() -> A + Send,
+    ours: impl FnOnce() -> B,
+) -> (A, B) {
+    if alone {
+        let ours = ours();
+        (theirs(), ours)
+    } else {
+        join(theirs, ours)
+    }
+}
+
 /// Runs `theirs` on another thread, if one is idle, while `ours` runs on this one. A panic of
 /// either is resumed here, after both have ended.
 pub(crate) fn join<A: Send, B>(
@@ -205,6 +219,13 @@ mod tests {
         tell.send(7).expect("it is waited for");
         let told = answer.within(None).map_err(drop).expect("it has been told");
         assert_eq!(told, Ok(7));
+    }
+
+    #[test]
+    fn alone_means_this_thread() {
+        let this = thread::current().id();
+        let threads = join_unless(true, || thread::current().id(), || thread::current().id());
+        assert_eq!(threads, (this, this));
     }
 
     #[test]

@@ -320,6 +320,31 @@ fn permissions_are_those_asked_for() {
     }
 }
 
+/// In several blocks of payload, and of a prefix.
+#[test]
+fn a_file_is_the_same_without_help() {
+    let dir = root();
+    let tokens = vec![7; 5 << 20];
+    let payload = payload(5 << 20);
+    for digest in [DigestKind::None, DigestKind::Blake3] {
+        let written = [false, true].map(|alone| {
+            let n = u32::from(alone);
+            let prefix = Prefix::encode(&meta(&tokens), payload.len() as u64, digest).unwrap();
+            let options = Options {
+                alone,
+                ..Options::default()
+            };
+            let mut tmp = TmpFile::create(open(dir.path()), key(n), prefix, options).unwrap();
+            write(&mut tmp, &payload).unwrap();
+            publish(&mut tmp).unwrap();
+            let file = fs::read(path(dir.path(), n)).unwrap();
+            fs::remove_file(path(dir.path(), n)).unwrap();
+            file
+        });
+        assert!(written[0] == written[1], "{digest:?}");
+    }
+}
+
 /// Nor the times by which a backup knows what to send again.
 #[test]
 fn loads_and_checks_change_nothing() {

@@ -35,6 +35,8 @@ rustler::atoms! {
     blake3,
     keep,
     drop,
+    helped,
+    alone,
     unauthenticated,
     linked,
     adopted,

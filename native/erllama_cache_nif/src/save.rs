@@ -201,9 +201,9 @@ fn tmp_term<'a>(env: Env<'a>, tmp: TmpFile) -> Term<'a> {
     ResourceArc::new(Tmp(InSlices::new(Kind::Tmp, tmp))).encode(env)
 }
 
-/// `{Mode, none | blake3 | Secret, keep | drop}`.
+/// `{Mode, none | blake3 | Secret, keep | drop, helped | alone}`.
 fn save_options(term: Term<'_>) -> NifResult<(Options, DigestKind)> {
-    let (mode, digest, page_cache): (u32, Term<'_>, Atom) = term.decode()?;
+    let (mode, digest, page_cache, help): (u32, Term<'_>, Atom, Atom) = term.decode()?;
     let secret = if atoms::none() == digest || atoms::blake3() == digest {
         None
     } else {
@@ -214,19 +214,24 @@ fn save_options(term: Term<'_>) -> NifResult<(Options, DigestKind)> {
         None if atoms::none() == digest => DigestKind::None,
         None => DigestKind::Blake3,
     };
-    let drop_cache = if page_cache == atoms::drop() {
-        true
-    } else if page_cache == atoms::keep() {
-        false
-    } else {
-        return Err(rustler::Error::BadArg);
-    };
     let options = Options {
         mode,
         secret,
-        drop_cache,
+        drop_cache: one_of(page_cache, atoms::drop(), atoms::keep())?,
+        alone: one_of(help, atoms::alone(), atoms::helped())?,
     };
     Ok((options, digest))
+}
+
+/// Which of two atoms it is.
+fn one_of(atom: Atom, yes: Atom, no: Atom) -> NifResult<bool> {
+    if atom == yes {
+        Ok(true)
+    } else if atom == no {
+        Ok(false)
+    } else {
+        Err(rustler::Error::BadArg)
+    }
 }
 
 fn encode_error_term<'a>(env: Env<'a>, error: EncodeError) -> Term<'a> {

@@ -43,6 +43,8 @@ pub struct Options {
     pub secret: Option<Secret>,
     /// Whether the file is to leave the page cache once it is on the disk.
     pub drop_cache: bool,
+    /// Whether no other thread may help: the save takes longer, and leaves a processor to others.
+    pub alone: bool,
 }
 
 impl Default for Options {
@@ -51,6 +53,7 @@ impl Default for Options {
             mode: DEFAULT_MODE,
             secret: None,
             drop_cache: false,
+            alone: false,
         }
     }
 }
@@ -86,7 +89,7 @@ impl TmpFile {
         options: Options,
     ) -> Result<TmpFile, Error> {
         let file = Unpublished::create(root, key, prefix.file_len(), options.mode)?;
-        let writing = Writing::new(&prefix, options.secret.as_ref());
+        let writing = Writing::new(&prefix, &options);
         Ok(TmpFile {
             file,
             write_back: WriteBack::default(),

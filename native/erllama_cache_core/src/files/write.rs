@@ -12,12 +12,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::payload::READ_PIECE;
+use super::save::Options;
 use super::slice::Slice;
 use super::sys;
 use super::unpublished::SMALL_FILE;
 use crate::error::{Context, Error};
 use crate::kvc::{
-    Corrupt, Crc32c, DigestKind, Digester, MIN_PREFIX_LEN, Prefix, ReadError, Secret, read_exact_at,
+    Corrupt, Crc32c, DigestKind, Digester, MIN_PREFIX_LEN, Prefix, ReadError, read_exact_at,
 };
 use crate::pool::{self, Answer};
 
@@ -57,12 +58,14 @@ pub(super) struct Writing {
     crc: Crc32c,
     digester: Option<Digester>,
     back: ReadBack,
+    /// Whether no other thread helps.
+    alone: bool,
 }
 
 impl Writing {
     /// Nothing is written yet of the file that begins with `prefix`. A keyed digest is keyed with
-    /// `secret`.
-    pub(super) fn new(prefix: &Prefix, secret: Option<&Secret>) -> Writing {
+    /// the secret.
+    pub(super) fn new(prefix: &Prefix, options: &Options) -> Writing {
         Writing {
             pos: 0,
             prefix_pos: 0,
@@ -70,9 +73,10 @@ impl Writing {
             digester: match prefix.digest() {
                 DigestKind::None => None,
                 DigestKind::Blake3 => Some(Digester::new(None)),
-                DigestKind::Blake3Keyed => Some(Digester::new(secret)),
+                DigestKind::Blake3Keyed => Some(Digester::new(options.secret.as_ref())),
             },
             back: ReadBack::new(prefix.file_len()),
+            alone: options.alone,
         }
     }
 
@@ -128,12 +132,14 @@ impl Writing {
             crc,
             digester,
             back,
+            alone,
             ..
         } = self;
         let end = payload.len().min(*pos + WRITE_BLOCK);
         let block = &payload[*pos..end];
         if let Some(digester) = digester {
-            let ((), written) = pool::join(
+            let ((), written) = pool::join_unless(
+                *alone,
                 || digester.update(block),
                 || {
                     write_pieces(file, block, offset, |at, piece| {
@@ -144,7 +150,8 @@ impl Writing {
             );
             written?;
         } else {
-            let (followed, written) = pool::join(
+            let (followed, written) = pool::join_unless(
+                *alone,
                 || back.follow(file, prefix.len() as u64, *pos),
                 || {
                     write_pieces(file, block, offset, |_, piece| {
@@ -191,6 +198,7 @@ impl Writing {
             prefix_pos,
             digester,
             back,
+            alone,
             ..
         } = self;
         let (start, len) = (*prefix_pos, prefix.len());
@@ -199,7 +207,8 @@ impl Writing {
             let prefix = &*prefix;
             let view = prefix.digest_view_of(start..end);
             let block = &prefix.as_bytes()[start..end];
-            let ((), written) = pool::join(
+            let ((), written) = pool::join_unless(
+                *alone,
                 || {
                     if let Some(digester) = digester {
                         view.into_iter().for_each(|piece| digester.update(piece));

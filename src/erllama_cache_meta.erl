@@ -132,9 +132,9 @@ check_identity(KeyedBy, Meta) ->
 identity(tokens) -> ?IDENTITY ++ [tokens];
 identity(text) -> ?IDENTITY ++ [prompt_text].
 
-%% @doc The tokens as a file has them: u32 little-endian each, modulo 2^32. `error' for what is not a
-%% proper list of integers.
--spec encode_tokens(list()) -> binary() | error.
+%% @doc The tokens as a file has them: u32 little-endian each, modulo 2^32. `error' for what is not
+%% a proper list of integers.
+-spec encode_tokens(Tokens :: term()) -> binary() | error.
 encode_tokens(Tokens) ->
     %% More tokens than a NIF may encode on a normal scheduler, and integers beyond 64 bits, are
     %% rare enough for Erlang.

@@ -164,7 +164,7 @@ quant_byte(_QuantType) -> ?NOT_LOADED.
 
 %% u32 little-endian each, modulo 2^32; `error' for what does not fit 64 bits or is no integer, and
 %% for a list that is improper or longer than a call should take.
--spec encode_tokens([integer()]) -> binary() | error.
+-spec encode_tokens(Tokens :: term()) -> binary() | error.
 encode_tokens(_Tokens) -> ?NOT_LOADED.
 
 %% SHA-256 over the four, in this order.

@@ -24,6 +24,13 @@ const WAITERS: usize = 4;
 
 type Task = Box<dyn FnOnce() + Send>;
 
+/// Lets a thread go first that waits for this processor. Work on many bytes calls it after some
+/// hundred KiB: a process that makes tokens, or a small load, would otherwise wait until the kernel
+/// finds that this thread has had its share, which takes milliseconds.
+pub(crate) fn give_way() {
+    thread::yield_now();
+}
+
 /// As [`join`], or one after the other on this thread if it is `alone`.
 pub(crate) fn join_unless<A: Send, B>(
     alone: bool,

@@ -94,7 +94,10 @@ impl Payload {
         {
             let parts = Parts::new(digester, &mut block[..whole_len]);
             let work = || {
-                let fetch = |at, part: &mut [u8]| read_exact_at(file, part, offset + at as u64);
+                let fetch = |at, part: &mut [u8]| {
+                    pool::give_way();
+                    read_exact_at(file, part, offset + at as u64)
+                };
                 parts.work(fetch, || slice.is_over())
             };
             if whole_len >= 2 * PART {
@@ -113,6 +116,7 @@ impl Payload {
             read_exact_at(file, piece, offset + done as u64)?;
             self.proof.update(piece);
             done = end;
+            pool::give_way();
         }
         if let Some(crc) = &mut self.crc {
             crc.update(&block[..done]);

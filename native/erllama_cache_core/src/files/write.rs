@@ -250,6 +250,7 @@ fn write_pieces(
         file.write_all_at(piece, offset).call("pwrite")?;
         then(offset, piece)?;
         offset += piece.len() as u64;
+        pool::give_way();
     }
     Ok(())
 }

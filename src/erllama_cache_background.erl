@@ -44,6 +44,7 @@ cancel(Ref) ->
 %% What an owner does for its caller, when that has told it by which reference it is known.
 -spec for_caller(pid(), fun((reference()) -> ok)) -> ok.
 for_caller(Caller, Own) ->
+    ok = erllama_cache_pending:outlive_application(),
     Monitor = monitor(process, Caller),
     receive
         {Caller, Ref} ->

@@ -14,6 +14,7 @@
 -behaviour(gen_server).
 
 -export([scope/2, find/2, enter/5, enter_detached/1, leave/0, flush/1, info/0, owners/0]).
+-export([outlive_application/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2]).
 -export_type([scope/0, bounds/0, info/0]).
 
@@ -119,6 +120,13 @@ info() ->
 owners() ->
     fold(fun(#pending{owner = Owner}, Owners) -> [Owner | Owners] end, []).
 
+%% Makes the calling process, and those that it spawns, belong to no application. When one has
+%% stopped, its master kills all processes whose group leader it is.
+-spec outlive_application() -> ok.
+outlive_application() ->
+    true = group_leader(whereis(init), self()),
+    ok.
+
 fold(Fun, Acc) ->
     try
         ets:foldl(Fun, Acc, ?MODULE)
@@ -140,6 +148,7 @@ call(Request) ->
 
 %% @private
 init([]) ->
+    ok = outlive_application(),
     ?MODULE = ets:new(?MODULE, [
         named_table, protected, {keypos, #pending.id}, {read_concurrency, true}
     ]),

@@ -5,6 +5,7 @@
 %% of the save is in fate/2. In any case nothing is left, what stands under the key's name is whole,
 %% and the next save of the key ends well.
 -module(erllama_cache_behind_kill_SUITE).
+-behaviour(application).
 
 -include("erllama_cache_erllama_util.hrl").
 -include_lib("common_test/include/ct.hrl").
@@ -51,7 +52,8 @@ groups() ->
         the_writer_is_killed,
         the_tier_server_is_killed,
         the_metadata_server_is_killed,
-        all_servers_are_killed
+        all_servers_are_killed,
+        the_callers_application_is_stopped
     ]).
 
 the_caller_is_killed(Config) ->
@@ -101,6 +103,39 @@ is_there(Victim, Point) when Victim =:= saver; Victim =:= owner ->
     not lists:member(Point, before_the_saver());
 is_there(_Victim, _Point) ->
     true.
+
+%% When an application has stopped, its master kills what belongs to it still. That must be neither
+%% the saves that its processes have begun nor the server that tells who has ended.
+the_callers_application_is_stopped(Config) ->
+    Root = root(Config),
+    erllama_cache_erllama_util:on_peer(["erl"], fun() ->
+        ok = erllama_fake:start(?TIER, Root),
+        _ = start_writer(?CONFIG),
+        ok = ?WRITER:acquire(0),
+        ok = application:load({application, ?MODULE, [{mod, {?MODULE, self()}}]}),
+        ok = application:start(?MODULE),
+        Caller = receive {started, Pid} -> Pid end,
+        {ok, Behind} = ask(Caller, fun() -> save(meta([1]), ?PAYLOAD) end),
+        {ok, _} = ask(Caller, fun() ->
+            ?WRITER:save_async(?TIER, disk, meta([2]), ?PAYLOAD, #{detach => true})
+        end),
+        eventually(fun() -> length(?WRITER:waiters()) =:= 2 end),
+        ok = application:stop(?MODULE),
+        ?assertEqual({error, {pending, 2}}, ?WRITER:flush(0)),
+        ok = ?WRITER:release(),
+        ok = ?WRITER:flush(infinity),
+        ?assertMatch([_, _], ?META_SRV:stored()),
+        ?assert(lists:member(Behind, ?META_SRV:stored()))
+    end).
+
+%% The application: its one process does what it is asked.
+start(normal, Driver) ->
+    Caller = actor(),
+    Driver ! {started, Caller},
+    {ok, Caller}.
+
+stop(_State) ->
+    ok.
 
 %%% What comes of a save
 

@@ -53,6 +53,7 @@ groups() ->
         the_tier_server_is_killed,
         the_metadata_server_is_killed,
         all_servers_are_killed,
+        a_save_has_ended_when_its_failure_is_counted,
         the_callers_application_is_stopped
     ]).
 
@@ -103,6 +104,28 @@ is_there(Victim, Point) when Victim =:= saver; Victim =:= owner ->
     not lists:member(Point, before_the_saver());
 is_there(_Victim, _Point) ->
     true.
+
+%% Who has waited for a save may look into the log and at the counters.
+a_save_has_ended_when_its_failure_is_counted(_Config) ->
+    _ = restart_writer(?CONFIG),
+    Driver = self(),
+    Wait = fun(_Args) -> at_the_point(Driver) end,
+    [#{event := save_dropped, key := Key}] = logged(fun() ->
+        ok = ?WRITER:acquire(0),
+        {ok, _} = save(meta([1]), ?PAYLOAD),
+        eventually(fun() -> length(?WRITER:waiters()) =:= 1 end),
+        [#{pid := Saver}] = ?WRITER:waiters(),
+        ok = erllama_fake:script(incr, [{before, Wait}]),
+        ok = kill(Saver),
+        Owner = receive {at_the_point, Pid} -> Pid end,
+        ?assertEqual({error, {pending, 1}}, ?WRITER:flush(0)),
+        Owner ! strike,
+        ok = ?WRITER:flush(infinity)
+    end),
+    ?assertEqual(#{20 => 1}, erllama_cache_counters:all()),
+    ok = ?WRITER:release(),
+    {ok, Key} = save(meta([1]), ?PAYLOAD),
+    ok = ?WRITER:flush(infinity).
 
 %% When an application has stopped, its master kills what belongs to it still. That must be neither
 %% the saves that its processes have begun nor the server that tells who has ended.

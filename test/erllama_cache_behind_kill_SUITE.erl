@@ -54,6 +54,7 @@ groups() ->
         the_metadata_server_is_killed,
         all_servers_are_killed,
         a_save_has_ended_when_its_failure_is_counted,
+        a_key_can_be_saved_again_when_a_failure_is_answered,
         the_callers_application_is_stopped
     ]).
 
@@ -125,6 +126,29 @@ a_save_has_ended_when_its_failure_is_counted(_Config) ->
     ?assertEqual(#{20 => 1}, erllama_cache_counters:all()),
     ok = ?WRITER:release(),
     {ok, Key} = save(meta([1]), ?PAYLOAD),
+    ok = ?WRITER:flush(infinity).
+
+%% The caller of a save that has failed finds its place free.
+a_key_can_be_saved_again_when_a_failure_is_answered(_Config) ->
+    _ = restart_writer(?CONFIG),
+    Driver = self(),
+    Caller = actor(),
+    Fail = fun(_Args) ->
+        ok = sys:suspend(?PENDING),
+        Driver ! suspended,
+        "with a \0"
+    end,
+    ok = erllama_fake:script(dir, [{instead, Fail}]),
+    Failure = tell(Caller, fun() -> save(meta([1]), ?PAYLOAD) end),
+    receive suspended -> ok end,
+    Asked = {message_queue_len, 1},
+    eventually(fun() -> process_info(whereis(?PENDING), message_queue_len) =:= Asked end),
+    %% It is not told before the pending set has answered.
+    ?assertEqual([{message_queue_len, 0}, {current_function, {erllama_cache_behind, hand_over, 2}}],
+                 process_info(Caller, [message_queue_len, current_function])),
+    ok = sys:resume(?PENDING),
+    ?assertEqual({error, badarg}, answer(Caller, Failure)),
+    {ok, _} = save(meta([1]), ?PAYLOAD),
     ok = ?WRITER:flush(infinity).
 
 %% When an application has stopped, its master kills what belongs to it still. That must be neither

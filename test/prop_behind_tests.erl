@@ -69,8 +69,8 @@
     %% What is stored, by the number of its save, and the saves that will fail.
     files = #{} :: #{id() => {N :: non_neg_integer(), Size :: pos_integer()}},
     failing = [] :: [id()],
-    counts = #{saves => 0, save_errors => 0, dropped => 0, refused => 0, saved_by_host => 0,
-               dropped_by_host => 0, duplicates_by_host => 0} ::
+    counts = #{saves => 0, save_errors => 0, dropped => 0, refused => 0, owner_died => 0,
+               saved_by_host => 0, dropped_by_host => 0, duplicates_by_host => 0} ::
         #{atom() => non_neg_integer()},
     logged = [] :: [{id(), failed | killed}],
     clock = 0 :: non_neg_integer(),
@@ -196,10 +196,13 @@ modelled(hold, [Holder], #model{holds = Holds} = Model) ->
         true -> Model#model{holds = [Holder | Holds]};
         false -> (add(refused, Model))#model{result = {error, max_concurrent}}
     end;
-modelled(Step, [Holder], #model{holds = Holds} = Model)
-    when Step =:= release; Step =:= drop_holder
-->
+modelled(release, [Holder], #model{holds = Holds} = Model) ->
     serve(Model#model{holds = lists:delete(Holder, Holds)});
+modelled(drop_holder, [Holder], #model{holds = Holds} = Model) ->
+    case lists:member(Holder, Holds) of
+        true -> modelled(release, [Holder], add(owner_died, Model));
+        false -> Model
+    end;
 modelled(save, [Caller, Id, Reason, Size, N], Model) ->
     case place(Reason, Size) of
         behind -> save_behind(Caller, Id, Size, N, Model);
@@ -494,7 +497,7 @@ counts() ->
             || {Name, Counter} <- [{saved_by_host, saved}, {dropped_by_host, dropped},
                                    {duplicates_by_host, duplicate_dropped}],
                ets:update_counter(?MODULE, Counter, 0, {Counter, 0}) >= 0],
-    maps:merge(maps:with([saves, save_errors, dropped, refused], ?WRITER:info()),
+    maps:merge(maps:with([saves, save_errors, dropped, refused, owner_died], ?WRITER:info()),
                maps:from_list(Host)).
 
 reports() ->

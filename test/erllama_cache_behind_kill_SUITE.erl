@@ -138,7 +138,7 @@ a_key_can_be_saved_again_when_a_failure_is_answered(_Config) ->
         Driver ! suspended,
         "with a \0"
     end,
-    ok = erllama_fake:script(dir, [{instead, Fail}]),
+    ok = erllama_cache_erllama_util:script_dir([{instead, Fail}]),
     Failure = tell(Caller, fun() -> save(meta([1]), ?PAYLOAD) end),
     receive suspended -> ok end,
     Asked = {message_queue_len, 1},
@@ -148,6 +148,7 @@ a_key_can_be_saved_again_when_a_failure_is_answered(_Config) ->
                  process_info(Caller, [message_queue_len, current_function])),
     ok = sys:resume(?PENDING),
     ?assertEqual({error, badarg}, answer(Caller, Failure)),
+    ok = erllama_cache_erllama_util:restart_tier_server(),
     {ok, _} = save(meta([1]), ?PAYLOAD),
     ok = ?WRITER:flush(infinity).
 
@@ -272,6 +273,8 @@ hit(Point, Hit, Size, Config) ->
     Payload = binary:copy(<<7>>, Size),
     Key = erllama_cache_erllama_util:key_of(Meta, erllama_cache_nif:quant_byte(q4_k_m)),
     Before = seen(),
+    %% Each is asked for its root once.
+    ok = erllama_cache_erllama_util:restart_tier_server(),
     ok = erllama_fake:forget_calls(),
     Caller = actor(),
     Strike = strike(Hit, Caller, root(Config)),

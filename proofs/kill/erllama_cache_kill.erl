@@ -4,6 +4,10 @@
 %% payloads that tell whose they are. One of them, or both, gets a `kill -9' at a moment that is
 %% drawn; the other goes on while the killed one starts again on the root. Then both are asked for
 %% every key. run.sh runs this; what it takes from the environment is said there.
+%%
+%% In a storm with saves behind their callers (KILL_BEHIND), a save that was answered is promised
+%% when a flush that began later has returned. Before that it may be missing after a kill, and then
+%% is saved once more.
 -module(erllama_cache_kill).
 
 -export([main/0, node_main/0, log/2]).
@@ -15,6 +19,9 @@
 -define(STORE, kill_store).
 -define(WRITER, erllama_cache_writer).
 -define(SAVERS, 8).
+%% Behind their callers, so many saves may be pending, and so many of them may run.
+-define(PENDING, 16).
+-define(RUNNING, 4).
 %% How many keys a node is given at a time, and after how many milliseconds at most a kill comes.
 -define(BATCH, 48).
 %% Less while another one starts, with pauses that grow by so many milliseconds: that can take long,
@@ -43,6 +50,10 @@
     life :: pos_integer(),
     %% What it has been given to save and has not answered: it may be in there twice.
     open = [] :: [pos_integer()],
+    %% What it has answered behind callers since its last flush, and what it had answered so when
+    %% the flushes began that run.
+    answered = [] :: [pos_integer()],
+    flushing = #{} :: #{Flush :: integer() => [pos_integer()]},
     %% A save that is stopped before it publishes, for as long as the other node starts.
     held = none :: none | {asked | held, pos_integer()}
 }).
@@ -64,6 +75,9 @@
     fresh = [] :: [pos_integer()],
     %% What the killed were in the middle of.
     cut = [] :: [{pos_integer(), whose()}],
+    %% What the killed had only answered, and which of those are nowhere.
+    only_answered = [] :: [{pos_integer(), whose()}],
+    missing = [] :: [pos_integer()],
     %% The keys of those, since the oracle has looked at any.
     suspects = [] :: [pos_integer()],
     counts = #{} :: #{atom() => non_neg_integer()}
@@ -103,7 +117,7 @@ round(S0) ->
     S2 = lists:foldl(fun start/2, hold([1, 2] -- Victims, S1), Victims),
     S3 = kill_while_starting(hd(Victims), uniform(8), S2),
     S4 = save_until(fun all_up/1, S3),
-    S5 = verify(settle(let_go(S4))),
+    S5 = save_missing(verify(settle(let_go(S4)))),
     case count(kills, S5) div ?STAGE > count(kills, S0) div ?STAGE of
         true -> next_stage(oracle(S5));
         false -> S5
@@ -200,20 +214,31 @@ feed(#state{nodes = Nodes, next = Next, fresh = Fresh} = S) ->
             %% Some twice, so that savers of one node meet too.
             Batch = lists:append([[N || _ <- lists:seq(0, length([x || N rem 5 =:= 0]))]
                                   || N <- Numbers]),
-            Given = maps:map(fun
-                (Id, #node{port = Port} = Node) ->
-                    case lists:member(Id, Up) of
-                        true ->
-                            tell(Port, {save, Batch}),
-                            Node#node{state = busy, open = Batch};
-                        false ->
-                            Node
-                    end
-            end, Nodes),
-            S#state{nodes = Given, next = Next + Size, small = Small, fresh = Numbers ++ Fresh};
+            Give = fun(Id, Sofar) -> give(Id, share(Id, Up, Batch), Sofar) end,
+            Given = lists:foldl(Give, S, Up),
+            Given#state{ next = Next + Size, small = Small, fresh = Numbers ++ Fresh};
         _ ->
             S
     end.
+
+give(Id, Numbers, S) ->
+    update(Id, fun(#node{port = Port} = Node) ->
+        tell(Port, {save, Numbers}),
+        Node#node{state = busy, open = Numbers}
+    end, S).
+
+%% Behind callers, two of three keys are one node's alone: nobody else is to save what that one has
+%% only answered when it is killed.
+share(Id, [_, _], Batch) ->
+    case is_behind() of
+        true -> [N || N <- Batch, N rem 3 =:= 0 orelse N rem 3 =:= Id];
+        false -> Batch
+    end;
+share(_Id, [_Alone], Batch) ->
+    Batch.
+
+is_behind() ->
+    os:getenv("KILL_BEHIND") =/= false.
 
 paused(Small) ->
     receive
@@ -244,8 +269,24 @@ handle(Id, {saved, N, Result}, S) ->
     acknowledge(N, Result, update(Id, fun(#node{open = Open} = Node) ->
         Node#node{open = lists:delete(N, Open)}
     end, S));
+handle(Id, {answered, N, Result}, S) ->
+    answered(Result, update(Id, fun(#node{open = Open, answered = Answered} = Node) ->
+        Node#node{open = lists:delete(N, Open), answered = [N | Answered]}
+    end, S));
+handle(_Id, full, S) ->
+    add(full, 1, S);
+handle(Id, {flushing, Flush}, S) ->
+    update(Id, fun(#node{answered = Answered, flushing = Flushing} = Node) ->
+        Node#node{flushing = Flushing#{Flush => Answered}}
+    end, S);
+handle(Id, {flushed, Flush}, #state{nodes = Nodes} = S) ->
+    #{Id := #node{answered = Answered, flushing = Flushing} = Node} = Nodes,
+    {Promised, Others} = maps:take(Flush, Flushing),
+    Left = Node#node{answered = Answered -- Promised, flushing = Others},
+    Flushed = lists:foldl(fun acknowledged/2, S#state{nodes = Nodes#{Id := Left}}, Promised),
+    add(flushed, length(Answered) - length(Left#node.answered), Flushed);
 handle(Id, done, S) ->
-    update(Id, fun(#node{open = []} = Node) -> Node#node{state = idle} end, S);
+    update(Id, fun(#node{open = [], answered = []} = Node) -> Node#node{state = idle} end, S);
 handle(Id, Other, _S) ->
     error({from_node, Id, Other}).
 
@@ -257,6 +298,11 @@ acknowledge(N, {error, already_present}, S) -> acknowledged(N, add(already_prese
 %% Two savers of one node: nothing is known of the key yet.
 acknowledge(N, {error, conflict}, S) when N rem 5 =:= 0 -> add(conflict, 1, S);
 acknowledge(N, Other, S) -> error({save, N, Other, S#state.nodes}).
+
+%% Behind its caller a save of a key that is pending in this node is no conflict.
+answered(ok, S) -> add(answered, 1, S);
+answered({error, already_present}, S) -> add(already_present, 1, S);
+answered(Other, S) -> error({save, Other, S#state.nodes}).
 
 acknowledged(N, #state{acknowledged = Acknowledged} = S) ->
     S#state{acknowledged = Acknowledged#{N => true}}.
@@ -286,15 +332,19 @@ kill(Ids, #state{nodes = Nodes} = S) ->
     true = port_command(S#state.shell, ["kill -9", Pids, $\n]),
     Dead = lists:foldl(fun(Port, Sofar) -> drain(Port, Sofar) end, S, Ports),
     Killed = [{Id, maps:get(Id, Dead#state.nodes)} || Id <- Ids],
-    Busy = [Id || {Id, #node{open = [_ | _]}} <- Killed],
+    Busy = [Id || {Id, #node{open = Open, answered = Answered}} <- Killed,
+                  Open =/= [] orelse Answered =/= []],
     %% A node's savers take the keys in order: of those that it had not answered, the first ones are
     %% what it was at.
     Cut = [{N, {Id, Life}} || {Id, #node{open = Open, life = Life}} <- Killed,
                               N <- lists:usort(lists:sublist(Open, ?SAVERS))],
+    Only = [{N, {Id, Life}} || {Id, #node{answered = Answered, life = Life}} <- Killed,
+                               N <- lists:usort(Answered)],
     Counts = [{kills, length(Ids)}, {in_a_save, length(Busy)}, {cut_off, length(Cut)},
-              {tmp_left, length(stale(Dead))}],
-    Left = Dead#state{nodes = maps:without(Ids, Dead#state.nodes), cut = Cut ++ Dead#state.cut},
-    lists:foldl(fun({What, N}, Sofar) -> add(What, N, Sofar) end, Left, Counts).
+              {only_answered, length(Only)}, {tmp_left, length(stale(Dead))}],
+    Left = Dead#state{nodes = maps:without(Ids, Dead#state.nodes), cut = Cut ++ Dead#state.cut,
+                      only_answered = Only ++ Dead#state.only_answered},
+    add_all(Counts, Left).
 
 %% What it could still say counts.
 drain(Port, S) ->
@@ -321,11 +371,13 @@ stale(#state{root = Root}) ->
 
 %% Both nodes say the same of every key; a key that was acknowledged is there, and with the payload
 %% that it was first seen with; one that was not is there as a whole, or not at all.
-verify(#state{fresh = Fresh, seen = Seen, cut = Cut, suspects = Suspects} = S) ->
+verify(#state{fresh = Fresh, seen = Seen, cut = Cut, only_answered = Only,
+              suspects = Suspects} = S) ->
     Old = maps:keys(Seen),
     Sample = [lists:nth(uniform(length(Old)), Old) || Old =/= [], _ <- lists:seq(1, 10)],
     Verified = verify(lists:usort(Fresh ++ Sample), S#state{fresh = []}),
-    Verified#state{cut = [], suspects = [N || {N, _} <- Cut] ++ Suspects}.
+    Verified#state{cut = [], only_answered = [],
+                   suspects = [N || {N, _} <- Cut ++ Only] ++ Suspects}.
 
 verify(Numbers, #state{nodes = Nodes, root = Root} = S) ->
     #{1 := Node1, 2 := Node2} = Nodes,
@@ -339,22 +391,35 @@ verify(Numbers, #state{nodes = Nodes, root = Root} = S) ->
     Adoptions = lists:sum([maps:get(adoptions, Said) || Said <- [Said1, Said2]]),
     add(adopted, Adoptions, add(loads, 2 * length(Numbers), Next)).
 
-judge({N, {ok, Whose}}, #state{seen = Seen, cut = Cut} = S) ->
+judge({N, {ok, Whose}}, #state{seen = Seen, cut = Cut, only_answered = Only} = S) ->
     case Seen of
         #{N := Whose} ->
             S;
         #{N := Other} ->
             error({changed, N, Other, Whose});
         #{} ->
-            There = length([N || lists:member({N, Whose}, Cut)]),
-            add(files, 1, add(cut_off_there, There, S#state{seen = Seen#{N => Whose}}))
+            There = [{What, length([N || lists:member({N, Whose}, Which)])}
+                     || {What, Which} <- [{cut_off_there, Cut}, {only_answered_there, Only}]],
+            Next = S#state{seen = Seen#{N => Whose}},
+            add_all([{files, 1} | There], Next)
     end;
-judge({N, miss}, #state{seen = Seen, acknowledged = Acknowledged} = S) ->
+judge({N, miss}, #state{seen = Seen, acknowledged = Acknowledged, only_answered = Only} = S) ->
     Lost = maps:is_key(N, Seen) orelse maps:is_key(N, Acknowledged),
     Lost andalso error({lost, N}),
-    add(absent, 1, S);
+    case lists:keymember(N, 1, Only) of
+        true -> S#state{missing = [N | S#state.missing]};
+        false -> add(absent, 1, S)
+    end;
 judge({N, Other}, _S) ->
     error({load, N, Other}).
+
+%% What was answered and is nowhere can be saved by either node.
+save_missing(#state{missing = []} = S) ->
+    S;
+save_missing(#state{missing = Missing, fresh = Fresh} = S) ->
+    Given = give(uniform(2), Missing, S#state{missing = [], fresh = Missing ++ Fresh}),
+    #state{missing = []} = Saved = verify(settle(Given)),
+    add(saved_again, length(Missing), Saved).
 
 loaded(#node{port = Port}) ->
     receive
@@ -411,21 +476,33 @@ finish(S0) ->
 
 %% A storm in which nobody was hit has proven nothing.
 assert_not_idle(Kills, S) ->
-    Hits = [{in_a_save, Kills div 3}, {cut_off_there, 1}, {absent, 1}, {adopted, 1}] ++
-        [{tmp_left, 1} || os:getenv("KILL_NAMED") =/= false],
+    Hits = [{in_a_save, Kills div 3}, {absent, 1}, {adopted, 1}] ++
+        [{tmp_left, 1} || os:getenv("KILL_NAMED") =/= false] ++
+        case is_behind() of
+            true -> [{What, 1} || What <- [only_answered_there, saved_again, flushed, full]];
+            false -> [{cut_off_there, 1}]
+        end,
     Missed = [{What, count(What, S)} || Kills >= 20, {What, Least} <- Hits, count(What, S) < Least],
     Missed =:= [] orelse error({hit_nothing, Missed}).
 
 add(What, N, #state{counts = Counts} = S) ->
     S#state{counts = Counts#{What => maps:get(What, Counts, 0) + N}}.
 
+add_all(Counts, S) ->
+    lists:foldl(fun({What, N}, Sofar) -> add(What, N, Sofar) end, S, Counts).
+
 count(What, #state{counts = Counts}) ->
     maps:get(What, Counts, 0).
 
 table(S) ->
-    [{What, count(What, S)}
-     || What <- [kills, held, in_a_save, cut_off, cut_off_there, killed_while_starting, tmp_left,
-                 files, saved, adopted, already_present, conflict, absent, checked, loads]].
+    [{What, count(What, S)} || What <- rows(is_behind())].
+
+rows(false) ->
+    [kills, held, in_a_save, cut_off, cut_off_there, killed_while_starting, tmp_left, files, saved,
+     adopted, already_present, conflict, absent, checked, loads];
+rows(true) ->
+    [kills, held, in_a_save, only_answered, only_answered_there, saved_again, killed_while_starting,
+     tmp_left, files, answered, adopted, already_present, flushed, full, absent, checked, loads].
 
 print(Rows) ->
     [io:format("  ~-56s ~8b~n", [label(What), N]) || {What, N} <- Rows],
@@ -437,10 +514,16 @@ label(held) -> "  while the other had a save in the middle: it succeeded";
 label(in_a_save) -> "  of a node in the middle of its saves";
 label(cut_off) -> "    saves cut off";
 label(cut_off_there) -> "    of these, their file was published, and is whole";
+label(only_answered) -> "    saves answered, and not flushed";
+label(only_answered_there) -> "    of these, their file was published, and is whole";
+label(saved_again) -> "    of these, nowhere, and saved by the next node";
 label(killed_while_starting) -> "  of a node that was starting";
 label(tmp_left) -> "  temporary files left behind, all swept by a start";
 label(files) -> "files, one for each key, none lost, none changed";
 label(saved) -> "  saves told {ok, Key}";
+label(answered) -> "  saves told {ok, Key} behind their callers";
+label(flushed) -> "  saves told either and confirmed by a flush: all there";
+label(full) -> "  saves told max_concurrent: the pending set was full";
 label(adopted) -> "    of these, by adopting a file, at least";
 label(already_present) -> "  saves told already_present";
 label(conflict) -> "  saves told conflict, within one node";
@@ -459,14 +542,19 @@ node_main() ->
     Whose = {list_to_integer(os:getenv("KILL_NODE")), list_to_integer(os:getenv("KILL_LIFE"))},
     {ok, _} = erllama_cache_store:start_link(?STORE, #{root => Root, keyed_by => keyed_by()}),
     ok = erllama_cache_hooked_host:make_keys_of(keyed_by()),
-    {ok, _} = ?WRITER:start_link(#{host => erllama_cache_hooked_host,
-                                   max_concurrent => ?SAVERS + 1}),
+    {ok, _} = ?WRITER:start_link((writer_config())#{host => erllama_cache_hooked_host}),
     {ok, Path} = erllama_cache_path:native(Root),
     Unnamed = erllama_cache_io_limit:run(fun(Turn) ->
         erllama_cache_nif:takes_unnamed(Turn, Path)
     end),
     tell(Port, {up, #{unnamed => Unnamed}}),
     serve(Port, Root, Whose, Noise).
+
+writer_config() ->
+    case is_behind() of
+        true -> #{max_concurrent => ?RUNNING, write_behind => #{max => ?PENDING}};
+        false -> #{max_concurrent => ?SAVERS + 1}
+    end.
 
 serve(Port, Root, Whose, Noise) ->
     receive
@@ -496,33 +584,58 @@ save_all(Port, Whose, Numbers, Noise) ->
     Savers = [spawn_monitor(fun() -> save_next(Port, Whose, Numbers, Next, Noise) end)
               || _ <- lists:seq(1, ?SAVERS)],
     _ = [receive {'DOWN', Monitor, process, Pid, normal} -> ok end || {Pid, Monitor} <- Savers],
+    _ = is_behind() andalso flush(Port),
     ok.
 
 save_next(Port, Whose, Numbers, Next, Noise) ->
     case atomics:add_get(Next, 1, 1) of
         I when I =< tuple_size(Numbers) ->
             N = element(I, Numbers),
-            tell(Port, {saved, N, save(N, payload(N, Whose, Noise))}),
+            Payload = payload(N, Whose, Noise),
+            case is_behind() of
+                true -> save_behind(Port, N, Payload, Noise);
+                false -> tell(Port, {saved, N, save(cold, N, Payload)})
+            end,
             save_next(Port, Whose, Numbers, Next, Noise);
         _ ->
             ok
     end.
 
-%% Until it is told to go on.
+save_behind(Port, N, Payload, Noise) ->
+    case save(cold, N, Payload) of
+        {error, max_concurrent} ->
+            tell(Port, full),
+            ok = flush(Port),
+            save_behind(Port, N, Payload, Noise);
+        Result ->
+            tell(Port, {answered, N, Result}),
+            %% From the answer on it can be loaded, whether there is a file or not.
+            {ok, _} = load(N, Noise),
+            ok
+    end.
+
+%% What was answered before it began is promised when it has returned.
+flush(Port) ->
+    Flush = erlang:unique_integer(),
+    tell(Port, {flushing, Flush}),
+    ok = ?WRITER:flush(infinity),
+    tell(Port, {flushed, Flush}).
+
+%% Until it is told to go on. For this reason a save is always in line.
 save_held(Port, Whose, N, Noise) ->
     true = register(held, self()),
     Self = self(),
     Hook = fun() -> self() =:= Self andalso be_held(Port, N) end,
-    Save = fun() -> save(N, payload(N, Whose, Noise)) end,
+    Save = fun() -> save(evict, N, payload(N, Whose, Noise)) end,
     tell(Port, {let_go, N, erllama_cache_hooked_host:with_hook(Hook, Save)}).
 
 be_held(Port, N) ->
     tell(Port, {held, N}),
     receive go -> ok end.
 
-save(N, Payload) ->
+save(Reason, N, Payload) ->
     Key = key(N),
-    case ?WRITER:save(?STORE, disk, meta(N), Payload) of
+    case ?WRITER:save(?STORE, disk, (meta(N))#{save_reason := Reason}, Payload) of
         {ok, Key} -> ok;
         Other -> Other
     end.
@@ -544,8 +657,8 @@ load(N, Noise) ->
 %% a file under a final name.
 nothing_held(Root) ->
     ok = eventually(fun() -> open_files(Root) =:= [] end),
-    #{current := 0, waiting := 0, inflight_bytes := 0, replacements := 0, adoptions := Adoptions} =
-        ?WRITER:info(),
+    #{current := 0, waiting := 0, inflight_bytes := 0, pending := 0, pending_bytes := 0,
+      dropped := 0, replacements := 0, adoptions := Adoptions} = ?WRITER:info(),
     ok = eventually(fun() -> maps:get(reservations, erllama_cache_store:info(?STORE)) =:= 0 end),
     #{adoptions => Adoptions}.
 

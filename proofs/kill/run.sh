@@ -1,7 +1,7 @@
 #!/bin/sh
 # Proves that `kill -9` of a node costs nothing but the saves that it cuts off:
 #
-#     proofs/kill/run.sh [plain|text|named...]
+#     proofs/kill/run.sh [plain|text|behind|named...]
 #
 # Two VMs with 8 savers each save the same keys into one root. At random moments one of them, or both,
 # is killed, also while it starts; the other goes on, one of its saves stopped in the middle, and the
@@ -14,6 +14,9 @@
 #
 #   plain   on the file system of $TMPDIR, where temporary files have no names
 #   text    the same with keys of text, whose files are of version 2
+#   behind  on the same with saves behind their callers, and with keys that one node alone saves. What was
+#           answered before a flush began that returned ok is there; what was only answered is there as a
+#           whole file, or nowhere, and then the next node saves it
 #   named   on bindfs (FUSE), where they have names and locks, and a start sweeps what the killed left
 #
 # Without an argument: all. KILLS sets how many kills for each (300), KILL_SEED repeats a storm's
@@ -42,6 +45,7 @@ run() { # NAME
     case $1 in
         plain) storm "$work/root" tokens || status=$? ;;
         text) storm "$work/root" text || status=$? ;;
+        behind) KILL_BEHIND=1 storm "$work/root" tokens || status=$? ;;
         # In namespaces of its own: the file system's process ends with them too.
         named)
             KILL_INSIDE=$work unshare --mount --pid --fork --kill-child --mount-proc "$0" ||
@@ -74,10 +78,10 @@ fi
 need_compiled
 [ -e /proc/locks ] || fail "needs Linux with /proc"
 missed=""
-[ $# -gt 0 ] || set -- plain text named
+[ $# -gt 0 ] || set -- plain text behind named
 for storm in "$@"; do
     case $storm in
-        plain | text) (run "$storm") ;;
+        plain | text | behind) (run "$storm") ;;
         named)
             why=$(missing)
             if [ -z "$why" ]; then

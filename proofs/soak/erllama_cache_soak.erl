@@ -7,11 +7,14 @@
 %% When the store may refuse a save is another matter: no room, a conflict, a reservation that is
 %% lost. This module is the savers' host and keeps a ledger of all reservations. A refusal that the
 %% ledger does not account for is an error.
+%%
+%% Saves of the reason `cold' go on behind their callers, all others are in line.
 -module(erllama_cache_soak).
 -behaviour(erllama_cache_host).
 
 -export([main/0]).
 -export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
+-export([log/2]).
 
 -include("erllama_cache_index.hrl").
 
@@ -24,6 +27,12 @@
 -define(HUGE, (24 bsl 20)).
 -define(LARGE, (2 bsl 20)).
 -define(MAX_LIMIT, 6).
+%% Fewer may be pending than want to be, and one of the largest is pending almost alone. A save in
+%% line waits for as long as it says.
+-define(BEHIND, #{reasons => [cold], max => 4, max_bytes => 28 bsl 20, slot_ms => 0}).
+%% Of so many milliseconds, for so many nobody begins to save in line or takes a slot.
+-define(TIDE, 1000).
+-define(EBB, 300).
 %% How long what has ended may take to be gone.
 -define(DEADLINE, 30000).
 %% What memory may differ by between two points of rest: room for one of the largest payloads, for
@@ -51,6 +60,9 @@
     ended = never :: integer() | never
 }).
 
+%% When the last save of a key ended, and what was dropped without a cause.
+-define(OUTCOMES, soak_outcomes).
+
 main() ->
     Seconds = list_to_integer(os:getenv("SOAK", "3600")),
     Root = os:getenv("SOAK_ROOT"),
@@ -60,6 +72,10 @@ main() ->
     persistent_term:put(?MODULE, #{counts => Counts, root => Root}),
     load_all([kernel, stdlib, crypto, erllama_cache_nif]),
     ?LEDGER = ets:new(?LEDGER, [named_table, public, {keypos, #reservation.id}]),
+    ?OUTCOMES = ets:new(?OUTCOMES, [named_table, public]),
+    ok = logger:add_handler(?MODULE, ?MODULE, #{}),
+    %% Each of them is counted.
+    ok = logger:add_handler_filter(default, ?MODULE, {fun is_no_drop/2, none}),
     Keepers = start_servers(Root),
     %% All that is made on first use is made before anything is counted.
     WarmUp = max(5, Seconds div 20),
@@ -75,9 +91,10 @@ main() ->
     Since = processes() -- There,
     report(Samples, Began, Ended, Csv),
     Left = leave(Root),
+    Dropped = dropped(),
     stop_servers(Keepers),
     Crashed = [{worker_crashed, Crash} || Crash <- CrashesBefore ++ Crashes],
-    Wrong = judge(Began, Ended, Since) ++ Crashed ++ BooksBefore ++ Left,
+    Wrong = judge(Began, Ended, Since) ++ Crashed ++ BooksBefore ++ Left ++ Dropped ++ idle(),
     [io:format("soak: WRONG: ~tp~n", [Each]) || Each <- Wrong],
     Wrong =:= [] andalso io:format("soak: everything is back where it began~n"),
     halt(case Wrong of [] -> 0; _ -> 1 end).
@@ -105,7 +122,7 @@ start_store(Root) ->
     erllama_cache_store:start_link(?STORE, #{root => Root, max_bytes => ?MAX_BYTES}).
 
 start_writer() ->
-    ?WRITER:start_link(#{host => ?MODULE, max_concurrent => ?MAX_LIMIT}).
+    ?WRITER:start_link(#{host => ?MODULE, max_concurrent => ?MAX_LIMIT, write_behind => ?BEHIND}).
 
 %% Starts it again whenever it is gone.
 keeper(Start, Name) ->
@@ -152,8 +169,9 @@ warm_up(Seconds, Root) ->
 work(Seconds, Root, Out) ->
     Deadline = now_ms() + Seconds * 1000,
     Jobs = lists:append([
-        lists:duplicate(6, fun saver/0), lists:duplicate(3, fun async_saver/0),
-        lists:duplicate(4, fun loader/0), lists:duplicate(2, fun holder/0),
+        lists:duplicate(6, at_flood(fun saver/0)), lists:duplicate(3, at_flood(fun async_saver/0)),
+        lists:duplicate(6, fun saver_behind/0), [fun killer_of_savers/0],
+        lists:duplicate(4, fun loader/0), lists:duplicate(2, at_flood(fun holder/0)),
         [fun deleter/0, fun resizer/0, fun looker/0]
     ]),
     Workers = maps:from_list([{spawn_worker(Job), Job} || Job <- Jobs]),
@@ -161,6 +179,15 @@ work(Seconds, Root, Out) ->
     {Left, Samples, Crashes} = supervise(Workers, Deadline, now_ms(), Root, Out, [], []),
     stop_all([Restarter | maps:keys(Left)]),
     {lists:reverse(Samples), Crashes}.
+
+%% Saves behind their callers are served after all others: without an ebb they would never be.
+at_flood(Job) ->
+    fun() ->
+        case erlang:system_time(millisecond) rem ?TIDE < ?EBB of
+            true -> receive after 10 -> ok end;
+            false -> Job()
+        end
+    end.
 
 spawn_worker(Job) ->
     {Pid, _Monitor} = spawn_monitor(fun() -> worker(Job) end),
@@ -255,16 +282,84 @@ async_saver() ->
     pick([true, false]) andalso ?WRITER:cancel(Ref),
     receive {?WRITER, Ref, Result} -> saved(Result) end.
 
+%% Its caller may be killed in any of these calls, which changes nothing for the save.
+saver_behind() ->
+    N = rand:uniform(?KEYS),
+    Begun = now_ms(),
+    case ?WRITER:save(?STORE, disk, (meta(N))#{save_reason := cold}, payload(N), 0) of
+        {ok, Key} ->
+            count(behind),
+            Owner = load_pending(N, Key),
+            case pick([nothing, wait, flush]) of
+                nothing -> ok;
+                wait -> load_after_save(N, Key);
+                flush -> flush(N, Key, Owner, Begun)
+            end;
+        {error, max_concurrent} ->
+            pause(full);
+        {error, {saver_died, killed}} ->
+            count(saver_died);
+        Other ->
+            saved(Other)
+    end.
+
+%% What memory has of it, while it is pending, and what a load returns. Without a pending save that
+%% may be nothing: others delete, evict, and kill savers.
+load_pending(N, Key) ->
+    Owner =
+        case erllama_cache_pending:find(?STORE, Key) of
+            {ok, Info, Payload, Pid} ->
+                same(N, Info, Payload),
+                count(from_memory),
+                Pid;
+            none ->
+                none
+        end,
+    loaded(N, erllama_cache_reader:load(?STORE, Key)),
+    Owner.
+
+load_after_save(N, Key) ->
+    case erllama_cache_reader:load(?STORE, Key, #{wait => pick([0, 10, infinity])}) of
+        {error, timeout} -> count(busy);
+        Loaded -> loaded(N, Loaded)
+    end.
+
+%% When it returns, the save is not pending any more, and has ended one way or the other.
+flush(N, Key, Owner, Begun) ->
+    case ?WRITER:flush(pick([0, 10, infinity])) of
+        ok ->
+            count(flushes),
+            case erllama_cache_pending:find(?STORE, Key) of
+                {ok, _, _, Owner} -> error({pending_after_flush, N});
+                _ -> ok
+            end,
+            case ets:lookup(?OUTCOMES, Key) of
+                [{Key, Ended}] when Ended >= Begun -> ok;
+                Outcome -> error({not_ended_after_flush, N, Begun, Outcome})
+            end;
+        {error, {pending, Pending}} when Pending > 0 ->
+            count(busy)
+    end.
+
+killer_of_savers() ->
+    Rows = ?WRITER:holders() ++ ?WRITER:waiters(),
+    case [Pid || #{pid := Pid, behind := true} <- Rows] of
+        [] -> ok;
+        Savers -> exit(pick(Savers), kill)
+    end,
+    %% They wait long: most are to come to their end.
+    receive after 200 -> ok end.
+
 loader() ->
     N = rand:uniform(?KEYS),
     {ok, Key} = erllama_cache_store:key(meta(N)),
-    case erllama_cache_store:load(?STORE, Key) of
-        {ok, Info, Payload} ->
-            same(N, Info, Payload),
-            count(loads);
-        miss ->
-            count(misses)
-    end.
+    loaded(N, erllama_cache_store:load(?STORE, Key)).
+
+loaded(N, {ok, Info, Payload}) ->
+    same(N, Info, Payload),
+    count(loads);
+loaded(_N, miss) ->
+    count(misses).
 
 same(N, Info, Payload) ->
     is_same(N, Info, Payload) orelse error({wrong_bytes, N}).
@@ -372,10 +467,15 @@ mark_published(Name, Key, Token, Root) ->
     stood(Name, erllama_cache_store:mark_published(Name, Key, Token, Root)).
 
 announce(Name, Key, Token, Size, Header, Tokens) ->
-    Announced = erllama_cache_store:announce(Name, Key, Token, Size, Header, Tokens),
-    Result = stood(Name, Announced),
-    ok = ended(),
-    Result.
+    try
+        Announced = erllama_cache_store:announce(Name, Key, Token, Size, Header, Tokens),
+        Result = stood(Name, Announced),
+        ok = ended(),
+        Result
+    after
+        %% A store that is gone cannot say that the file is known.
+        outcome(Key)
+    end.
 
 cancel(Name, Key, Token) ->
     ok = erllama_cache_store:cancel(Name, Key, Token),
@@ -433,11 +533,48 @@ is_reserved(Pid, Key) ->
             false
     end.
 
+%%% What becomes of saves behind their callers
+
+outcome(Key) ->
+    ets:insert(?OUTCOMES, {Key, now_ms()}).
+
+is_no_drop(#{msg := {report, #{event := save_dropped}}}, none) -> stop;
+is_no_drop(Event, none) -> Event.
+
+%% As a handler of the logger: it runs in the process that answers for the save.
+log(#{msg := {report, #{event := save_dropped, key := Key, reason := Reason} = Report}}, _Config) ->
+    count(dropped),
+    is_cause(Reason) orelse ets:insert(?OUTCOMES, {{no_cause, make_ref()}, Report}),
+    outcome(Key);
+log(_Event, _Config) ->
+    ok.
+
+%% Somebody killed the saver, or stopped the store. That a reservation was lost, the ledger has
+%% accounted for.
+is_cause(expired) -> true;
+is_cause({saver_died, killed}) -> true;
+is_cause({raised, exit, {noproc, _}, _}) -> true;
+is_cause({raised, exit, {Reason, {gen_server, call, _}}, _}) ->
+    Reason =:= killed orelse Reason =:= normal;
+is_cause(_) -> false.
+
+%% All that was dropped had a cause, was logged, and was counted.
+dropped() ->
+    Logged = proplists:get_value(dropped, counted()),
+    #{dropped := Counted} = ?WRITER:info(),
+    NoCause = ets:match_object(?OUTCOMES, {{no_cause, '_'}, '_'}),
+    NoCause ++ [{dropped, Logged, Counted} || Logged =/= Counted].
+
+%% A soak in which these never happened has proven nothing of them.
+idle() ->
+    Least = [saves, loads, kills, restarts, behind, full, from_memory, flushes, dropped],
+    [{never, What} || {What, 0} <- counted(), lists:member(What, Least)].
+
 %%% What is saved
 
 meta(N) ->
     #{
-        save_reason => cold, quant_bits => 16, quant_type => f16, fingerprint => <<1:256>>,
+        save_reason => evict, quant_bits => 16, quant_type => f16, fingerprint => <<1:256>>,
         fingerprint_mode => safe, ctx_params_hash => <<2:256>>, tokens => [N, 7],
         context_size => 4096, hostname => <<>>
     }.
@@ -457,8 +594,9 @@ payload(N) ->
 %%% What is counted and measured
 
 what() ->
-    [saves, present, busy, cancelled, conflicts, expired, no_room, noproc, loads, misses, held,
-     deletes, resizes, kills, restarts].
+    [saves, present, busy, cancelled, conflicts, expired, no_room, noproc, behind, full,
+     from_memory, flushes, dropped, saver_died, loads, misses, held, deletes, resizes, kills,
+     restarts].
 
 count(What) ->
     #{counts := Counts} = persistent_term:get(?MODULE),
@@ -484,6 +622,7 @@ measured() ->
         {abandoners, abandoners()},
         {ports, erlang:system_info(port_count)},
         {ets, length(ets:all())},
+        {pending, maps:get(pending, erllama_cache_pending:info())},
         {atoms, erlang:system_info(atom_count)}
         | lists:sort(maps:to_list(erllama_cache_nif:live_objects()))
     ].
@@ -525,7 +664,8 @@ rest(Root, Before, Deadline) ->
     %% Nobody is blamed for a server that is being started again.
     Idle = whereis(?WRITER) =/= undefined andalso whereis(?STORE) =/= undefined andalso
         ?WRITER:current() =:= 0 andalso ?WRITER:waiters() =:= [] andalso
-        maps:get(reservations, erllama_cache_store:info(?STORE)) =:= 0,
+        maps:get(reservations, erllama_cache_store:info(?STORE)) =:= 0 andalso
+        ?WRITER:flush(0) =:= ok,
     [garbage_collect(Pid) || Pid <- processes()],
     Now = [Pair || {What, _} = Pair <- measured(), What =/= rss, What =/= abandoners],
     case Idle andalso Now =:= Before of
@@ -536,11 +676,16 @@ rest(Root, Before, Deadline) ->
             rest(Root, Now, Deadline)
     end.
 
-%% What the store counts as used is what is there, and it watches over nobody.
+%% What the store counts as used is what is there, and it watches over nobody; nor does the pending
+%% set, of whose state nothing is left.
 books(When) ->
-    case gen_server:call(?STORE, audit) of
+    Store = case gen_server:call(?STORE, audit) of
         #{used := Used, should := Used, watches := 0} -> [];
         Books -> [{books, When, Books}]
+    end,
+    case sys:get_state(erllama_cache_pending) of
+        {state, Saves, Monitors, 0, 0, []} when map_size(Saves) + map_size(Monitors) =:= 0 -> Store;
+        State -> [{pending_set, When, State} | Store]
     end.
 
 %% Everything that is stored still is what was saved; a store that looks at it anew knows all of it
@@ -613,9 +758,9 @@ report(Samples, Began, Ended, Csv) ->
     #{evictions := Evictions} = erllama_cache_store:info(?STORE),
     io:format("~12b evictions of the last store~n", [Evictions]),
     io:format("~nOver time, from ~ts:~n", [Csv]),
-    Curves = [rss, binaries, files, fds, threads, processes, guard, tmp, load],
+    Curves = [rss, binaries, files, fds, threads, processes, pending, guard, tmp, load],
     [curve(What, Samples) || What <- Curves],
-    [rate(What, Samples) || What <- [saves, loads]].
+    [rate(What, Samples) || What <- [saves, behind, loads]].
 
 curve(What, Samples) ->
     draw(What, [proplists:get_value(What, Sample) || Sample <- Samples]).

@@ -164,7 +164,8 @@ save_last(_Erllama, Noise) ->
 %% returns too early therefore loses the rest.
 go_on_while_awaited(First) ->
     Self = self(),
-    Holder = spawn(fun() ->
+    %% The caller ends normally, and so leaves it alone.
+    Holder = spawn_link(fun() ->
         Turns = hold_turns(),
         Waiting = [{writer, whereis(?WRITER)}, {application, drain()}],
         Self ! {self(), held},

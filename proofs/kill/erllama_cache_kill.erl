@@ -583,7 +583,8 @@ save_all(Port, Whose, Numbers, Noise) ->
     Next = atomics:new(1, []),
     Savers = [spawn_monitor(fun() -> save_next(Port, Whose, Numbers, Next, Noise) end)
               || _ <- lists:seq(1, ?SAVERS)],
-    _ = [receive {'DOWN', Monitor, process, Pid, normal} -> ok end || {Pid, Monitor} <- Savers],
+    [receive {'DOWN', Monitor, process, Pid, Reason} -> normal = Reason end
+     || {Pid, Monitor} <- Savers],
     _ = is_behind() andalso flush(Port),
     ok.
 

@@ -10,12 +10,17 @@
 %% An operation in one of its circumstances is a case: `save_small/adopt/disk' is a small save in
 %% tier disk that finds a valid file of its key. The same with a call, its number and what it does
 %% says what is needed to see a result again: `save_small/adopt/disk linkat 1 eio'.
+%%
+%% Saves behind their callers are cases, too: `save_small/adopt/disk/behind'. One that was answered
+%% `{ok, Key}' and then dropped has failed, and must have been logged and counted once. After a
+%% flush the promises are the same as for a save in line.
 -module(erllama_cache_faults).
 
 -export([main/0]).
 
 -define(STORE, faults_store).
 -define(DEADLINE, 20000).
+-define(SLOTS, 4).
 
 %% As in iofault.c.
 -define(WORD_COUNTS, 12).
@@ -40,7 +45,9 @@
     size = small :: small | large | holes,
     way = plain :: way(),
     %% `text' has keys made of text, and files of version 2.
-    variant = disk :: disk | ram_file | keyed | options | text
+    variant = disk :: disk | ram_file | keyed | options | text,
+    %% Whether a save goes on behind its caller.
+    behind = false :: boolean()
 }).
 %% What a save finds: nothing, a valid file of its key, one that is corrupt or, where keys are of
 %% text, of version 1; where files can have no name only from now on, or never could.
@@ -99,6 +106,8 @@ cases(quick) ->
         [saving(large, plain, disk), saving(large, named_replace, disk)] ++
         [saving(small, Way, text) || Way <- [plain, adopt, replace, named_replace]] ++
         [saving(large, plain, text)] ++
+        [behind(small, Way, disk) || Way <- [plain, adopt, replace]] ++
+        [behind(large, plain, disk), behind(small, plain, text)] ++
         [#case_{op = load, size = Size} || Size <- [small, large]] ++
         [#case_{op = Op} || Op <- [evict, scan, delete, check, present]] ++
         [#case_{op = Op, variant = text} || Op <- [load, evict, scan]];
@@ -108,6 +117,11 @@ cases(full) ->
      || Size <- [small, large], Variant <- [disk, ram_file, keyed, options, text], Way <- ways(),
         Size =:= small orelse is_enough(Way, Variant)
     ] ++
+        [behind(small, Way, disk) || Way <- ways()] ++
+        [behind(small, Way, text) || Way <- [plain, adopt, replace, named_replace]] ++
+        [behind(small, plain, Variant) || Variant <- [ram_file, keyed]] ++
+        [behind(large, Way, disk) || Way <- [plain, adopt, replace, named_replace]] ++
+        [behind(large, plain, text)] ++
         [
             #case_{op = load, size = Size, variant = Variant}
          || Size <- [small, large], Variant <- [disk, ram_file, keyed, text]
@@ -129,7 +143,7 @@ is_enough(_Way, keyed) -> false.
 
 crash_cases(quick) ->
     [saving(small, plain, disk), saving(small, named_replace, disk)] ++
-        [saving(small, replace, text)] ++
+        [saving(small, replace, text), behind(small, plain, disk)] ++
         [#case_{op = Op} || Op <- [evict, scan]];
 crash_cases(full) ->
     [saving(small, Way, disk) || Way <- ways()] ++
@@ -137,17 +151,22 @@ crash_cases(full) ->
         [saving(small, plain, ram_file), saving(small, replace, options)] ++
         [saving(small, Way, text) || Way <- [plain, adopt, replace, named_replace]] ++
         [saving(large, plain, text)] ++
+        [behind(small, Way, disk) || Way <- [plain, adopt, replace, named_replace]] ++
+        [behind(small, replace, text), behind(large, plain, disk)] ++
         [#case_{op = Op} || Op <- [evict, scan, delete]] ++
         [#case_{op = Op, variant = text} || Op <- [evict, scan]].
 
 saving(Size, Way, Variant) ->
     #case_{op = save, size = Size, way = Way, variant = Variant}.
 
+behind(Size, Way, Variant) ->
+    (saving(Size, Way, Variant))#case_{behind = true}.
+
 ways() ->
     [plain, adopt, replace, named, named_adopt, named_replace, named_first].
 
-name(#case_{op = Op, size = Size, way = Way, variant = Variant}) ->
-    lists:concat([Op, "_", Size, "/", Way, "/", Variant]).
+name(#case_{op = Op, size = Size, way = Way, variant = Variant, behind = Behind}) ->
+    lists:concat([Op, "_", Size, "/", Way, "/", Variant] ++ ["/behind" || Behind]).
 
 case_of(Name) ->
     Cases = lists:usort(cases(full) ++ crash_cases(full) ++ cases(quick)),
@@ -237,10 +256,10 @@ no_fault(Named) ->
 
 %%% A case's world
 
-setup(#case_{op = Op, size = Size, variant = Variant} = Case, Root, Large) ->
+setup(#case_{op = Op, size = Size} = Case, Root, Large) ->
     ok = file:make_dir(Root),
     stop_writer(),
-    {ok, _} = erllama_cache_writer:start_link(writer_config(Variant)),
+    {ok, _} = erllama_cache_writer:start_link(writer_config(Case)),
     [Ours, Theirs] = case Size of
         small -> [payload(Seed, 4096) || Seed <- [1, 2]];
         large -> [payload(Seed, Large) || Seed <- [1, 2]];
@@ -269,8 +288,14 @@ teardown() ->
     stop_store(),
     stop_writer().
 
-writer_config(Variant) ->
-    Config = #{host => erllama_cache_store, max_concurrent => 4},
+writer_config(#case_{variant = Variant, behind = Behind}) ->
+    WriteBehind = case Behind of
+        true -> #{};
+        false -> off
+    end,
+    Config = #{
+        host => erllama_cache_store, max_concurrent => ?SLOTS, write_behind => WriteBehind
+    },
     case Variant of
         options -> Config#{file_mode => 8#640, page_cache => drop};
         keyed -> Config#{mac_key => fun secret/0};
@@ -332,8 +357,63 @@ file_name(Key) ->
 tmp_name(Key) ->
     string:lowercase(binary_to_list(binary:encode_hex(Key))) ++ ".0123456789abcdef.tmp".
 
-save(#world{case_ = #case_{variant = Variant}}, Meta, Payload) ->
+save(#world{case_ = #case_{behind = true}} = World, Meta, Payload) ->
+    save_behind(fun() -> {answer(World, Meta, Payload), as_it_should_be} end);
+save(World, Meta, Payload) ->
+    answer(World, Meta, Payload).
+
+answer(#world{case_ = #case_{variant = Variant}}, Meta, Payload) ->
     erllama_cache_writer:save(?STORE, tier(Variant), Meta, Payload, 5000).
+
+%% A save behind its caller whose slot is free only after a load. So all that the save does comes
+%% after its answer, and the load is one from memory.
+save_and_load(World, Meta, Payload) ->
+    save_behind(fun() ->
+        ok = erllama_cache_writer:acquire(infinity, #{weight => ?SLOTS}),
+        try answer(World, Meta, Payload) of
+            {ok, Key} = Answer -> {Answer, pending(Key, Payload)};
+            Answer -> {Answer, as_it_should_be}
+        after
+            erllama_cache_writer:release()
+        end
+    end).
+
+pending(Key, Payload) ->
+    #{pending := Pending, pending_bytes := Bytes} = erllama_cache_writer:info(),
+    case {Pending, Bytes, loads(Key, Payload)} of
+        {1, Length, true} when Length =:= byte_size(Payload) -> as_it_should_be;
+        Other -> Other
+    end.
+
+%% What a save behind its caller comes to when a flush has returned: the answer, or the failure that
+%% was logged and counted, which must have happened once. Anything else is no result of a save.
+save_behind(Save) ->
+    #{dropped := Before} = erllama_cache_writer:info(),
+    {{Answer, Pending}, Flushed} = erllama_cache_test_util:with_log(fun() ->
+        {Save(), erllama_cache_writer:flush(infinity)}
+    end),
+    #{dropped := After} = erllama_cache_writer:info(),
+    case {Answer, Pending, Flushed, failures(), After - Before} of
+        {{ok, Key}, as_it_should_be, ok, [], 0} -> {ok, Key};
+        {{ok, Key}, as_it_should_be, ok, [{Key, Reason}], 1} -> failure(Reason);
+        {{error, _}, as_it_should_be, ok, [], 0} -> Answer;
+        Other -> {behind, Other}
+    end.
+
+%% The keys and reasons of the saves that were logged as failed.
+failures() ->
+    receive
+        {logged, error, #{event := save_dropped, key := Key, reason := Reason}} ->
+            [{Key, Reason} | failures()];
+        {logged, _Level, _Report} ->
+            failures()
+    after 0 ->
+        []
+    end.
+
+failure({raised, _Class, _Reason, _Stack} = Raised) -> Raised;
+failure({saver_died, _Reason} = Died) -> Died;
+failure(Reason) -> {error, Reason}.
 
 %% The file that a save makes, which does not stay.
 template(#world{root = Root} = World, Meta, Payload) ->
@@ -414,9 +494,10 @@ prepare(#world{} = World) ->
     {ok, _} = save(World, meta(1), World#world.ours),
     World#world{before = maps:get(ours, World#world.good)}.
 
-perform(#world{case_ = #case_{op = Op}, key = Key, ours = Ours} = World) ->
+perform(#world{case_ = #case_{op = Op, behind = Behind}, key = Key, ours = Ours} = World) ->
     try
         case Op of
+            save when Behind -> save_and_load(World, meta(1), Ours);
             save -> save(World, meta(1), Ours);
             evict -> save(World, meta(1), Ours);
             present -> save(World, meta(1), Ours);
@@ -461,9 +542,11 @@ attempt(World0, Fault) ->
     Left = left_open(Root),
     Report = disarm(),
     After = names(Root),
+    Writer = erllama_cache_writer:info(),
     Wrong = lists:append([
         [{descriptors_left, Left} || Left =/= []],
-        [{slots_held, N} || N <- [erllama_cache_writer:current()], N =/= 0],
+        [{slots_held, N} || #{current := N} <- [Writer], N =/= 0],
+        [{pending_left, N} || #{pending := N} <- [Writer], N =/= 0],
         [{synced_again_after_a_failure, N} || #{resyncs := N} <- [Report], N =/= 0],
         reservations(World, Result),
         judge(World, Fault, Report, Result, Before, After),
@@ -750,7 +833,7 @@ delete_all(Ns, #world{root = Root, case_ = #case_{op = Op} = Case}) ->
 faults(Base, Amount, Only) ->
     true = ets:new(?MODULE, [named_table, public]) =:= ?MODULE,
     ets:insert(?MODULE, [{violations, 0}, {dead, 0}, {dead_tmp, 0}, {dead_final, 0},
-                          {oracle, []}]),
+                          {behind, 0, 0, 0}, {behind_dead, 0, 0, 0}, {oracle, []}]),
     case Only of
         [] ->
             Cases = cases(Amount),
@@ -883,8 +966,9 @@ fail_from(Again, N, Action) ->
     #world{case_ = Case} = World = Again(),
     Fault = #fault{kind = any, first = N, last = ?FOREVER, action = Action},
     note(Case, Fault),
-    {_Report, _Class, Wrong} = attempt(World, Fault),
+    {_Report, Class, Wrong} = attempt(World, Fault),
     ets:update_counter(?MODULE, dead, 1),
+    count_behind(behind_dead, Case, Class),
     [violation(Case, Fault, Wrong) || Wrong =/= []],
     1.
 
@@ -896,9 +980,17 @@ count(#world{case_ = Case}, #fault{kind = Kind} = Fault, true, Class, Wrong) ->
     end,
     Row = {{kind, Kind}, 0, 0, 0, 0},
     _ = ets:update_counter(?MODULE, {kind, Kind}, [{2, 1}, {Column, 1}], Row),
+    count_behind(behind, Case, Class),
     [violation(Case, Fault, Wrong) || Wrong =/= []];
 count(#world{case_ = Case}, Fault, false, _Class, Wrong) ->
     [violation(Case, Fault, Wrong) || Wrong =/= []].
+
+count_behind(Row, #case_{behind = true}, Class) ->
+    Columns = [{2, 1}] ++ [{3, 1} || Class =:= ok] ++ [{4, 1} || Class =:= error],
+    _ = ets:update_counter(?MODULE, Row, Columns),
+    ok;
+count_behind(_Row, _Case, _Class) ->
+    ok.
 
 %% Should the VM die, the last line of this is what it died of.
 note(Case, Fault) ->
@@ -923,9 +1015,14 @@ print_table(Cases) ->
     end, Rows),
     Sum = fun(N) -> lists:sum([element(N, Row) || Row <- Rows]) end,
     io:format("~-26s ~8b ~8b ~8b   in ~b cases~n", ["all", Sum(2), Sum(3), Sum(4), Cases]),
+    [{behind, Tried, Ok, Dropped}] = ets:lookup(?MODULE, behind),
+    io:format("~-26s ~8b ~8b ~8b~n", ["of these, saves behind", Tried, Ok, Dropped]),
     [Dead, Tmp, Final] =
         [ets:lookup_element(?MODULE, Key, 2) || Key <- [dead, dead_tmp, dead_final]],
     io:format("~n~-26s ~8b~n", ["all from the n-th on", Dead]),
+    [{behind_dead, DeadBehind, DeadOk, DeadDropped}] = ets:lookup(?MODULE, behind_dead),
+    io:format("~-26s ~8b ~8b ~8b~n",
+              ["of these, saves behind", DeadBehind, DeadOk, DeadDropped]),
     io:format("  Of these, ~b left a temporary file to the next start and ~b a whole file under~n"
               "  the key's name, because what would have undone it failed too.~n", [Tmp, Final]).
 

@@ -195,7 +195,7 @@ def power_cuts(bench, mode, keyed_by, cuts, seed):
     image = bench.image("cut." + mode, mode, 192)
     known, passed, first = model.Model(), set(), 1
     row = {"mode": mode, "keyed_by": keyed_by, "cuts": 0, "saved": 0, "in_flight": 0, "files": 0,
-           "payloads": 0, "lost": 0, "wrong": 0, "errors": 0, "counts": {}}
+           "payloads": 0, "pending": 0, "kept": 0, "lost": 0, "wrong": 0, "errors": 0, "counts": {}}
     while True:
         last = row["cuts"] == cuts
         # Not in the middle of e2fsck, which no power cut may meet.
@@ -223,6 +223,8 @@ def power_cuts(bench, mode, keyed_by, cuts, seed):
                 row["wrong"] += len(wrong)
                 row["files"] += len(found.files)
                 row["payloads"] += sum(load == "right" for load in found.loads.values())
+                row["pending"] += len(known.pending)
+                row["kept"] += sum(found.loads[key] == "right" for key in known.pending)
                 known.settle(found.loads, mode != "none")
             elif what == "PASSED":
                 passed.update(rest.split())
@@ -232,6 +234,7 @@ def power_cuts(bench, mode, keyed_by, cuts, seed):
                     first = max(first, int(rest.split()[1]) + 100)
         row["in_flight"] += len(known.under_way)
         row["saved"], row["counts"] = known.saved, known.counts
+        row["answered"], row["flushed"] = known.answered, known.flushed
         for error in known.errors[row["errors"]:]:
             print("ERROR %s (journal %s, seed %d)" % (error, mode, seed), flush=True)
         row["errors"] = len(known.errors)
@@ -331,12 +334,14 @@ def main():
     if cut_rows:
         table("Power cuts", cut_rows, [
             ("journal", "mode"), ("keys of a", "keyed_by"), ("cuts", "cuts"), ("saves", "saved"),
-            ("in flight", "in_flight"), ("files", "files"), ("payloads", "payloads"),
-            ("errors", "errors"), ("lost", "lost"), ("wrong", "wrong")])
+            ("behind", "answered"), ("flushed", "flushed"), ("pending", "pending"),
+            ("kept", "kept"), ("in flight", "in_flight"), ("files", "files"),
+            ("payloads", "payloads"), ("errors", "errors"), ("lost", "lost"), ("wrong", "wrong")])
     if replay_rows:
         table("Replay of every write", replay_rows, [
             ("journal", "mode"), ("keys of a", "keyed_by"), ("beside", "beside"),
-            ("saves", "saves"), ("entries", "entries"), ("boundaries", "boundaries"),
+            ("saves", "saves"), ("flushed", "flushed"), ("entries", "entries"),
+            ("boundaries", "boundaries"),
             ("between", "between"), ("files", "checked"), ("errors", "errors"), ("lost", "lost"),
             ("wrong", "wrong")])
     bad = sum(row["lost"] + row["wrong"] + row["errors"] for row in cut_rows + replay_rows)

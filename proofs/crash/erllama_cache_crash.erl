@@ -8,11 +8,17 @@
 %% There are two roots. `a' has two stores on it, so that two saves of one key can meet on the
 %% disk; `b' has a bound, and evicts. Keys of the one are made of tokens, those of the other of
 %% text, so that there are files of both versions.
+%%
+%% Half of the saves are in line, half behind their callers. Of the latter both are on record: the
+%% answer, which promises nothing that outlives the VM, and the flush, after which they are promised
+%% like the others.
 -module(erllama_cache_crash).
 
 -export([main/0]).
 
 -define(SAVERS_OF_A, 3).
+%% Enough for all savers.
+-define(SLOTS, 16).
 %% How many payloads a saver of `a' keeps before it deletes one.
 -define(LIVE, 6).
 
@@ -31,7 +37,10 @@ main() ->
     [Dir, MaxBytes, KeyedByOfA] = init:get_plain_arguments(),
     ok = persistent_term:put(?MODULE, list_to_existing_atom(KeyedByOfA)),
     {ok, _} = application:ensure_all_started(erllama_cache_nif),
-    {ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store, max_concurrent => 16}),
+    {ok, _} = erllama_cache_writer:start_link(#{
+        host => erllama_cache_store, max_concurrent => ?SLOTS,
+        write_behind => #{reasons => [continued]}
+    }),
     serve(Dir, list_to_integer(MaxBytes)).
 
 serve(Dir, MaxBytes) ->
@@ -140,6 +149,9 @@ one_line(Format, Args) ->
 %%% Saving
 
 run(Dir, Seed, {First, Last}, Busy, There) ->
+    %% In half of the runs what is pending has to wait for a slot, so that it meets the cut. In the
+    %% others saves meet each other.
+    ok = erllama_cache_writer:set_max_concurrent(lists:nth(1 + Seed rem 2, [1, ?SLOTS])),
     Next = atomics:new(1, []),
     ok = atomics:put(Next, 1, First),
     Numbers = [string:to_integer(N) || N <- There],
@@ -214,10 +226,11 @@ saver(Relay, Dir, #saver{next = Next, last = Last} = Saver) ->
     end.
 
 step(Relay, _Dir, #saver{root = "b"} = Saver) ->
-    save(Relay, [kv_b], "b", fresh(Saver)),
+    %% What of these is live, its store decides.
+    _ = save_new(Relay, [kv_b], Saver),
     Saver;
 step(Relay, _Dir, #saver{damaged = [N | Damaged], live = Live} = Saver) ->
-    save(Relay, [kv_a], "a", N),
+    save(Relay, how(), [kv_a], "a", [N]),
     Saver#saver{damaged = Damaged, live = [N | Live]};
 step(Relay, Dir, #saver{root = "a", live = Live} = Saver) ->
     case rand:uniform(20) of
@@ -236,10 +249,14 @@ fresh(#saver{next = Next}) ->
 any(#saver{live = Live}) ->
     lists:nth(rand:uniform(length(Live)), Live).
 
-save_new(Relay, Stores, #saver{live = Live} = Saver) ->
-    N = fresh(Saver),
-    save(Relay, Stores, "a", N),
-    Saver#saver{live = [N | Live]}.
+save_new(Relay, Stores, #saver{root = Root, live = Live} = Saver) ->
+    How = how(),
+    New = case How of
+        in_line -> [fresh(Saver)];
+        behind -> [fresh(Saver) || _ <- lists:seq(1, rand:uniform(max_pending(Root)))]
+    end,
+    save(Relay, How, Stores, Root, New),
+    Saver#saver{live = New ++ Live}.
 
 delete(Relay, #saver{live = Live} = Saver) ->
     N = any(Saver),
@@ -249,7 +266,7 @@ delete(Relay, #saver{live = Live} = Saver) ->
 delete_and_save(Relay, Saver) ->
     N = any(Saver),
     delete_one(Relay, N),
-    save(Relay, [kv_a], "a", N),
+    save(Relay, how(), [kv_a], "a", [N]),
     Saver.
 
 delete_one(Relay, N) ->
@@ -264,7 +281,7 @@ damage_and_save(Relay, Dir, Saver) ->
     report(Relay, "G a ~b", [N]),
     ok = flip_last_byte(filename:join([Dir, "a", hex(key("a", N)) ++ ".kvc"])),
     case load("a", N) of
-        "corrupt" -> save(Relay, [kv_a], "a", N);
+        "corrupt" -> save(Relay, how(), [kv_a], "a", [N]);
         Other -> report(Relay, "E load a ~b, damaged: ~s", [N, Other])
     end,
     Saver.
@@ -285,26 +302,65 @@ look(Relay, Saver) ->
     end,
     Saver.
 
-save(Relay, Stores, Root, N) ->
-    Payload = payload(Root, N),
-    report(Relay, "B ~s ~b ~b", [Root, N, byte_size(Payload) + 1024]),
+%% How many saves of one saver are pending at most. In `b' they leave room for half of its bound:
+%% model.py relies on that.
+max_pending("a") -> 4;
+max_pending("b") -> 2.
+
+how() ->
+    lists:nth(rand:uniform(2), [in_line, behind]).
+
+save(Relay, in_line, Stores, Root, [N]) ->
+    save_in_line(Relay, Stores, Root, N);
+save(Relay, behind, Stores, Root, Ns) ->
+    Begun = [begun(Relay, Root, N, continued) || N <- Ns],
+    Answers = [save_behind(Save, Stores, Root, N) || {N, Save} <- lists:zip(Ns, Begun)],
+    [begin
+         answered(Relay, "A", Root, N, Results),
+         IsThere orelse report(Relay, "E load ~s ~b, behind", [Root, N])
+     end || {N, {Results, IsThere}} <- lists:zip(Ns, Answers)],
+    ok = erllama_cache_writer:flush(infinity),
+    case erllama_cache_writer:info() of
+        #{dropped := 0} -> [report(Relay, "F ~s ~b", [Root, N]) || N <- Ns];
+        #{dropped := Dropped} -> report(Relay, "E flush: ~b saves dropped", [Dropped])
+    end.
+
+%% The results, and whether a load gives the payload, be the save pending or not.
+save_behind({Save, Payload}, Stores, Root, N) ->
+    Results = [Save(Store) || Store <- Stores],
+    IsThere = case erllama_cache_store:load(store(Root), key(Root, N)) of
+        {ok, _Info, Payload} -> true;
+        _ -> false
+    end,
+    {Results, IsThere}.
+
+save_in_line(Relay, [Mine | Others], Root, N) ->
+    {Save, _Payload} = begun(Relay, Root, N, cold),
     Self = self(),
-    Meta = meta(Root, N),
-    Save = fun(Store) -> erllama_cache_writer:save(Store, disk, Meta, Payload, infinity) end,
-    [Mine | Others] = Stores,
     Refs = [begin
                 Ref = make_ref(),
                 spawn_link(fun() -> Self ! {Ref, Save(Other)} end),
                 Ref
             end || Other <- Others],
     Results = [Save(Mine) | [receive {Ref, Result} -> Result end || Ref <- Refs]],
+    answered(Relay, "S", Root, N, Results).
+
+%% The save itself, when its begin is on record, and its payload.
+begun(Relay, Root, N, Reason) ->
+    Payload = payload(Root, N),
+    report(Relay, "B ~s ~b ~b", [Root, N, byte_size(Payload) + 1024]),
+    Meta = (meta(Root, N))#{save_reason := Reason},
+    Save = fun(Store) -> erllama_cache_writer:save(Store, disk, Meta, Payload, infinity) end,
+    {Save, Payload}.
+
+answered(Relay, What, Root, N, Results) ->
     %% Of two that save the same key the later may find it there.
     case [Result || Result <- Results, not is_good(Result)] of
         [] -> ok;
         Bad -> report(Relay, "E save ~s ~b: ~p", [Root, N, Bad])
     end,
     case lists:keymember(ok, 1, Results) of
-        true -> report(Relay, "S ~s ~b", [Root, N]);
+        true -> report(Relay, "~s ~s ~b", [What, Root, N]);
         false -> report(Relay, "E save ~s ~b: none has saved it: ~p", [Root, N, Results])
     end.
 

@@ -259,6 +259,7 @@ class Replay:
             if self.done["lost"] + self.done["wrong"] > 20:
                 break
         self.done["saves"] = self.model.saved
+        self.done["flushed"] = self.model.flushed
         self.done["counts"] = self.model.counts
         self.done["errors"] = self.model.errors
         self.host.tell("REPLAYED " + json.dumps(self.done))

@@ -4,6 +4,8 @@ The guest reports each step before it takes it and each success once it has it, 
 
     B root n bytes   a save of payload n begins, whose file will have about so many bytes
     S root n         it has returned {ok, Key}
+    A root n         instead of that, a save behind its caller has
+    F root n         a flush has returned ok since
     D root n         a delete of n begins
     G root n         the file of n is about to be damaged, for the next save to replace it
     C what count     something else was done so often
@@ -17,7 +19,7 @@ MAY = "may"            # there, whole and right, or not at all
 DAMAGED = "damaged"    # there: whole and right, or what was damaged on purpose
 
 # What each report makes of a payload.
-STATE = {"B": MAY, "S": MUST, "D": MAY, "G": DAMAGED}
+STATE = {"B": MAY, "S": MUST, "A": MAY, "F": MUST, "D": MAY, "G": DAMAGED}
 
 ROOTS = ("a", "b")
 # The root of the store with max_bytes, and that bound. What it evicts it decides by itself: of the
@@ -35,7 +37,11 @@ class Model:
         self.under_way = set()
         # Of those, what is saved for the first time.
         self.fresh = set()
+        # And what has been answered, but not flushed.
+        self.pending = set()
         self.saved = 0
+        self.answered = 0
+        self.flushed = 0
         self.counts = {}
         self.errors = []
 
@@ -54,10 +60,16 @@ class Model:
             self.under_way.add(key)
             if key not in self.state:
                 self.fresh.add(key)
-        elif what == "S":
-            self.under_way.discard(key)
-            self.fresh.discard(key)
-            self.saved += 1
+        elif what == "A":
+            self.pending.add(key)
+            self.answered += 1
+        elif what in ("S", "F"):
+            for saves in (self.under_way, self.fresh, self.pending):
+                saves.discard(key)
+            if what == "S":
+                self.saved += 1
+            else:
+                self.flushed += 1
         self._set(key, STATE[what])
 
     def _set(self, key, state):
@@ -90,7 +102,7 @@ class Model:
             elif not in_order:
                 kept[key] = MAY
         self.state = kept
-        self.under_way, self.fresh = set(), set()
+        self.under_way, self.fresh, self.pending = set(), set(), set()
 
 
 def encode(table):

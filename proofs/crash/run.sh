@@ -6,7 +6,9 @@
 # A guest kernel of User Mode Linux, which boots in two seconds as a plain process, runs stores on
 # an ext4 of its own and saves without pause: new payloads, two saves of one key at a time, deletes,
 # files that are damaged for a save to replace, evictions; somebody else beside them syncs a file of
-# his own. What a save has acknowledged leaves the guest at once. Then
+# his own. Half of the saves go on behind their callers. What a save has acknowledged leaves the guest
+# at once; for one behind its caller that is its answer, which promises nothing yet, and then the flush.
+# Then
 #
 #   - its power is cut at a random moment, by SIGKILL. In the next guest, which replays the journal,
 #     proofs/oracle/kvc_oracle.py checks each file before a store starts, and then the stores load all that

@@ -886,7 +886,7 @@ fail_each(Base, Case, Amount) ->
     remember_good(World),
     teardown(),
     Took = erlang:monotonic_time(millisecond) - Begun,
-    io:format("  ~-34s ~4b calls ~6b faults ~4b dead disks ~6.1f s~n",
+    io:format("  ~-38s ~4b calls ~6b faults ~4b dead disks ~6.1f s~n",
               [name(Case), Total, Tried, Dead, Took / 1000]).
 
 %% There must be nothing to complain of then.
@@ -1128,7 +1128,7 @@ crash_each(Base, Case, Amount) ->
     remember_good(World),
     teardown(),
     Took = erlang:monotonic_time(millisecond) - Begun,
-    io:format("  ~-34s ~4b calls ~6b crashes ~6.1f s~n",
+    io:format("  ~-38s ~4b calls ~6b crashes ~6.1f s~n",
               [name(Case), Total, length(Points), Took / 1000]).
 
 %% After one call is before the next, but for what other threads do meanwhile.

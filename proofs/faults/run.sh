@@ -1,10 +1,10 @@
 #!/bin/sh
 # Every I/O call fails once, and the VM ends at every I/O call.
 #
-#   faults   Each call of the NIF library that does I/O, in each operation (save, load, eviction, a
-#            store's start and others), fails once with each of six errors, or moves half of what it
-#            should, or other bytes; and every call from the n-th on fails. After each, the promises
-#            of docs/durability.md are looked for from outside.
+#   faults   Each call of the NIF library that does I/O, in each operation (save in line or behind
+#            its caller, load, eviction, a store's start and others), fails once with each of six
+#            errors, or moves half of what it should, or other bytes; and every call from the n-th on
+#            fails. After each, the promises of docs/durability.md are looked for from outside.
 #   crashes  A VM ends before and after each I/O call of a save, an eviction, a deletion and a scan.
 #            Another VM then looks at what is left.
 #
@@ -17,6 +17,7 @@
 #
 #   proofs/faults/run.sh [faults|crashes [CASE [CALL N WHAT]]]
 #   proofs/faults/run.sh faults save_small/adopt/disk linkat 1 eio      that one again
+#   proofs/faults/run.sh faults save_small/adopt/disk/behind linkat 1 eio
 #   proofs/faults/run.sh crashes save_small/adopt/disk 7 exit_after
 #
 # FAULTS=quick tries less: three errors (two for large files), of the calls of a kind the first and

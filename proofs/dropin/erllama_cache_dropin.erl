@@ -34,7 +34,7 @@ ours(KeyedBy) ->
     #{limit := 3, saves := 1} = erllama_cache_writer:info(),
     [{erllama_cache_writer, Writer, worker, _}] = supervisor:which_children(erllama_sup),
     Writer = whereis(erllama_cache_writer),
-    [] = supervisor:which_children(erllama_cache_nif_sup),
+    [{erllama_cache_drain, _, worker, _}] = supervisor:which_children(erllama_cache_nif_sup),
     {ok, Theirs} = application:get_key(erllama, modules),
     {ok, Ours} = application:get_key(erllama_cache_nif, modules),
     [] = [Module || Module <- Ours, lists:member(Module, Theirs)],

@@ -143,7 +143,7 @@ faults: setup all ## Fail each I/O call once, end the VM at each one: FAULTS=qui
 crash: setup all ## Cut the power of machines that save: CUTS=100 SAVES=25
 	proofs/crash/run.sh
 
-kill: setup all ## Kill nodes in the middle of saves: KILLS=300 in each of three storms
+kill: setup all ## Kill nodes in the middle of saves: KILLS=300 in each of four storms
 	proofs/kill/run.sh
 
 disks: setup all ## Full, frozen and read-only disks, other file systems, as root

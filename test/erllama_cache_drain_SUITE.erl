@@ -2,8 +2,6 @@
 %% with erllama, which stops before this application. In each, 256 MiB of payload are pending, or
 %% DRAIN_BYTES.
 -module(erllama_cache_drain_SUITE).
--behaviour(application).
--behaviour(supervisor).
 
 -include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
@@ -15,7 +13,6 @@
 %% What the nodes run.
 -export([play/1]).
 %% The application that stands in for erllama, and its supervisors.
--export([start/2, stop/1, init/1]).
 
 -import(erllama_cache_test_util, [files/1, file_of/2, run_command/2, run_node/3, eventually/2]).
 -import(erllama_cache_erllama_util, [load_fakes/1, meta/1]).
@@ -208,33 +205,8 @@ start_erllama(alone, _Root) ->
 start_erllama(KeyedBy, Root) ->
     ok = load_fakes(KeyedBy),
     ok = erllama_fake:start(?TIER),
-    ok = application:load({application, ?HOSTS, [
-        {vsn, "0.5.1"}, {modules, []}, {registered, []},
-        {applications, [kernel, stdlib, ?OURS]}, {mod, {?MODULE, Root}}
-    ]}),
+    ok = erllama_fake_app:load(?HOSTS, ?TIER, Root, [?OURS]),
     application:start(?HOSTS).
-
-%% As erllama has it: the tiers' servers stop before the writer, and that before the metadata's.
-start(_Type, Root) ->
-    supervisor:start_link({local, erllama_sup}, ?MODULE, [
-        below(drain_cache_sup, [
-            #{id => meta_srv, start => {erllama_cache_meta_srv, start_link, []}},
-            #{id => ?WRITER, start => {?WRITER, start_link, []}, shutdown => 5000}
-        ]),
-        below(drain_tiers_sup, [
-            #{id => tier, start => {erllama_cache_disk_srv, start_link, [?TIER, Root]}}
-        ])
-    ]).
-
-below(Name, Children) ->
-    #{id => Name, type => supervisor,
-      start => {supervisor, start_link, [{local, Name}, ?MODULE, Children]}}.
-
-stop(_State) ->
-    ok.
-
-init(Children) ->
-    {ok, {#{strategy => one_for_one}, Children}}.
 
 %%% What is saved
 

@@ -2,8 +2,6 @@
 %% writer is back, and the host lives. The processes are counted, not named, so that one that is
 %% added later is killed too. Each is killed fifteen times, each time in trees that are new.
 -module(erllama_cache_supervision_SUITE).
--behaviour(application).
--behaviour(supervisor).
 
 -include_lib("common_test/include/ct.hrl").
 -include_lib("stdlib/include/assert.hrl").
@@ -13,7 +11,6 @@
 -export([any_process_of_a_node_with_erllama/1, any_process_of_a_node_without/1,
          any_process_while_a_root_is_away/1, top_of_either_application/1]).
 %% The application that stands in for erllama, and its supervisors.
--export([start/2, stop/1, init/1]).
 
 -import(erllama_cache_test_util, [
     fresh_dir/2, eventually/1, actor/0, ask/2, kill/1
@@ -267,10 +264,7 @@ start_with_erllama(Config) ->
     Dirs = ?config(dirs, Config),
     ok = erllama_fake:start(?TIER),
     Root = proplists:get_value(?TIER, Dirs),
-    ok = application:load({application, ?HOSTS, [
-        {vsn, "0.5.1"}, {modules, []}, {registered, []}, {applications, [kernel, stdlib]},
-        {mod, {?MODULE, Root}}
-    ]}),
+    ok = erllama_fake_app:load(?HOSTS, ?TIER, Root, []),
     ok = start_ours(Dirs),
     ok = application:start(?HOSTS).
 
@@ -293,26 +287,3 @@ stop_all() ->
     ],
     [erllama_fake:stop() || whereis(erllama_fake) =/= undefined],
     ok.
-
-%% As erllama has it: the servers of the cache below a supervisor of their own, in this order; and
-%% the tiers' servers below another.
-start(_Type, Root) ->
-    supervisor:start_link({local, erllama_sup}, ?MODULE, [
-        below(supervision_cache_sup, [
-            #{id => meta_srv, start => {erllama_cache_meta_srv, start_link, []}},
-            #{id => ?WRITER, start => {?WRITER, start_link, []}, shutdown => 5000}
-        ]),
-        below(supervision_tiers_sup, [
-            #{id => tier, start => {erllama_cache_disk_srv, start_link, [?TIER, Root]}}
-        ])
-    ]).
-
-below(Name, Children) ->
-    #{id => Name, type => supervisor,
-      start => {supervisor, start_link, [{local, Name}, ?MODULE, Children]}}.
-
-stop(_State) ->
-    ok.
-
-init(Children) ->
-    {ok, {#{strategy => one_for_one, intensity => 5, period => 30}, Children}}.

@@ -66,10 +66,21 @@ run(Setup, Guard, TierSrv, Tier, BuildMeta, Payload, Stop) ->
         {ok, Save} ->
             case reserve(Save) of
                 {ok, Reserved} -> finish(Reserved, Guard, Stop);
+                {error, conflict} -> conflict(Save);
                 {error, _} = Error -> Error
             end;
         {error, _} = Error ->
             Error
+    end.
+
+%% A key that is being saved behind its caller counts as saved.
+conflict(#save{key = Key} = Save) ->
+    case erllama_cache_pending:find(scope(Save), Key) of
+        none ->
+            {error, conflict};
+        {ok, _Info, _Payload, _Owner} ->
+            ok = count(duplicate_dropped, Save),
+            {error, already_present}
     end.
 
 %% What is to be saved, under which key. This needs neither a slot nor a reservation, and leaves

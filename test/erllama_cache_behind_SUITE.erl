@@ -31,6 +31,7 @@ groups() ->
         as_many_as_may_be_are_pending,
         as_many_bytes_as_may_be_are_pending,
         a_pending_key_is_already_present,
+        a_pending_key_is_already_present_in_line,
         what_another_process_has_reserved_is_a_conflict,
         what_fails_before_the_answer_is_answered,
         what_raises_before_the_answer_is_raised,
@@ -132,6 +133,17 @@ a_pending_key_is_already_present(_Config) ->
     ok = ?WRITER:flush(infinity),
     ?assertEqual({error, already_present}, save(meta(continued, [1]), ?PAYLOAD)),
     ?assertMatch(#{16 := 2}, erllama_cache_counters:all()).
+
+a_pending_key_is_already_present_in_line(_Config) ->
+    ok = behind(#{}),
+    ok = ?WRITER:set_max_concurrent(2),
+    Turns = hold_turns(),
+    Payload = binary:copy(<<7>>, ?LARGE),
+    {ok, _} = save(meta(cold, [1]), Payload),
+    ?assertEqual({error, already_present}, save(meta(evict, [1]), Payload)),
+    ?assertMatch(#{16 := 1}, erllama_cache_counters:all()),
+    ok = go_on(Turns),
+    ok = ?WRITER:flush(infinity).
 
 what_another_process_has_reserved_is_a_conflict(_Config) ->
     ok = behind(#{}),

@@ -308,7 +308,8 @@ in_line({Caller, Id, Size, N}, Model) ->
     end.
 
 reserve(Id, #model{files = Files, savers = Savers} = Model) ->
-    case {is_map_key(Id, Files), lists:keymember(Id, #saver.id, Savers)} of
+    Present = is_map_key(Id, Files) orelse lists:keymember(Id, #saver.id, pending(Model)),
+    case {Present, lists:keymember(Id, #saver.id, Savers)} of
         {true, _} -> {{error, already_present}, add(duplicates_by_host, Model)};
         {_, true} -> {{error, conflict}, add(save_errors, Model)};
         _ -> ok

@@ -72,15 +72,17 @@ find_config(Name) ->
         error:badarg -> error
     end.
 
-%% The table may be deleted at any moment, and its name taken by another store's.
+%% The table may be deleted at any moment, and its name taken by another store's, which is not there
+%% before it has all that new/2 inserts.
 table(Name, Fun) ->
     try
         Fun()
     catch
-        error:badarg:Stack ->
-            case ets:whereis(Name) of
-                undefined -> no_store(Name);
-                _ -> erlang:raise(error, badarg, Stack)
+        error:badarg ->
+            case find_config(Name) of
+                %% Another store's by now, or a mistake, which is raised again.
+                {ok, _} -> Fun();
+                error -> no_store(Name)
             end
     end.
 

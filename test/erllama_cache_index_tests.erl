@@ -26,8 +26,17 @@ index_test_() ->
         fun a_load_leaves_reservations_alone/1,
         fun a_lease_that_was_taken_over_leaves_no_watch/1,
         fun a_check_beside_loads_does_not_expire/1,
-        fun a_start_leaves_reservations_alone/1
+        fun a_start_leaves_reservations_alone/1,
+        fun a_store_that_is_being_made_is_not_there/1
     ]).
+
+%% As between the end of a store and its next start, for who has met the one and finds the other.
+a_store_that_is_being_made_is_not_there(_Root) ->
+    Name = index_being_made,
+    Name = ets:new(Name, [named_table, public]),
+    ?assertExit({noproc, _}, erllama_cache_index:config(Name)),
+    ?assertExit({noproc, _}, erllama_cache_index:length_counts(Name)),
+    true = ets:delete(Name).
 
 a_reserved_key_is_a_conflict(Root) ->
     _ = [

@@ -101,20 +101,21 @@ impl<O: Clone, W> Guard<O, W> {
             return Some(Err(Refusal::Ended));
         }
         let mut seen = self.semaphore.word.load();
-        loop {
-            match request.check(seen) {
-                Ok(()) => {}
-                // It would fit, so others wait. Only under the lock is it known in which lane.
-                Err(Refusal::Busy) if seen.fits(request.weight) => return None,
-                Err(refusal) => return Some(Err(refusal)),
-            }
+        while seen.can_grant(request.weight) {
             match self.semaphore.word.take(seen, request.weight) {
-                Ok(()) => break,
+                Ok(()) => {
+                    state.hold(request);
+                    return Some(Ok(()));
+                }
                 Err(now) => seen = now,
             }
         }
-        state.hold(request);
-        Some(Ok(()))
+        match request.check_allowed(seen) {
+            // It would fit, so others wait. Only under the lock is it known in which lane.
+            Ok(()) if seen.fits(request.weight) => None,
+            Ok(()) => Some(Err(Refusal::Busy)),
+            Err(refusal) => Some(Err(refusal)),
+        }
     }
 
     /// Leaves the queue. `true` if it did: nothing is held and no waker will come. `false` if there

@@ -28,16 +28,6 @@ impl Request {
             Ok(())
         }
     }
-
-    /// Whether it can be granted now, as far as the word alone says.
-    pub(super) fn check(self, seen: Snapshot) -> Result<(), Refusal> {
-        self.check_allowed(seen)?;
-        if seen.has_queue() || !seen.fits(self.weight) {
-            Err(Refusal::Busy)
-        } else {
-            Ok(())
-        }
-    }
 }
 
 /// What became of an acquire that may queue.

@@ -45,6 +45,12 @@ impl Snapshot {
         self.held() + weight <= self.limit()
     }
 
+    /// Whether `weight` can be granted without the semaphore's lock: it is open, nobody is queued,
+    /// and `weight` fits.
+    pub(super) fn can_grant(self, weight: u32) -> bool {
+        self.0 & (OPEN | QUEUED) == OPEN && self.fits(weight)
+    }
+
     fn plus(self, weight: u32) -> u64 {
         self.0 + u64::from(weight) * HELD_ONE
     }

@@ -1,6 +1,7 @@
 %% Refuses the waiters of a server that crashed and was not replaced. They go on waiting while a
 %% supervisor restarts the server; if the supervisor has given up, this process ends their wait. It
-%% lives as long as the server, and a minute longer after a crash.
+%% lives as long as the server, and a minute longer after a crash. Each server has its own: if one
+%% follows and crashes within that minute, its waiters have a minute of their own.
 %%
 %% @private
 -module(erllama_cache_abandon).
@@ -19,25 +20,28 @@ after_crash_of(Server, Semaphore) ->
 
 init({Server, Semaphore}) ->
     _ = monitor(process, Server),
-    {ok, Semaphore}.
+    {ok, {Server, Semaphore}}.
 
-handle_call(_Request, _From, Semaphore) ->
-    {reply, {error, unknown_call}, Semaphore}.
+handle_call(_Request, _From, State) ->
+    {reply, {error, unknown_call}, State}.
 
-handle_cast(_Request, Semaphore) ->
-    {noreply, Semaphore}.
+handle_cast(_Request, State) ->
+    {noreply, State}.
 
-handle_info({'DOWN', _, process, _, Reason}, Semaphore) ->
+handle_info({'DOWN', _, process, _, Reason}, State) ->
     case erllama_cache_successor:is_stop(Reason) of
         true ->
             %% The server has refused its waiters itself.
-            {stop, normal, Semaphore};
+            {stop, normal, State};
         false ->
             _ = erlang:start_timer(?REPLACED_WITHIN, self(), no_server),
-            {noreply, Semaphore}
+            {noreply, State}
     end;
-handle_info({timeout, _, no_server}, Semaphore) ->
-    ok = erllama_cache_nif:semaphore_abandon(Semaphore),
-    {stop, normal, Semaphore};
-handle_info(_Message, Semaphore) ->
-    {noreply, Semaphore}.
+handle_info({timeout, _, no_server}, {Server, Semaphore} = State) ->
+    ok = case erllama_cache_setup:find() of
+        {ok, #{server := Server}} -> erllama_cache_nif:semaphore_abandon(Semaphore);
+        {ok, #{server := _Later}} -> ok
+    end,
+    {stop, normal, State};
+handle_info(_Message, State) ->
+    {noreply, State}.

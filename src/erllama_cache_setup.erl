@@ -11,12 +11,14 @@
     semaphore := erllama_cache_nif:semaphore(),
     host := module(),
     keyed_by := erllama_cache_host:keyed_by(),
+    %% The writer that this is of.
+    server := pid(),
     secret := none | erllama_cache_nif:secret(),
     defaults := erllama_cache_meta:defaults(),
     options := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
     options_behind := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
     slow_save_ms := pos_integer(),
-    write_behind := off | #{max := pos_integer(), max_bytes := pos_integer(), atom() => term()},
+    write_behind := off | erllama_cache_config:write_behind(),
     drain_ms := non_neg_integer(),
     atom() => term()
 }.

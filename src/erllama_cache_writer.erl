@@ -22,32 +22,7 @@
 -compile({inline, [take/3, take/4, try_take/3, guard/0]}).
 
 -type key() :: <<_:256>>.
--type config() :: #{
-    max_concurrent => pos_integer(),
-    max_inflight_bytes => non_neg_integer() | infinity,
-    host => module(),
-    file_mode => non_neg_integer(),
-    digest => blake3 | none,
-    mac_key => {file, file:name_all()} | fun(() -> <<_:256>>),
-    page_cache => keep | drop,
-    slow_save_ms => pos_integer(),
-    write_behind => off | erllama_cache_behind:options(),
-    drain_ms => non_neg_integer()
-}.
-%% <ul>
-%% <li>`max_concurrent': how many saves run at once (default: twice the schedulers plus one);</li>
-%% <li>`max_inflight_bytes': bytes of payload in running saves (default: `infinity');</li>
-%% <li>`host': the {@link erllama_cache_host} (default: `erllama_cache_host_erllama');</li>
-%% <li>`file_mode': the files' permissions (default: `8#600');</li>
-%% <li>`digest': `blake3' (default in tier `disk') or `none' (default in tier `ram_file');</li>
-%% <li>`mac_key': a secret that keys all digests; with one, every file has a digest;</li>
-%% <li>`page_cache': whether a saved file stays in the page cache (default: `keep');</li>
-%% <li>`slow_save_ms': a save that takes longer is logged (default: 10,000);</li>
-%% <li>`write_behind': {@link erllama_cache_behind. which saves go on behind their callers}
-%%   (default: `off', none);</li>
-%% <li>`drain_ms': how long the application waits for those when it stops (default: 30,000).</li>
-%% </ul>
-
+-type config() :: erllama_cache_config:config().
 -type async_opts() :: #{timeout => timeout(), detach => boolean()}.
 %% Milliseconds to wait for a slot (default: 30,000); whether the save goes on when the caller dies
 %% (default: `false').
@@ -131,6 +106,7 @@ open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret
     ok = erllama_cache_setup:put(Config#{
         semaphore => Semaphore,
         secret => Secret,
+        server => self(),
         options => erllama_cache_config:save_options(Config, Secret, helped),
         %% It takes no processor from those who go on meanwhile but the one that it runs on.
         options_behind => erllama_cache_config:save_options(Config, Secret, alone),

@@ -58,6 +58,7 @@ groups() ->
             server_restarted_under_waiters,
             server_that_nobody_replaces,
             server_that_is_replaced_in_time,
+            server_that_crashes_soon_after_another,
             server_stopped_under_waiters
         ]},
         {ends, [], [
@@ -704,6 +705,20 @@ server_that_is_replaced_in_time(_Config) ->
     ?assert(waiting(Waiters)),
     ok = ?WRITER:release(),
     ok = answered(First).
+
+%% The minute of the first is over before that of the second.
+server_that_crashes_soon_after_another(_Config) ->
+    ok = ?WRITER:acquire(0),
+    Waiters = queue_up(3),
+    OfFirst = kill_server(),
+    {ok, Second} = ?WRITER:start_link(#{host => ?MODULE, max_concurrent => 1}),
+    true = unlink(Second),
+    OfSecond = kill_server(),
+    a_minute_has_passed(OfFirst),
+    ?assert(waiting(Waiters)),
+    a_minute_has_passed(OfSecond),
+    [{noproc, {?WRITER, acquire, [infinity]}} = ended(Waiter) || Waiter <- Waiters],
+    ok = ?WRITER:release().
 
 %% The server, and who is to tell the waiters when it is gone.
 kill_server() ->

@@ -8,30 +8,13 @@
 -module(erllama_cache_behind).
 
 -export([place/3, save/5, is_saver/2]).
--export_type([options/0]).
 
 -include("erllama_cache_log.hrl").
 
--type options() :: #{
-    reasons => [erllama_cache_meta:save_reason()],
-    max => pos_integer(),
-    max_bytes => pos_integer(),
-    save_bytes => pos_integer(),
-    slot_ms => timeout()
-}.
-%% <ul>
-%% <li>`reasons': the reasons of saves that go on behind their callers (default: `cold',
-%%   `continued', `finish' and `agent_prefix'); all others are in line;</li>
-%% <li>`max': how many may be pending (default: 16);</li>
-%% <li>`max_bytes': bytes of payload that those may hold (default: 4 GiB);</li>
-%% <li>`save_bytes': a larger payload is saved in line (default: 1 GiB);</li>
-%% <li>`slot_ms': milliseconds that a save of another reason waits for a slot, where its own timeout
-%%   is shorter (default: 30,000).</li>
-%% </ul>
-
 %% Whether a save goes on behind its caller, or else how many milliseconds it must be ready to wait
 %% for a slot: a state that is about to be lost is not to be lost to a pending save.
--spec place(map(), Payload :: binary(), options()) -> behind | {in_line, timeout()}.
+-spec place(map(), Payload :: binary(), erllama_cache_config:write_behind()) ->
+    behind | {in_line, timeout()}.
 place(#{save_reason := Reason}, Payload, #{reasons := Reasons, max_bytes := MaxBytes,
                                            save_bytes := SaveBytes, slot_ms := SlotMs}) ->
     case lists:member(Reason, Reasons) of
@@ -195,7 +178,7 @@ await_slot(busy, Guard, Bytes, Save) ->
 
 %% What fails before the save has its slot counts as one in line does.
 counting_failure(Fun) ->
-    try Fun() of
+    case erllama_cache_counts:counting_raised(Fun) of
         {error, already_present} = Error ->
             Error;
         {error, _} = Error ->
@@ -203,8 +186,4 @@ counting_failure(Fun) ->
             Error;
         Result ->
             Result
-    catch
-        Class:Reason:Stack ->
-            ok = erllama_cache_counts:count(save_errors),
-            erlang:raise(Class, Reason, Stack)
     end.

@@ -1,15 +1,14 @@
-%% The configuration of the writer and the options of a store: defaults, the application's
+%% @doc The configuration of the writer and the options of a store: defaults, the application's
 %% environment, what each value may be.
 %%
 %% A wrong value raises `{invalid_config, Key, Value}', or `{invalid_option, Key, Value}' for a
 %% store. An unknown key raises `{unknown_config, Key, Nearest}' or `{unknown_option, Key,
 %% Nearest}', with the known key that is spelt most alike.
-%%
-%% @private
 -module(erllama_cache_config).
 
 -export([complete/1, environment/0, erllama_limit/0, save_options/3]).
 -export([complete_options/1, keyed_by/1, load_options/1]).
+-export_type([config/0, write_behind/0]).
 
 -include("erllama_cache_limits.hrl").
 
@@ -20,10 +19,55 @@
 -define(APPLICATION, [stores, start_writer]).
 -define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by]).
 
+-type config() :: #{
+    max_concurrent => pos_integer(),
+    max_inflight_bytes => non_neg_integer() | infinity,
+    host => module(),
+    file_mode => non_neg_integer(),
+    digest => blake3 | none,
+    mac_key => {file, file:name_all()} | fun(() -> <<_:256>>),
+    page_cache => keep | drop,
+    slow_save_ms => pos_integer(),
+    write_behind => off | write_behind(),
+    drain_ms => non_neg_integer()
+}.
+%% The writer's configuration.
+%% <ul>
+%% <li>`max_concurrent': how many saves run at once (default: twice the schedulers plus one);</li>
+%% <li>`max_inflight_bytes': bytes of payload in running saves (default: `infinity');</li>
+%% <li>`host': the {@link erllama_cache_host} (default: `erllama_cache_host_erllama');</li>
+%% <li>`file_mode': the files' permissions (default: `8#600');</li>
+%% <li>`digest': `blake3' (default in tier `disk') or `none' (default in tier `ram_file');</li>
+%% <li>`mac_key': a secret that keys all digests; with one, every file has a digest;</li>
+%% <li>`page_cache': whether a saved file stays in the page cache (default: `keep');</li>
+%% <li>`slow_save_ms': a save that takes longer is logged (default: 10,000);</li>
+%% <li>`write_behind': which saves go on behind their callers (default: `off', none);</li>
+%% <li>`drain_ms': how long the application waits for those when it stops (default: 30,000).</li>
+%% </ul>
+
+-type write_behind() :: #{
+    reasons => [erllama_cache_meta:save_reason()],
+    max => pos_integer(),
+    max_bytes => pos_integer(),
+    save_bytes => pos_integer(),
+    slot_ms => timeout()
+}.
+%% Which saves go on behind their callers.
+%% <ul>
+%% <li>`reasons': the reasons of saves that go on behind their callers (default: `cold',
+%%   `continued', `finish' and `agent_prefix'); all others are in line;</li>
+%% <li>`max': how many may be pending (default: 16);</li>
+%% <li>`max_bytes': bytes of payload that those may hold (default: 4 GiB);</li>
+%% <li>`save_bytes': a larger payload is saved in line (default: 1 GiB);</li>
+%% <li>`slot_ms': milliseconds that a save of another reason waits for a slot, where its own timeout
+%%   is shorter (default: 30,000).</li>
+%% </ul>
+
 %%% The writer
 
+%% @private
 %% A configuration with defaults for what it leaves out.
--spec complete(erllama_cache_writer:config()) -> erllama_cache_writer:config().
+-spec complete(config()) -> config().
 complete(Config) ->
     ok = check_keys(Config, ?WRITER, unknown_config),
     Complete = maps:merge(defaults(), Config),
@@ -70,8 +114,9 @@ defaults() ->
         drain_ms => 30000
     }.
 
+%% @private
 %% The writer's part of this application's environment.
--spec environment() -> erllama_cache_writer:config().
+-spec environment() -> config().
 environment() ->
     %% OTP itself adds this key.
     Set = lists:keydelete(included_applications, 1, application:get_all_env(erllama_cache_nif)),
@@ -79,14 +124,16 @@ environment() ->
     ok = check_keys(Environment, ?WRITER ++ ?APPLICATION, unknown_config),
     maps:with(?WRITER, Environment).
 
+%% @private
 %% The limit that erllama is configured to: inside erllama, this writer takes the place of its own.
--spec erllama_limit() -> erllama_cache_writer:config().
+-spec erllama_limit() -> config().
 erllama_limit() ->
     case application:get_env(erllama, writer_max_concurrent) of
         {ok, Limit} when ?IS_LIMIT(Limit) -> #{max_concurrent => Limit};
         _ -> #{}
     end.
 
+%% @private
 %% How the library writes files, by tier.
 -spec save_options(
     #{file_mode := non_neg_integer(), page_cache := keep | drop, atom() => term()},
@@ -107,6 +154,7 @@ save_options(#{file_mode := Mode, page_cache := PageCache} = Config, Secret, Hel
 
 %%% A store
 
+%% @private
 %% Options with defaults for what they leave out.
 -spec complete_options(erllama_cache_store:options()) -> erllama_cache_store:options().
 complete_options(Options) when not is_map_key(root, Options) ->
@@ -124,6 +172,7 @@ default_options() ->
         undefined -> Defaults
     end.
 
+%% @private
 %% What keys are made of, from some options or by default.
 -spec keyed_by(#{keyed_by => erllama_cache_host:keyed_by()}) -> erllama_cache_host:keyed_by().
 keyed_by(Options) ->
@@ -131,6 +180,7 @@ keyed_by(Options) ->
     ok = check_values(Options, invalid_option),
     maps:get(keyed_by, Options, tokens).
 
+%% @private
 %% Options of a load, with defaults for what they leave out.
 -spec load_options(erllama_cache_reader:options()) ->
     #{timeout := timeout(), wait := none | timeout()}.

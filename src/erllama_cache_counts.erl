@@ -5,7 +5,7 @@
 %% @private
 -module(erllama_cache_counts).
 
--export([setup/0, count/1, save_ended/4, read/0, metrics/0]).
+-export([setup/0, count/1, counting_raised/1, save_ended/4, read/0, metrics/0]).
 -export_type([counts/0]).
 
 -type counts() :: #{
@@ -75,6 +75,17 @@ places([], Places, Next) ->
 -spec count(Counter :: atom()) -> ok.
 count(Counter) ->
     count(Counter, 1).
+
+%% What a part of a save returns. One that raises is counted among the errors.
+-spec counting_raised(fun(() -> Result)) -> Result.
+counting_raised(Fun) ->
+    try
+        Fun()
+    catch
+        Class:Reason:Stack ->
+            ok = count(save_errors),
+            erlang:raise(Class, Reason, Stack)
+    end.
 
 %% Counts a save that had its slot. Times are in microseconds.
 -spec save_ended({ok, erllama_cache_writer:key()} | {error, term()}, Bytes :: non_neg_integer(),

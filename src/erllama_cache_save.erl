@@ -186,16 +186,10 @@ info(#save{plan = {_Key, KeyedBy, Meta, QuantByte, Tokens, _Options}, size = Siz
               Begun :: integer(), Granted :: integer()) -> Result when
     Result :: {ok, erllama_cache_writer:key()} | {error, term()}.
 counted(Save, Subject, Begun, Granted) ->
-    try Save() of
-        Result ->
-            ok = ended(Result, Subject, microseconds(Granted - Begun),
-                       microseconds(erlang:monotonic_time() - Granted)),
-            Result
-    catch
-        Class:Reason:Stack ->
-            ok = erllama_cache_counts:count(save_errors),
-            erlang:raise(Class, Reason, Stack)
-    end.
+    Result = erllama_cache_counts:counting_raised(Save),
+    ok = ended(Result, Subject, microseconds(Granted - Begun),
+               microseconds(erlang:monotonic_time() - Granted)),
+    Result.
 
 ended(Result, {TierSrv, Bytes}, Waited, Took) ->
     ok = erllama_cache_counts:save_ended(Result, Bytes, Waited, Took),

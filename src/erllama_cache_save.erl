@@ -9,7 +9,7 @@
 %% @private
 -module(erllama_cache_save).
 
--export([run/7]).
+-export([early_root/2, run/7]).
 -export([prepare/5, reserve/1, finish/3, renew_reservation/1]).
 -export([subject/1, payload/1, info/1, scope/1, count/2, counted/4]).
 -export_type([save/0, stop/0]).
@@ -56,6 +56,24 @@
 }).
 -opaque save() :: #save{}.
 
+%% For a save that has no slot yet: what its setup is to have beside the writer's. A detached one
+%% finds the root now. When its turn comes, erllama may be stopping, and a tier server stops before
+%% the writer.
+-spec early_root(erllama_cache_host:tier_srv(), stop()) ->
+    #{root => {file:name_all(), erllama_cache_nif:root()}}.
+early_root(TierSrv, {_Ref, []}) ->
+    try
+        {ok, Setup} = erllama_cache_setup:find(),
+        {Host, _KeyedBy} = host(TierSrv, Setup),
+        {ok, Root, Path} = locate(Host, TierSrv),
+        #{root => {Root, Path}}
+    catch
+        %% The save will ask again, and fail as one in line does.
+        _:_ -> #{}
+    end;
+early_root(_TierSrv, _Stop) ->
+    #{}.
+
 %% A save in line, or in the background: one that has its slot.
 -spec run(erllama_cache_setup:setup(), erllama_cache_nif:guard(), erllama_cache_host:tier_srv(),
           erllama_cache_host:tier(), erllama_cache_meta:build_meta(), Payload :: binary(),
@@ -93,7 +111,9 @@ prepare(#{options := Options, defaults := Defaults} = Setup, TierSrv, Tier, Buil
     case identify(Host, KeyedBy, BuildMeta, Defaults) of
         {ok, Meta, {Key, QuantByte, {_, Tokens, _} = Content}} ->
             #{Tier := SaveOptions} = Options,
+            {Root, Path} = maps:get(root, Setup, {undefined, undefined}),
             {ok, #save{
+                root = Root, path = Path,
                 host = Host, tier_srv = TierSrv, tier = Tier, key = Key, content = Content,
                 plan = {Key, KeyedBy, Meta#{tokens := []}, QuantByte, Tokens, SaveOptions},
                 payload = Payload, size = file_size(Meta, Tokens, SaveOptions, Payload)
@@ -260,13 +280,21 @@ steps([Step | Steps], Save) ->
 drop_tmp(#save{tmp = undefined}) -> ok;
 drop_tmp(#save{tmp = Tmp}) -> erllama_cache_nif:abort(Tmp).
 
-find_root(#save{host = Host, tier_srv = TierSrv} = Save) ->
+find_root(#save{path = undefined, host = Host, tier_srv = TierSrv} = Save) ->
+    case locate(Host, TierSrv) of
+        {ok, Root, Path} -> {next, Save#save{root = Root, path = Path}};
+        {error, _} = Error -> Error
+    end;
+find_root(Save) ->
+    {next, Save}.
+
+locate(Host, TierSrv) ->
     case Host:root(TierSrv) of
         {error, _} = Error ->
             Error;
         Root ->
             case erllama_cache_path:native(Root) of
-                {ok, Path} -> {next, Save#save{root = Root, path = Path}};
+                {ok, Path} -> {ok, Root, Path};
                 {error, _} = Error -> Error
             end
     end.

@@ -20,6 +20,8 @@
     slow_save_ms := pos_integer(),
     write_behind := off | erllama_cache_config:write_behind(),
     drain_ms := non_neg_integer(),
+    %% For one save: it has been asked for already.
+    root => {file:name_all(), erllama_cache_nif:root()},
     atom() => term()
 }.
 

@@ -441,6 +441,7 @@ answered(Answer, _Args) -> Answer.
 
 save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
     Begun = erlang:monotonic_time(),
+    Early = erllama_cache_save:early_root(TierSrv, Stop),
     case take(1, byte_size(Payload), Timeout, Stop) of
         {error, _} = Error ->
             Error;
@@ -448,7 +449,7 @@ save(TierSrv, Tier, Meta, Payload, Timeout, Stop) ->
             exit_noproc(save, [TierSrv, Tier, '_', '_', Timeout]);
         Guard ->
             Granted = erlang:monotonic_time(),
-            Setup = state(save, []),
+            Setup = maps:merge(state(save, []), Early),
             Run = fun() ->
                 erllama_cache_save:run(Setup, Guard, TierSrv, Tier, Meta, Payload, Stop)
             end,

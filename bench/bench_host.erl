@@ -16,6 +16,8 @@
 -define(TIER, bench_tier).
 -define(TOKEN_NS, 5000000).
 -define(TOKENS, 2048).
+%% The largest of the states is saved behind its model, too.
+-define(SAVE_BYTES, ?GIB).
 -define(WAYS, [original, in_line, behind]).
 %% Milliseconds.
 -define(FLUSH, 120000).
@@ -68,7 +70,7 @@ with_way(original, #{limit := Limit}, Fun) ->
 with_way(in_line, #{limit := Limit}, Fun) ->
     with_writer(#{max_concurrent => Limit}, fun() -> Fun(fun save/2, fun() -> ok end) end);
 with_way(behind, #{limit := Limit} = Options, Fun) ->
-    Behind = maps:with([max_bytes], Options),
+    Behind = maps:merge(#{save_bytes => ?SAVE_BYTES}, maps:with([max_bytes], Options)),
     with_writer(#{max_concurrent => Limit, write_behind => Behind}, fun() ->
         Fun(fun save/2, fun() -> erllama_cache_writer:flush(?FLUSH) end)
     end).

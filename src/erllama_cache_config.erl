@@ -6,7 +6,7 @@
 %% Nearest}', with the known key that is spelt most alike.
 -module(erllama_cache_config).
 
--export([complete/1, environment/0, erllama_limit/0, save_options/3]).
+-export([complete/1, environment/0, erllama_limit/0, save_options/2]).
 -export([complete_options/1, keyed_by/1, load_options/1]).
 -export_type([config/0, write_behind/0]).
 
@@ -15,7 +15,7 @@
 %% The application's environment: what configures the writer, and the rest.
 -define(WRITER, [max_concurrent, max_inflight_bytes, host, file_mode, digest, mac_key, page_cache,
                  slow_save_ms, write_behind, drain_ms]).
--define(WRITE_BEHIND, [reasons, max, max_bytes, save_bytes, slot_ms]).
+-define(WRITE_BEHIND, [reasons, max, max_bytes, save_bytes, slot_ms, share]).
 -define(APPLICATION, [stores, start_writer]).
 -define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by]).
 
@@ -50,7 +50,8 @@
     max => pos_integer(),
     max_bytes => pos_integer(),
     save_bytes => pos_integer(),
-    slot_ms => timeout()
+    slot_ms => timeout(),
+    share => 1..100
 }.
 %% Which saves go on behind their callers.
 %% <ul>
@@ -58,9 +59,11 @@
 %%   `continued', `finish' and `agent_prefix'); all others are in line;</li>
 %% <li>`max': how many may be pending (default: 16);</li>
 %% <li>`max_bytes': bytes of payload that those may hold (default: 4 GiB);</li>
-%% <li>`save_bytes': a larger payload is saved in line (default: 1 GiB);</li>
+%% <li>`save_bytes': a larger payload is saved in line (default: 256 MiB);</li>
 %% <li>`slot_ms': milliseconds that a save of another reason waits for a slot, where its own timeout
-%%   is shorter (default: 30,000).</li>
+%%   is shorter (default: 30,000);</li>
+%% <li>`share': the percentage of one processor that such a save takes while it writes a payload of
+%%   more than 256 KiB (default: 33).</li>
 %% </ul>
 
 %%% The writer
@@ -93,13 +96,15 @@ write_behind_defaults() ->
         reasons => [cold, continued, finish, agent_prefix],
         max => 16,
         max_bytes => 4 bsl 30,
-        save_bytes => 1 bsl 30,
-        slot_ms => 30000
+        save_bytes => 256 bsl 20,
+        slot_ms => 30000,
+        share => 33
     }.
 
 is_valid_behind(reasons, Reasons) -> erllama_cache_meta:are_reasons(Reasons);
 is_valid_behind(max, Max) -> ?IS_LIMIT(Max);
 is_valid_behind(slot_ms, Ms) -> ?IS_TIMEOUT(Ms);
+is_valid_behind(share, Share) -> is_integer(Share) andalso Share > 0 andalso Share =< 100;
 is_valid_behind(_Bytes, Bytes) -> is_integer(Bytes) andalso ?IS_BYTES(Bytes).
 
 defaults() ->
@@ -134,12 +139,22 @@ erllama_limit() ->
     end.
 
 %% @private
-%% How the library writes files, by tier.
+%% How the library writes files, by tier: those of saves in line, and those of saves behind their
+%% callers.
 -spec save_options(
-    #{file_mode := non_neg_integer(), page_cache := keep | drop, atom() => term()},
-    none | erllama_cache_nif:secret(), helped | alone
-) -> #{erllama_cache_host:tier() => erllama_cache_nif:save_options()}.
-save_options(#{file_mode := Mode, page_cache := PageCache} = Config, Secret, Help) ->
+    #{file_mode := non_neg_integer(), page_cache := keep | drop, write_behind := off | map(),
+      atom() => term()},
+    none | erllama_cache_nif:secret()
+) -> #{options | options_behind => #{
+    erllama_cache_host:tier() => erllama_cache_nif:save_options()
+}}.
+save_options(#{write_behind := off} = Config, Secret) ->
+    #{options => save_options(Config, Secret, helped)};
+save_options(#{write_behind := #{share := Share}} = Config, Secret) ->
+    #{options => save_options(Config, Secret, helped),
+      options_behind => save_options(Config, Secret, Share)}.
+
+save_options(#{file_mode := Mode, page_cache := PageCache} = Config, Secret, Effort) ->
     Digest = fun(Default) ->
         case Secret of
             none -> maps:get(digest, Config, Default);
@@ -148,8 +163,8 @@ save_options(#{file_mode := Mode, page_cache := PageCache} = Config, Secret, Hel
         end
     end,
     #{
-        disk => {Mode, Digest(blake3), PageCache, Help},
-        ram_file => {Mode, Digest(none), PageCache, Help}
+        disk => {Mode, Digest(blake3), PageCache, Effort},
+        ram_file => {Mode, Digest(none), PageCache, Effort}
     }.
 
 %%% A store

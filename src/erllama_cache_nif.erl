@@ -25,7 +25,7 @@
 ]).
 -export_type([
     semaphore/0, guard/0, tmp/0, root/0, key/0, key_length/0, secret/0, save_plan/0, save_options/0,
-    failure/0, found/0
+    effort/0, failure/0, found/0
 ]).
 
 -on_load(load_library/0).
@@ -51,9 +51,12 @@
 %% version: 1 for tokens, 2 for text. The metadata is complete, as erllama_cache_meta:complete/3
 %% returns it.
 -type save_options() ::
-    {Mode :: non_neg_integer(), none | blake3 | secret(), keep | drop, helped | alone}.
+    {Mode :: non_neg_integer(), none | blake3 | secret(), keep | drop, effort()}.
 %% The file's permissions; its digest, keyed if there is a secret; whether it stays in the page
-%% cache; whether another thread may help to write it.
+%% cache; how much of the machine it takes to write it.
+-type effort() :: helped | 1..100.
+%% Another thread helps; or none does, and the one that writes takes this percentage of its
+%% processor.
 -type published() ::
     {ok, linked | adopted | replaced, Size :: pos_integer(), Header :: <<_:384>>}.
 -type failure() :: {error, file:posix() | {errno, integer()} | {corrupt | read_back, atom()}

@@ -16,7 +16,8 @@
     secret := none | erllama_cache_nif:secret(),
     defaults := erllama_cache_meta:defaults(),
     options := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
-    options_behind := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
+    %% Of saves behind their callers, if there are any.
+    options_behind => #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},
     slow_save_ms := pos_integer(),
     write_behind := off | erllama_cache_config:write_behind(),
     drain_ms := non_neg_integer(),

@@ -103,15 +103,13 @@ open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret
     ok = erllama_cache_io_limit:setup(),
     ok = erllama_cache_counts:setup(),
     {ok, Hostname} = inet:gethostname(),
-    ok = erllama_cache_setup:put(Config#{
+    SaveOptions = erllama_cache_config:save_options(Config, Secret),
+    ok = erllama_cache_setup:put(maps:merge(SaveOptions, Config#{
         semaphore => Semaphore,
         secret => Secret,
         server => self(),
-        options => erllama_cache_config:save_options(Config, Secret, helped),
-        %% It takes no processor from those who go on meanwhile but the one that it runs on.
-        options_behind => erllama_cache_config:save_options(Config, Secret, alone),
         defaults => #{hostname => unicode:characters_to_binary(Hostname)}
-    }),
+    })),
     ok = erllama_cache_nif:semaphore_open(Semaphore, Limit, MaxBytes),
     ok = erllama_cache_abandon:after_crash_of(self(), Semaphore),
     {ok, Semaphore}.

@@ -507,7 +507,8 @@ the_configuration_is_checked(_Config) ->
                  Start(#{write_behind => #{reasons => cold}})),
     [?assertError({invalid_config, {write_behind, Key}, Value},
                   Start(#{write_behind => #{Key => Value}}))
-     || {Key, Value} <- [{max, 0}, {max_bytes, -1}, {save_bytes, infinity}, {slot_ms, soon}]],
+     || {Key, Value} <- [{max, 0}, {max_bytes, -1}, {save_bytes, infinity}, {slot_ms, soon},
+                        {share, 0}, {share, 101}, {share, 0.5}]],
     ?assertError({invalid_config, drain_ms, infinity}, Start(#{drain_ms => infinity})).
 
 %%% In short

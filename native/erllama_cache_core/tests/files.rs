@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{
-    Check, Found, Loader, Options, Outcome, Progress, Published, Removal, Root, Scan, Slice,
-    TmpFile, Use,
+    Check, Effort, Found, Loader, Options, Outcome, Progress, Published, Removal, Root, Scan,
+    Slice, TmpFile, Use,
 };
 use erllama_cache_core::kvc::{
     Corrupt, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version,
@@ -327,11 +327,11 @@ fn a_file_is_the_same_without_help() {
     let tokens = vec![7; 5 << 20];
     let payload = payload(5 << 20);
     for digest in [DigestKind::None, DigestKind::Blake3] {
-        let written = [false, true].map(|alone| {
-            let n = u32::from(alone);
+        let written = [Effort::Helped, Effort::Share(100), Effort::Share(90)].map(|effort| {
+            let n = 1;
             let prefix = Prefix::encode(&meta(&tokens), payload.len() as u64, digest).unwrap();
             let options = Options {
-                alone,
+                effort,
                 ..Options::default()
             };
             let mut tmp = TmpFile::create(open(dir.path()), key(n), prefix, options).unwrap();
@@ -341,7 +341,8 @@ fn a_file_is_the_same_without_help() {
             fs::remove_file(path(dir.path(), n)).unwrap();
             file
         });
-        assert!(written[0] == written[1], "{digest:?}");
+        let [helped, alone, resting] = written;
+        assert!(helped == alone && helped == resting, "{digest:?}");
     }
 }
 

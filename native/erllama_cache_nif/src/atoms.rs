@@ -36,7 +36,6 @@ rustler::atoms! {
     keep,
     drop,
     helped,
-    alone,
     unauthenticated,
     linked,
     adopted,

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use erllama_cache_core::Error;
-use erllama_cache_core::files::{Options, Outcome, Progress, Published, Root, Slice, TmpFile};
+use erllama_cache_core::files::{
+    Effort, Options, Outcome, Progress, Published, Root, Slice, TmpFile,
+};
 use erllama_cache_core::kvc::{DigestKind, EncodeError, Field, Key, Prefix};
 use rustler::{Atom, Binary, Encoder, Env, NifResult, Resource, ResourceArc, Term};
 
@@ -201,9 +203,9 @@ fn tmp_term<'a>(env: Env<'a>, tmp: TmpFile) -> Term<'a> {
     ResourceArc::new(Tmp(InSlices::new(Kind::Tmp, tmp))).encode(env)
 }
 
-/// `{Mode, none | blake3 | Secret, keep | drop, helped | alone}`.
+/// `{Mode, none | blake3 | Secret, keep | drop, helped | Share}`, the share being 1 to 100.
 fn save_options(term: Term<'_>) -> NifResult<(Options, DigestKind)> {
-    let (mode, digest, page_cache, help): (u32, Term<'_>, Atom, Atom) = term.decode()?;
+    let (mode, digest, page_cache, effort): (u32, Term<'_>, Atom, Term<'_>) = term.decode()?;
     let secret = if atoms::none() == digest || atoms::blake3() == digest {
         None
     } else {
@@ -218,7 +220,11 @@ fn save_options(term: Term<'_>) -> NifResult<(Options, DigestKind)> {
         mode,
         secret,
         drop_cache: one_of(page_cache, atoms::drop(), atoms::keep())?,
-        alone: one_of(help, atoms::alone(), atoms::helped())?,
+        effort: if atoms::helped() == effort {
+            Effort::Helped
+        } else {
+            Effort::Share(effort.decode()?)
+        },
     };
     Ok((options, digest))
 }

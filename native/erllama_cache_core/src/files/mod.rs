@@ -9,9 +9,10 @@
 //!  scan, note ────────────► entry
 //! ```
 //!
-//! All arrows go down. `sys`, the system calls, and `slice` are below everything.
+//! All arrows go down. `sys`, the system calls, `slice` and `effort` are below everything.
 
 mod check;
+mod effort;
 mod entry;
 mod load;
 mod note;
@@ -30,6 +31,7 @@ mod unpublished;
 mod write;
 
 pub use check::Check;
+pub use effort::Effort;
 pub use entry::{Name, Names, StaleTemp, Stored};
 pub use load::{Loader, fits_memory};
 pub use note::Use;

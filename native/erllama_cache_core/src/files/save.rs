@@ -14,6 +14,7 @@
 use std::mem;
 
 use super::check::Check;
+use super::effort::Effort;
 use super::publish::{Outcome, Publication, Published, Step};
 use super::root::Root;
 use super::slice::{Progress, Slice};
@@ -43,8 +44,8 @@ pub struct Options {
     pub secret: Option<Secret>,
     /// Whether the file is to leave the page cache once it is on the disk.
     pub drop_cache: bool,
-    /// Whether no other thread may help: the save takes longer, and leaves a processor to others.
-    pub alone: bool,
+    /// How much of the machine the save may take.
+    pub effort: Effort,
 }
 
 impl Default for Options {
@@ -53,7 +54,7 @@ impl Default for Options {
             mode: DEFAULT_MODE,
             secret: None,
             drop_cache: false,
-            alone: false,
+            effort: Effort::Helped,
         }
     }
 }

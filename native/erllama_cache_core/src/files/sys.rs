@@ -8,6 +8,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
+use std::time::Duration;
 
 /// What is under a name or behind a descriptor.
 #[derive(Clone, Copy, Debug)]
@@ -256,6 +257,20 @@ pub(crate) fn physical_memory() -> Option<u64> {
     };
     let (pages, size) = (u64::try_from(pages).ok()?, u64::try_from(size).ok()?);
     pages.checked_mul(size)
+}
+
+/// How long the calling thread has had a processor.
+pub(crate) fn thread_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` is a valid timespec to write to. If the call failed, it would stay zero.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
 }
 
 /// The user whose rights this process acts with.

@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::effort::Effort;
 use super::payload::READ_PIECE;
 use super::save::Options;
 use super::slice::Slice;
@@ -58,8 +59,7 @@ pub(super) struct Writing {
     crc: Crc32c,
     digester: Option<Digester>,
     back: ReadBack,
-    /// Whether no other thread helps.
-    alone: bool,
+    effort: Effort,
 }
 
 impl Writing {
@@ -76,7 +76,7 @@ impl Writing {
                 DigestKind::Blake3Keyed => Some(Digester::new(options.secret.as_ref())),
             },
             back: ReadBack::new(prefix.file_len()),
-            alone: options.alone,
+            effort: options.effort,
         }
     }
 
@@ -118,28 +118,37 @@ impl Writing {
         self.back.compare(file, prefix.len() as u64, payload)
     }
 
-    /// Writes the payload's next block, sums it up and reads it back. Another thread makes the
-    /// digest meanwhile; without a digest, it reads back what was written before.
+    /// Writes the payload's next block, sums it up and reads it back, at the pace of its effort.
     pub(super) fn block(
         &mut self,
         file: &File,
         prefix: &Prefix,
         payload: &[u8],
     ) -> Result<(), Error> {
+        self.effort
+            .paced(|| self.block_at_once(file, prefix, payload))
+    }
+
+    /// Another thread makes the digest meanwhile; without a digest, it reads back what was written
+    /// before.
+    fn block_at_once(&mut self, file: &File, prefix: &Prefix, payload: &[u8]) -> Result<(), Error> {
         let offset = self.end(prefix);
         let Writing {
             pos,
             crc,
             digester,
             back,
-            alone,
+            effort,
             ..
         } = self;
-        let end = payload.len().min(*pos + WRITE_BLOCK);
+        let alone = effort.is_alone();
+        // Alone it hands nothing over, and the shorter its pieces, the more often it can rest.
+        let len = if alone { WRITE_PIECE } else { WRITE_BLOCK };
+        let end = payload.len().min(*pos + len);
         let block = &payload[*pos..end];
         if let Some(digester) = digester {
             let ((), written) = pool::join_unless(
-                *alone,
+                alone,
                 || digester.update(block),
                 || {
                     write_pieces(file, block, offset, |at, piece| {
@@ -151,7 +160,7 @@ impl Writing {
             written?;
         } else {
             let (followed, written) = pool::join_unless(
-                *alone,
+                alone,
                 || back.follow(file, prefix.len() as u64, *pos),
                 || {
                     write_pieces(file, block, offset, |_, piece| {
@@ -173,7 +182,7 @@ impl Writing {
         if self.prefix_pos == 0 {
             self.finish_payload(file, prefix)?;
         }
-        self.prefix_block(file, prefix)?;
+        self.effort.paced(|| self.prefix_block(file, prefix))?;
         Ok(self.prefix_pos == prefix.len())
     }
 
@@ -198,7 +207,7 @@ impl Writing {
             prefix_pos,
             digester,
             back,
-            alone,
+            effort,
             ..
         } = self;
         let (start, len) = (*prefix_pos, prefix.len());
@@ -208,7 +217,7 @@ impl Writing {
             let view = prefix.digest_view_of(start..end);
             let block = &prefix.as_bytes()[start..end];
             let ((), written) = pool::join_unless(
-                *alone,
+                effort.is_alone(),
                 || {
                     if let Some(digester) = digester {
                         view.into_iter().for_each(|piece| digester.update(piece));

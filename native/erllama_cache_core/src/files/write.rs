@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::effort::Effort;
-use super::payload::READ_PIECE;
 use super::save::Options;
 use super::slice::Slice;
 use super::sys;
@@ -32,9 +31,10 @@ const WRITE_BLOCK: usize = 2 * 1024 * 1024;
 /// page is then faulted in anew, and the save takes four times as long.
 pub const WRITE_PIECE: usize = 512 * 1024;
 
-/// How much of a small file is read back at a time: a larger buffer would be new pages from the
-/// system for each save.
-const SMALL_READ_PIECE: usize = 16 * 1024;
+/// How much is read back at a time, of a small file and of any other: a larger buffer would be new
+/// pages from the system for each save.
+const BACK_SMALL: usize = 16 * 1024;
+const BACK: usize = 64 * 1024;
 
 /// How much is written before the kernel is asked to start its write-back. Write-back that has not
 /// started when all is written is time in which the disk had nothing to do.
@@ -279,9 +279,9 @@ impl ReadBack {
     /// For a file of this length.
     fn new(file_len: u64) -> ReadBack {
         let piece = if file_len <= SMALL_FILE {
-            SMALL_READ_PIECE
+            BACK_SMALL
         } else {
-            READ_PIECE
+            BACK
         };
         ReadBack {
             buf: vec![0; piece],

@@ -10,7 +10,7 @@ use crate::error::{Context, Error};
 use crate::kvc::{Corrupt, Crc32c, Key, PART, ParsedPrefix, Secret, read_exact_at};
 
 /// How much [`Check::read`] returns at a time: enough parts for two threads.
-const CHECK_PIECE: u64 = 16 * PART as u64;
+const CHECK_PIECE: u64 = 64 * PART as u64;
 
 /// A check of a stored file, in slices through a small buffer or in pieces that its caller sees.
 #[derive(Debug)]

@@ -15,6 +15,9 @@ use crate::pool;
 /// the checksum to find it in the processor's cache.
 pub const READ_PIECE: usize = 256 * 1024;
 
+/// From how much on another thread helps: waking one takes longer than a smaller load.
+const HELP_FROM: usize = 512 * 1024;
+
 /// A file's payload on its way in.
 #[derive(Debug)]
 pub(super) struct Payload {
@@ -78,8 +81,7 @@ impl Payload {
 
     /// Reads what stands at `offset` into `block` and adds it to the sum, until the slice is used
     /// up. Returns how many bytes that was, at least some. A digest takes longer than the reading,
-    /// so another thread helps with it, provided that there are parts for two: waking a thread
-    /// takes longer than a small load.
+    /// so another thread helps with it.
     pub(super) fn read_block(
         &mut self,
         block: &mut [u8],
@@ -100,7 +102,7 @@ impl Payload {
                 };
                 parts.work(fetch, || slice.is_over())
             };
-            if whole_len >= 2 * PART {
+            if whole_len >= HELP_FROM {
                 let (theirs, ours) = pool::join(work, work);
                 theirs?;
                 ours?;

@@ -4,8 +4,8 @@
 //! by the crate of its authors.
 
 use std::fmt;
-use std::iter::{self, Enumerate};
-use std::slice::ChunksExactMut;
+use std::iter;
+use std::mem;
 use std::sync::{Mutex, OnceLock};
 
 use blake3::Hasher;
@@ -34,8 +34,12 @@ impl fmt::Debug for Secret {
 }
 
 /// How much of the input makes one part, which is hashed by itself: a whole subtree of BLAKE3's
-/// tree, small enough for a processor's cache.
-pub(crate) const PART: usize = 256 * 1024;
+/// tree, of as many blocks as fill the widest registers some times over.
+pub(crate) const PART: usize = 64 * 1024;
+
+/// How many parts a thread takes at once: a run is fetched by one call, and is still in the
+/// processor's cache when it is hashed.
+const RUN: usize = 4;
 
 /// Up to how many bytes of a view are hashed in one go. A view comes in pieces, most of them short,
 /// and the hash, which takes many blocks at once, would take one at a time.
@@ -153,12 +157,19 @@ fn mode(secret: Option<&Secret>) -> Mode<'_> {
 }
 
 /// A stretch of a digest's input that several threads fetch and hash together. Each takes the next
-/// free part, fetches it and hashes it while it is in the processor's cache.
+/// free run of parts, fetches it and hashes it while it is in the processor's cache. Runs are
+/// shorter towards the end, so that all threads are done at about the same time.
 pub(crate) struct Parts<'a> {
     secret: Option<Secret>,
     first: u64,
-    rest: Mutex<Enumerate<ChunksExactMut<'a, u8>>>,
+    rest: Mutex<Rest<'a>>,
     done: Vec<OnceLock<ChainingValue>>,
+}
+
+/// The parts that no thread has taken, and the index of the first.
+struct Rest<'a> {
+    buf: &'a mut [u8],
+    index: usize,
 }
 
 impl<'a> Parts<'a> {
@@ -169,28 +180,30 @@ impl<'a> Parts<'a> {
         Parts {
             secret: digester.secret.clone(),
             first: digester.parts,
-            rest: Mutex::new(buf.chunks_exact_mut(PART).enumerate()),
+            rest: Mutex::new(Rest { buf, index: 0 }),
             done: iter::repeat_with(OnceLock::new).take(parts).collect(),
         }
     }
 
     /// Fetches and hashes parts, at least one, until there are no more or it `is_enough`. `fetch`
-    /// gets a part of the buffer to fill and its offset there.
+    /// gets a run of parts of the buffer to fill, and its offset there.
     pub(crate) fn work<E>(
         &self,
         fetch: impl Fn(usize, &mut [u8]) -> Result<(), E>,
         is_enough: impl Fn() -> bool,
     ) -> Result<(), E> {
-        while let Some((index, part)) = self.take() {
-            fetch(index * PART, part)?;
-            let offset = (self.first + index as u64) * PART as u64;
-            let mut hasher = hasher(self.secret.as_ref());
-            let value = hasher
-                .set_input_offset(offset)
-                .update(part)
-                .finalize_non_root();
-            // No other thread took this part.
-            let _ = self.done[index].set(value);
+        while let Some((index, run)) = self.take() {
+            fetch(index * PART, run)?;
+            for (index, part) in (index..).zip(run.chunks_exact(PART)) {
+                let offset = (self.first + index as u64) * PART as u64;
+                let mut hasher = hasher(self.secret.as_ref());
+                let value = hasher
+                    .set_input_offset(offset)
+                    .update(part)
+                    .finalize_non_root();
+                // No other thread took this part.
+                let _ = self.done[index].set(value);
+            }
             if is_enough() {
                 break;
             }
@@ -199,7 +212,19 @@ impl<'a> Parts<'a> {
     }
 
     fn take(&self) -> Option<(usize, &'a mut [u8])> {
-        unpoisoned(self.rest.lock()).next()
+        let mut rest = unpoisoned(self.rest.lock());
+        let parts = rest.buf.len() / PART;
+        if parts == 0 {
+            return None;
+        }
+        let taken = (parts / RUN).clamp(1, RUN);
+        let (run, buf) = mem::take(&mut rest.buf).split_at_mut(taken * PART);
+        let index = rest.index;
+        *rest = Rest {
+            buf,
+            index: index + taken,
+        };
+        Some((index, run))
     }
 
     /// Adds to `digester` what was hashed, and returns how many bytes from the buffer's start that

@@ -37,7 +37,8 @@ pub(super) struct Unpublished {
 }
 
 impl Unpublished {
-    /// Creates a file that will be `len` bytes long, and reserves its space if that is much.
+    /// Creates a file that will be `len` bytes long, and reserves its space on the device if that
+    /// is much.
     pub(super) fn create(root: Root, key: Key, len: u64, mode: u32) -> Result<Self, Error> {
         sys::may_be_as_long_as(len).call("getrlimit")?;
         let (file, name) = create_file(&root, &key, mode)?;
@@ -54,7 +55,8 @@ impl Unpublished {
         if mode != DEFAULT_MODE {
             sys::set_mode(created.file(), mode).call("fchmod")?;
         }
-        if !created.is_small() {
+        // In memory that would be zeros to write first, and a file is never in pieces.
+        if !created.is_small() && !created.root.is_in_memory() {
             sys::reserve(created.file(), len).call("fallocate")?;
         }
         Ok(created)

@@ -45,6 +45,9 @@ run() { # NAME COMMAND...
     quietly "$log" "$@"
 }
 
+# Optimised a little, as the sanitizers' authors advise: what they insert is slow enough.
+export CARGO_PROFILE_DEV_OPT_LEVEL=1
+
 core_tests() {
     sanitizer=$1
     shift

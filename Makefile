@@ -28,6 +28,7 @@ export FILE
 .PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom musl \
   soak-semaphore soak-store faults crash kill disks fuzz soak sanitize valgrind readme dropin \
   chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-host \
+  bench-peers \
   bench-build edoc clean distclean
 
 ### Build
@@ -125,8 +126,8 @@ musl: setup ## The tests of the core and of kvc, linked statically with musl
 	cd $(NATIVE) && RUSTFLAGS="-C target-feature=+crt-static" \
 	  cargo test --locked -p erllama_cache_core -p kvc --target $(MUSL)
 
-matrix: setup ## The Erlang and Elixir tests on other OTP releases, as root
-	proofs/matrix/run.sh
+matrix: setup ## The Erlang and Elixir tests on other OTP releases, as root: RELEASES=forky
+	proofs/matrix/run.sh $(RELEASES)
 
 dropin: setup all ## Put it into a project that stands in for erllama, and take it out again
 	proofs/dropin/run.sh
@@ -175,7 +176,7 @@ bench-semaphore: setup bench-build ## The semaphore beside a plain Erlang one an
 	$(BENCH) -s bench_semaphore main
 
 bench-save: setup bench-build ## Saves and loads beside the bare floor and the plain Erlang way
-	bench/disk.sh $(BENCH) -s bench_save main
+	bench/disk.sh --others $(BENCH) -s bench_save main
 
 bench-prefix: setup bench-build ## The longest stored prefix of a prompt, among 100,000 files
 	$(BENCH) -s bench_prefix main
@@ -186,6 +187,9 @@ bench-slow: setup bench-build _build/iofault.so ## What another process waits fo
 
 bench-host: setup bench-build ## A model's tokens in a host while its state is saved and loaded
 	bench/disk.sh $(BENCH) -s bench_host main
+
+bench-peers: setup bench-build ## A real model's state beside llama.cpp's own files and others
+	bench/peers/setup.sh bench/disk.sh $(BENCH) -s bench_peers main
 
 bench-plots: ## Write pictures and tables of the pages from what those have measured
 	bench/plots.sh

@@ -2,9 +2,11 @@
 %% of the application.
 -module(bench_nif).
 
--export([nothing/3, floor_save/4, floor_load/2, table_crc32c/1]).
+-export([nothing/3, name_syncs/1, floor_save/5, floor_load/2, table_crc32c/1]).
 
 -on_load(load_library/0).
+
+-type name_syncs() :: directory | file | both | none.
 
 load_library() ->
     erlang:load_nif(os:getenv("BENCH_NIF"), 0).
@@ -12,10 +14,14 @@ load_library() ->
 -spec nothing(term(), term(), term()) -> ok.
 nothing(_One, _Two, _Three) -> erlang:nif_error(nif_not_loaded).
 
-%% Writes, syncs, links, syncs the directory.
--spec floor_save(Root :: binary(), Name :: binary(), Prefix :: binary(), Payload :: binary()) ->
-    boolean().
-floor_save(_Root, _Name, _Prefix, _Payload) -> erlang:nif_error(nif_not_loaded).
+%% What has to be synced after a link in this directory.
+-spec name_syncs(Root :: binary()) -> name_syncs() | nil.
+name_syncs(_Root) -> erlang:nif_error(nif_not_loaded).
+
+%% Writes, syncs, links, syncs what has to be synced then.
+-spec floor_save(Root :: binary(), Name :: binary(), Prefix :: binary(), Payload :: binary(),
+                 name_syncs()) -> boolean().
+floor_save(_Root, _Name, _Prefix, _Payload, _NameSyncs) -> erlang:nif_error(nif_not_loaded).
 
 %% Everything from an offset on, in a new binary.
 -spec floor_load(Path :: binary(), Offset :: non_neg_integer()) -> binary() | nil.

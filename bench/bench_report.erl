@@ -56,12 +56,18 @@ median(Samples) ->
 
 -spec target(atom(), atom(), number(), [tuple()]) -> target().
 target(Benchmark, Id, Value, Bounds) ->
-    [{Name, Relation, Bound, Unit}] =
-        [{N, R, B, U} || {Of, Named, N, R, B, U} <- Bounds, Of =:= Benchmark, Named =:= Id],
+    [Row] = [Each || Each <- Bounds, element(1, Each) =:= Benchmark, element(2, Each) =:= Id],
+    {Name, Relation, Bound, Unit} = case Row of
+        {_, _, N, R, B, U} -> {N, R, B, U};
+        {_, _, N, R, _OfMedian, U, EachRun} -> {N, R, EachRun, U}
+    end,
     Met = case Relation of at_most -> Value =< Bound; at_least -> Value >= Bound end,
     #{id => Id, name => Name, value => Value, bound => Bound, unit => Unit, relation => Relation,
       met => Met}.
 
+print([]) ->
+    %% It compares, and judges nothing.
+    ok;
 print(Targets) ->
     io:format("~n"),
     Width = lists:max([string:length(Name) || #{name := Name} <- Targets]),

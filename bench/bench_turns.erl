@@ -2,7 +2,7 @@
 -module(bench_turns).
 
 -export([order/2, in_turns/1, nanoseconds/1]).
--export([new_root/2, file_name/1, payload/1]).
+-export([new_root/1, new_root/2, file_name/1, payload/1, mib/1, size_name/1]).
 
 -define(MIB, 1048576).
 
@@ -35,8 +35,11 @@ nanoseconds(Fun) ->
 %% A new directory in that which the environment's variable names.
 -spec new_root(Variable :: string(), Default :: string()) -> binary().
 new_root(Variable, Default) ->
-    Name = "erllama_cache_bench." ++ os:getpid(),
-    Root = filename:join(os:getenv(Variable, Default), Name),
+    new_root(os:getenv(Variable, Default)).
+
+-spec new_root(Directory :: string()) -> binary().
+new_root(Directory) ->
+    Root = filename:join(Directory, "erllama_cache_bench." ++ os:getpid()),
     ok = filelib:ensure_dir(filename:join(Root, "x")),
     unicode:characters_to_binary(Root).
 
@@ -49,3 +52,13 @@ file_name(Key) ->
 payload(Bytes) ->
     Chunk = rand:bytes(min(Bytes, ?MIB)),
     binary:copy(Chunk, Bytes div byte_size(Chunk)).
+
+%% A large payload's size: see {@link bench_report:large/1}.
+-spec mib(pos_integer()) -> Bytes :: pos_integer().
+mib(Mib) ->
+    bench_report:large(Mib) * ?MIB.
+
+-spec size_name(Bytes :: pos_integer()) -> string().
+size_name(Bytes) when Bytes >= 1024 * ?MIB -> integer_to_list(Bytes div (1024 * ?MIB)) ++ " GiB";
+size_name(Bytes) when Bytes >= ?MIB -> integer_to_list(Bytes div ?MIB) ++ " MiB";
+size_name(Bytes) -> integer_to_list(Bytes div 1024) ++ " KiB".

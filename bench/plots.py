@@ -51,8 +51,13 @@ set ylabel textcolor rgb '{INK}'
 set key textcolor variable samplen 2
 """
 
-SIZES = {4096: "4 KiB", 65536: "64 KiB", 2**20: "1 MiB", 2**24: "16 MiB", 2**28: "256 MiB",
-         2**30: "1 GiB"}
+SIZES = {2**12: "4 KiB", 2**16: "64 KiB", 2**20: "1 MiB", 2**22: "4 MiB", 2**24: "16 MiB",
+         2**26: "64 MiB", 2**28: "256 MiB", 2**30: "1 GiB"}
+# What bounds.config calls them.
+SIZE_IDS = {2**12: "4k", 2**16: "64k", 2**20: "1m", 2**22: "4m", 2**24: "16m", 2**26: "64m",
+            2**28: "256m", 2**30: "1g"}
+# The file systems on which saves are measured beside ext4 with a journal and tmpfs.
+OTHERS = {"no_journal": "ext4 without a journal", "xfs": "xfs", "btrfs": "btrfs"}
 
 
 def terminal(name, width, height):
@@ -73,8 +78,9 @@ def saves(figures):
             rows = sorted((int(size), row[side]["p50"] / 1e6)
                           for size, row in figures[panel].items())
             commands.append(block(f"{panel}_{side}", rows))
-    # 256 MiB has no room for its name.
-    tics = ", ".join(f"'{name if size != 2**28 else ''}' {size}" for size, name in SIZES.items())
+    # Not all have room for their names.
+    tics = ", ".join(f"'{name if size not in (2**22, 2**26, 2**28) else ''}' {size}"
+                     for size, name in SIZES.items())
     commands.append(f"""
 set logscale xy
 set xrange [2500:1.6e9]
@@ -191,26 +197,55 @@ def markdown(*rows):
 
 def read_bounds():
     """The lines of bounds.config."""
-    pattern = re.compile(r'\{(\w+), (\w+), "(.*)", (at_most|at_least), ([0-9.]+), "(.*)"\}\.')
+    pattern = re.compile(r'\{(\w+), (\w+), "(.*)", (at_most|at_least), ([0-9.]+), "([^"]*)"'
+                         r'(?:, ([0-9.]+))?\}\.')
     lines = (BENCH / "bounds.config").read_text().splitlines()
     return [pattern.fullmatch(line).groups() for line in lines if line and line[0] != "%"]
+
+
+def is_of_others(name):
+    """Whether a bound is one of those of other file systems, which have a table of their own."""
+    return any(name.startswith(other + "_") for other in OTHERS)
 
 
 def bounds_table(benchmark, report):
     """Each bound beside the median of the runs, and beside the runs."""
     rows = []
-    for of, name, what, relation, bound, unit in read_bounds():
-        if of == benchmark:
+    for of, name, what, relation, bound, unit, each in read_bounds():
+        if of == benchmark and not (benchmark == "save" and is_of_others(name)):
             runs = [run[name] for run in report["runs"] if name in run]
             sign = {"at_most": "≤", "at_least": "≥"}[relation]
-            rows.append([what, f"{sign} {bound} {unit}".strip(),
+            of_each = f", each {sign} {each}" if each else ""
+            rows.append([what, f"{sign} {bound} {unit}".strip() + of_each,
                          f"**{number(percentile(runs, 50))}**" if runs else "not measured yet",
                          " ".join(number(run) for run in runs)])
+    return markdown(["", "bound", "median", "runs"], *rows) + f"\n{measured_on(report)}\n"
+
+
+def measured_on(report):
     machine = report["machine"]
     kernel = machine["system"].split()[1].split("-")[0]
-    return markdown(["", "bound", "median", "runs"], *rows) + (
-        f"\nOn {machine['schedulers']} processors ({machine['processor']}), OTP {machine['otp']}, "
-        f"Linux {kernel}.\n")
+    return (f"On {machine['schedulers']} processors ({machine['processor']}), OTP {machine['otp']}, "
+            f"Linux {kernel}.")
+
+
+def others_table(report):
+    """A save on each of the other file systems, times the floor of that: medians of the runs."""
+    def cell(name, size):
+        runs = [run[f"{name}_{SIZE_IDS[size]}"] for run in report["runs"]
+                if f"{name}_{SIZE_IDS[size]}" in run]
+        return number(percentile(runs, 50)) if runs else "not measured yet"
+
+    def times(name, size):
+        panel = report["figures"].get(f"save_{name}", {}).get(str(size))
+        return f" ({duration(panel['floor']['p50'])}, {duration(panel['this']['p50'])})" if panel else ""
+
+    rows = [[size_name, *[cell(name, size) + times(name, size) for name in OTHERS]]
+            for size, size_name in SIZES.items()]
+    bounds = {bound for of, name, _, _, bound, *_ in read_bounds()
+              if of == "save" and is_of_others(name)}
+    return markdown(["save: times the floor (floor, this)", *OTHERS.values()], *rows) + (
+        f"\nThe bound is {', '.join(sorted(bounds))} each.\n")
 
 
 def medians(what, panel):
@@ -222,8 +257,6 @@ def readme_table(save, semaphore):
     """What is measured, the floor, this, plain Erlang."""
     return markdown(
         ["", "floor", "this", "plain Erlang"],
-        medians("save 64 KiB, ext4", save["save_disk"][str(2**16)]),
-        medians("save 256 MiB, ext4", save["save_disk"][str(2**28)]),
         medians("load 256 MiB, from the page cache", save["load"][str(2**28)]),
         ["take a slot that is free, and give it back",
          *[duration(semaphore[key]) for key in ("pair_floor_ns", "pair_ns", "pair_plain_ns")]],
@@ -364,7 +397,27 @@ def host_tables(figures):
                   "`dir/1` answers after"], *beside)])
 
 
-def blocks(save, semaphore, prefix, slow, host):
+def peers_table(peers):
+    """Saves and loads of a model's state, beside others."""
+    names = {"this": "this", "llama": "llama.cpp, `llama_state_seq_save_file`",
+             "llama_in_memory": "the same in tmpfs: what the model's context alone takes",
+             "safetensors": "safetensors, as vLLM's example connector",
+             "numpy": "`tofile`, `readinto`, as SGLang's file back end"}
+
+    def cell(row, what):
+        return f"{duration(row[what]['p50'])} ({duration(row[what]['p99'])})"
+
+    tables = []
+    for tokens, rows in sorted(peers["figures"]["peers"].items(), key=lambda item: int(item[0])):
+        head = (f"{int(tokens):,} tokens, {rows['bytes'] / 2**20:.1f} MiB; the model read them in "
+                f"{duration(rows['prefill_ms'] * 1e6)}")
+        tables.append(markdown([head, "save", "save, then `fsync`", "load"],
+                               *[[name, *[cell(rows[peer], what) for what in ("save", "synced", "load")]]
+                                 for peer, name in names.items()]))
+    return "\n".join(tables) + f"\n{measured_on(peers)}\n"
+
+
+def blocks(save, semaphore, prefix, slow, host, peers):
     """What stands between two marks of a page: page, name and text of each."""
     page = "docs/benchmarks.md"
     return [
@@ -373,10 +426,12 @@ def blocks(save, semaphore, prefix, slow, host):
         (page, "figures of the semaphore", semaphore_table(semaphore["figures"])),
         (page, "bounds of saves and loads", bounds_table("save", save)),
         (page, "figures of saves and loads", save_tables(save["figures"])),
+        (page, "saves on other file systems", others_table(save)),
         (page, "other figures of saves", other_figures(save["figures"])),
         (page, "longest prefix", bounds_table("prefix", prefix) + "\n" +
          prefix_table(prefix["figures"])),
         (page, "slow disk", bounds_table("slow", slow) + "\n" + slow_table(slow["figures"])),
+        (page, "others", peers_table(peers)),
         (page, "tokens in a host", bounds_table("host", host) + "\n" + host_tables(host["figures"])),
     ]
 
@@ -391,7 +446,9 @@ def with_block(page, what, text):
 def is_whole(name, report):
     """Whether a run has measured all that pictures and tables show, on a machine at rest."""
     figures = report["figures"]
-    wanted = {bound for of, bound, *_ in read_bounds() if of == name}
+    # An image of another file system is not made everywhere.
+    wanted = {bound for of, bound, *_ in read_bounds()
+              if of == name and not (name == "save" and is_of_others(bound))}
     if not report["judged"] or wanted - {target["id"] for target in report["targets"]}:
         return False
     return name != "save" or all(set(figures[panel]) == {str(size) for size in SIZES}
@@ -422,7 +479,7 @@ def read(file):
 
 
 def main(arguments):
-    names = ("save", "semaphore", "prefix", "slow", "host")
+    names = ("save", "semaphore", "prefix", "slow", "host", "peers")
     checks = arguments == ["--check"]
     if not checks:
         for name in names:

@@ -400,7 +400,7 @@ def host_tables(figures):
 def peers_table(peers):
     """Saves and loads of a model's state, beside others."""
     names = {"this": "this", "llama": "llama.cpp, `llama_state_seq_save_file`",
-             "llama_in_memory": "the same in tmpfs: what the model's context alone takes",
+             "llama_in_memory": "the same in tmpfs",
              "safetensors": "safetensors, as vLLM's example connector",
              "numpy": "`tofile`, `readinto`, as SGLang's file back end"}
 

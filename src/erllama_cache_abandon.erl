@@ -15,12 +15,25 @@
 
 -spec after_crash_of(Server :: pid(), erllama_cache_nif:semaphore()) -> ok.
 after_crash_of(Server, Semaphore) ->
-    {ok, _} = gen_server:start(?MODULE, {Server, Semaphore}, []),
+    Start = atomics:add_get(starts(), 1, 1),
+    {ok, _} = gen_server:start(?MODULE, {Server, Start, Semaphore}, []),
     ok.
 
-init({Server, Semaphore}) ->
+%% How many servers have started; one at a time does. It is never replaced: that would make the VM
+%% scan the heaps of all processes.
+starts() ->
+    case persistent_term:get(?MODULE, undefined) of
+        undefined ->
+            Starts = atomics:new(1, []),
+            ok = persistent_term:put(?MODULE, Starts),
+            Starts;
+        Starts ->
+            Starts
+    end.
+
+init({Server, Start, Semaphore}) ->
     _ = monitor(process, Server),
-    {ok, {Server, Semaphore}}.
+    {ok, {Start, Semaphore}}.
 
 handle_call(_Request, _From, State) ->
     {reply, {error, unknown_call}, State}.
@@ -37,10 +50,10 @@ handle_info({'DOWN', _, process, _, Reason}, State) ->
             _ = erlang:start_timer(?REPLACED_WITHIN, self(), no_server),
             {noreply, State}
     end;
-handle_info({timeout, _, no_server}, {Server, Semaphore} = State) ->
-    ok = case erllama_cache_setup:find() of
-        {ok, #{server := Server}} -> erllama_cache_nif:semaphore_abandon(Semaphore);
-        {ok, #{server := _Later}} -> ok
+handle_info({timeout, _, no_server}, {Start, Semaphore} = State) ->
+    ok = case atomics:get(starts(), 1) of
+        Start -> erllama_cache_nif:semaphore_abandon(Semaphore);
+        _Later -> ok
     end,
     {stop, normal, State};
 handle_info(_Message, State) ->

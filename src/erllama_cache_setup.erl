@@ -11,8 +11,6 @@
     semaphore := erllama_cache_nif:semaphore(),
     host := module(),
     keyed_by := erllama_cache_host:keyed_by(),
-    %% The writer that this is of.
-    server := pid(),
     secret := none | erllama_cache_nif:secret(),
     defaults := erllama_cache_meta:defaults(),
     options := #{erllama_cache_host:tier() => erllama_cache_nif:save_options()},

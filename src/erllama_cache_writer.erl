@@ -107,7 +107,6 @@ open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret
     ok = erllama_cache_setup:put(maps:merge(SaveOptions, Config#{
         semaphore => Semaphore,
         secret => Secret,
-        server => self(),
         defaults => #{hostname => unicode:characters_to_binary(Hostname)}
     })),
     ok = erllama_cache_nif:semaphore_open(Semaphore, Limit, MaxBytes),

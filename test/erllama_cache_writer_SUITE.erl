@@ -184,6 +184,8 @@ supervisor_killed(_Config) ->
                 Next = whereis(?WRITER),
                 is_pid(Next) andalso Next =/= Writer
             end),
+            %% It has its name before it has begun.
+            {error, unknown_call} = gen_server:call(?WRITER, unknown),
             ?assert(is_process_alive(Top)),
             ?assertMatch({ok, _}, save(meta([N]))),
             %% A second one is refused at once all the same.

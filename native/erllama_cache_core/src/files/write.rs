@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::effort::Effort;
+use super::payload::READ_PIECE;
 use super::save::Options;
 use super::slice::Slice;
 use super::sys;
@@ -31,10 +32,13 @@ const WRITE_BLOCK: usize = 2 * 1024 * 1024;
 /// page is then faulted in anew, and the save takes four times as long.
 pub const WRITE_PIECE: usize = 512 * 1024;
 
-/// How much is read back at a time, of a small file and of any other: a larger buffer would be new
-/// pages from the system for each save.
+/// How much is read back at a time. A buffer of [`READ_PIECE`] would be new pages from the system,
+/// which only a long save does not notice.
 const BACK_SMALL: usize = 16 * 1024;
 const BACK: usize = 64 * 1024;
+
+/// Above this length a file is read back in pieces of [`READ_PIECE`].
+const LONG_FILE: u64 = 16 * 1024 * 1024;
 
 /// How much is written before the kernel is asked to start its write-back. Write-back that has not
 /// started when all is written is time in which the disk had nothing to do.
@@ -280,8 +284,10 @@ impl ReadBack {
     fn new(file_len: u64) -> ReadBack {
         let piece = if file_len <= SMALL_FILE {
             BACK_SMALL
-        } else {
+        } else if file_len <= LONG_FILE {
             BACK
+        } else {
+            READ_PIECE
         };
         ReadBack {
             buf: vec![0; piece],

@@ -123,8 +123,8 @@ loom: setup ## Every interleaving of the semaphore and of the sync that saves sh
 # Against the configuration, which asks for libraries that can be loaded (native/.cargo/config.toml).
 musl: setup ## The tests of the core and of kvc, linked statically with musl
 	tools/setup.sh musl-gcc target:$(MUSL)
-	cd $(NATIVE) && RUSTFLAGS="-C target-feature=+crt-static" \
-	  cargo test --locked -p erllama_cache_core -p kvc --target $(MUSL)
+	cd $(NATIVE) && RUSTFLAGS="-C target-feature=+crt-static" cargo test --locked \
+	  -p erllama_cache_core -p kvc --target $(MUSL) --target-dir target/musl
 
 matrix: setup ## The Erlang and Elixir tests on other OTP releases, as root: RELEASES=forky
 	proofs/matrix/run.sh $(RELEASES)
@@ -156,8 +156,8 @@ fuzz: setup ## Feed made-up bytes to what reads files: FUZZ_RUNS= FUZZ_SECONDS=6
 soak: setup all ## Use a store in every way at once: SOAK=3600 seconds
 	proofs/soak/run.sh
 
-sanitize: setup ## Run the tests under ThreadSanitizer and AddressSanitizer
-	proofs/sanitize/run.sh
+sanitize: setup ## Run the tests under sanitizers: SANITIZERS="thread address nif"
+	proofs/sanitize/run.sh $(SANITIZERS)
 
 valgrind: setup ## Run the Erlang tests in a VM under memcheck
 	proofs/sanitize/run.sh valgrind

@@ -2,9 +2,9 @@
 //! and deleting them.
 //!
 //! ```text
-//!  save ──┬─► write ────┬─► unpublished ──┬─► entry ──┬─► root ──► sync_plan, sync_group
-//!         └─► publish ──┤                 └─► sync ───┘
-//!  load ──────► check ──┴─► entry, payload
+//!  save ────┬─► write ─────────────────────┬─► unpublished ─┬─► entry ─┬─► root ──► sync_plan,
+//!  import ──┴─► completion ─┬─► publish ───┤                └─► sync ──┘            sync_group
+//!  load ────────────────────┴─► check ─────┴─► entry, payload
 //!  removal ───► check, entry
 //!  scan, note ────────────► entry
 //! ```
@@ -12,8 +12,10 @@
 //! All arrows go down. `sys`, the system calls, `slice` and `effort` are below everything.
 
 mod check;
+mod completion;
 mod effort;
 mod entry;
+mod import;
 mod load;
 mod note;
 mod payload;
@@ -33,6 +35,7 @@ mod write;
 pub use check::Check;
 pub use effort::Effort;
 pub use entry::{Name, Names, StaleTemp, Stored};
+pub use import::Import;
 pub use load::{Loader, fits_memory};
 pub use note::Use;
 pub use payload::READ_PIECE;

@@ -52,10 +52,19 @@ impl Proof {
 }
 
 impl Payload {
-    /// Reads all that comes before the payload. With a secret, only a file with a digest that is
-    /// keyed with it will do; without one, a keyed digest tells nothing.
+    /// Reads all that comes before the payload.
     pub(super) fn begin(file: File, len: u64, secret: Option<&Secret>) -> Result<Payload, Error> {
         let prefix = read_prefix(&file, len)?;
+        Payload::after(prefix, file, secret)
+    }
+
+    /// Begins after `prefix`. With a secret, only a file with a digest that is keyed with it will
+    /// do; without one, a keyed digest tells nothing.
+    pub(super) fn after(
+        prefix: ParsedPrefix,
+        file: File,
+        secret: Option<&Secret>,
+    ) -> Result<Payload, Error> {
         let proof = match (prefix.digest(), secret) {
             (Some((mode @ DigestMode::Keyed, _)), Some(secret)) => {
                 Proof::Digest(Box::new(Digester::new(Some(secret))), mode)

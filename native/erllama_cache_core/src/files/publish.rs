@@ -11,7 +11,7 @@ use super::slice::{Progress, Slice};
 use super::sys;
 use super::unpublished::Unpublished;
 use crate::error::{Context, Error};
-use crate::kvc::{ParsedPrefix, Prefix, Secret};
+use crate::kvc::{Corrupt, ParsedPrefix, Secret};
 
 /// The lock of a corrupt file is needed for a system call or two. A holder that keeps it longer is
 /// faulty or hostile; do not wait for it.
@@ -71,8 +71,8 @@ impl Publication {
         }
     }
 
-    /// Links the file, or looks at what has the name.
-    pub(super) fn begin(&mut self, file: &mut Unpublished, prefix: &Prefix) -> Result<Step, Error> {
+    /// Links the file, which begins with `prefix`, or looks at what has the name.
+    pub(super) fn begin(&mut self, file: &mut Unpublished, prefix: &[u8]) -> Result<Step, Error> {
         if file.link(&final_name(file.key()))? {
             return finish(file, prefix, Outcome::Linked);
         }
@@ -89,13 +89,15 @@ impl Publication {
     pub(super) fn decide(
         &mut self,
         file: &mut Unpublished,
-        prefix: &Prefix,
+        prefix: &[u8],
         mut check: Box<Check>,
         slice: &Slice,
     ) -> Result<Step, Error> {
         match check.step(slice) {
             Ok(Progress::More) => Ok(Step::Taken(check)),
-            Ok(Progress::Done(())) if is_of_same_key(prefix, &check) => adopt(file, &check),
+            Ok(Progress::Done(())) if is_of_same_key(prefix, file.len(), &check) => {
+                adopt(file, &check)
+            }
             Err(error) if !error.proves_corrupt() => Err(error),
             // Corrupt, or of another key.
             Ok(Progress::Done(())) | Err(_) => self.replace(file, prefix),
@@ -112,7 +114,7 @@ impl Publication {
 
     /// Takes the place of what stands under the name, unless another process is about to remove or
     /// replace that, or has done so.
-    fn replace(&mut self, file: &mut Unpublished, prefix: &Prefix) -> Result<Step, Error> {
+    fn replace(&mut self, file: &mut Unpublished, prefix: &[u8]) -> Result<Step, Error> {
         let to = final_name(file.key());
         let claim = match &self.existing {
             // Its lock is held until ours has the name.
@@ -145,8 +147,8 @@ impl Publication {
 
 /// Two files are of one key when all that makes a key is the same in both. The key that the host
 /// gave is not compared: its formula is the host's.
-fn is_of_same_key(prefix: &Prefix, check: &Check) -> bool {
-    ParsedPrefix::parse(prefix.as_bytes().to_vec(), prefix.file_len())
+fn is_of_same_key(prefix: &[u8], file_len: u64, check: &Check) -> bool {
+    ParsedPrefix::parse(prefix.to_vec(), file_len)
         .is_ok_and(|ours| ours.is_of_same_key(check.prefix()))
 }
 
@@ -174,15 +176,15 @@ fn adopt(file: &mut Unpublished, check: &Check) -> Result<Step, Error> {
 }
 
 /// The file stands under its final name: makes that durable, or undoes it.
-fn finish(file: &mut Unpublished, prefix: &Prefix, outcome: Outcome) -> Result<Step, Error> {
+fn finish(file: &mut Unpublished, prefix: &[u8], outcome: Outcome) -> Result<Step, Error> {
     if let Err(error) = file.sync_final_name() {
         withdraw(file);
         return Err(error);
     }
     Ok(Step::Published(Published {
         outcome,
-        file_len: prefix.file_len(),
-        header: *prefix.header(),
+        file_len: file.len(),
+        header: *prefix.first_chunk().ok_or(Corrupt::Truncated)?,
     }))
 }
 

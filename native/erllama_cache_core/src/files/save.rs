@@ -1,5 +1,5 @@
 //! A file that is being saved: written where nobody sees it, checked, synced, then published under
-//! its final name in one step. This module has the phases and their order.
+//! its final name in one step. The order up to the last byte is here, the rest in `completion`.
 //!
 //! ```text
 //!  create ──► payload, prefix ──► write-back ──► sync ──► ready ──► link ──────────────► published
@@ -11,28 +11,23 @@
 //! Everything that is written is read back, and no file is ever linked that did not read back as it
 //! was written.
 
-use std::mem;
-
-use super::check::Check;
+use super::completion::Completion;
 use super::effort::Effort;
-use super::publish::{Outcome, Publication, Published, Step};
+use super::publish::Published;
 use super::root::Root;
 use super::slice::{Progress, Slice};
-use super::sys;
 use super::unpublished::{DEFAULT_MODE, Unpublished};
-use super::write::{WriteBack, Writing};
+use super::write::Writing;
 use crate::error::Error;
 use crate::kvc::{Key, Prefix, Secret};
 
 /// A save in progress. Dropped before it is published, it leaves nothing behind.
 #[derive(Debug)]
 pub struct TmpFile {
-    file: Unpublished,
-    write_back: WriteBack,
-    publication: Publication,
     prefix: Prefix,
-    drop_cache: bool,
-    phase: Phase,
+    /// There until all is written, or the writing has failed.
+    writing: Option<Box<Writing>>,
+    completion: Completion,
 }
 
 /// What a save may choose.
@@ -59,25 +54,6 @@ impl Default for Options {
     }
 }
 
-#[derive(Debug)]
-enum Phase {
-    Write(Box<Writing>),
-    /// All is written and reads back, but the kernel was not asked to start with all of it.
-    StartWriteBack,
-    /// The kernel writes it to the disk.
-    AwaitWriteBack,
-    /// A small file is synced by `publish`.
-    Sync,
-    Ready,
-    /// The final name is taken: what has it is being checked.
-    Taken(Box<Check>),
-    /// This file has its final name, or another one was adopted.
-    Published,
-    /// A call failed. A failed sync in particular is never repeated: the kernel has marked the
-    /// pages clean, and a second sync would report success.
-    Failed,
-}
-
 impl TmpFile {
     /// Creates the file, for a payload of the length that `prefix` says.
     ///
@@ -90,14 +66,10 @@ impl TmpFile {
         options: Options,
     ) -> Result<TmpFile, Error> {
         let file = Unpublished::create(root, key, prefix.file_len(), options.mode)?;
-        let writing = Writing::new(&prefix, &options);
         Ok(TmpFile {
-            file,
-            write_back: WriteBack::default(),
-            publication: Publication::new(options.secret),
+            writing: Some(Box::new(Writing::new(&prefix, &options))),
             prefix,
-            drop_cache: options.drop_cache,
-            phase: Phase::Write(Box::new(writing)),
+            completion: Completion::new(file, &options),
         })
     }
 
@@ -111,55 +83,42 @@ impl TmpFile {
         if payload.len() as u64 != self.prefix.payload_len() {
             return Err(Error::OutOfTurn);
         }
-        loop {
-            // Taken out, so that an error on the way leaves `Failed` behind.
-            let phase = mem::replace(&mut self.phase, Phase::Failed);
-            self.phase = self.write_step(phase, payload, slice)?;
-            if matches!(self.phase, Phase::Sync | Phase::Ready) {
-                return Ok(Progress::Done(()));
-            }
-            if slice.is_over() {
+        // Taken out, so that after an error on the way nothing goes on.
+        while let Some(writing) = self.writing.take() {
+            self.writing = self.write_step(writing, payload, slice)?;
+            if self.writing.is_none() {
+                self.completion.begin();
+            } else if slice.is_over() {
                 return Ok(Progress::More);
             }
         }
+        self.completion.settle(slice)
     }
 
-    fn write_step(&mut self, phase: Phase, payload: &[u8], slice: &Slice) -> Result<Phase, Error> {
-        let len = self.prefix.file_len();
-        let file = self.file.file();
-        Ok(match phase {
-            Phase::Write(writing) if self.file.is_small() => {
-                writing.small(file, &mut self.prefix, payload)?;
-                // Its sync is left to `publish`: the disk takes the same time, and a small save
-                // changes threads once less while the disk works.
-                Phase::Sync
-            }
-            Phase::Write(mut writing) => {
-                if self.write_back.is_too_far_behind(writing.end(&self.prefix)) {
-                    self.write_back.wait(file, slice)?;
-                } else if !writing.has_payload(payload) {
-                    writing.block(file, &self.prefix, payload)?;
-                    let end = writing.end(&self.prefix);
-                    self.write_back.start_up_to(file, end);
-                } else if writing.prefix(file, &mut self.prefix)? {
-                    return Ok(Phase::StartWriteBack);
-                }
-                Phase::Write(writing)
-            }
-            Phase::StartWriteBack if self.write_back.start_all(file, len, slice) => {
-                Phase::AwaitWriteBack
-            }
-            Phase::AwaitWriteBack if self.write_back.has_all(len) => {
-                self.file.root().sync_data(file)?;
-                Phase::Ready
-            }
-            Phase::AwaitWriteBack => {
-                self.write_back.wait(file, slice)?;
-                Phase::AwaitWriteBack
-            }
-            Phase::StartWriteBack | Phase::Sync | Phase::Ready => phase,
-            Phase::Taken(_) | Phase::Published | Phase::Failed => return Err(Error::OutOfTurn),
-        })
+    /// `None` when all is written.
+    fn write_step(
+        &mut self,
+        mut writing: Box<Writing>,
+        payload: &[u8],
+        slice: &Slice,
+    ) -> Result<Option<Box<Writing>>, Error> {
+        let Completion {
+            file, write_back, ..
+        } = &mut self.completion;
+        let (is_small, file) = (file.is_small(), file.file());
+        if is_small {
+            writing.small(file, &mut self.prefix, payload)?;
+            return Ok(None);
+        }
+        if write_back.is_too_far_behind(writing.end(&self.prefix)) {
+            write_back.wait(file, slice)?;
+        } else if !writing.has_payload(payload) {
+            writing.block(file, &self.prefix, payload)?;
+            write_back.start_up_to(file, writing.end(&self.prefix));
+        } else if writing.prefix(file, &mut self.prefix)? {
+            return Ok(None);
+        }
+        Ok(Some(writing))
     }
 
     /// Publishes a file that is [written](TmpFile::write), a slice at a time.
@@ -171,36 +130,6 @@ impl TmpFile {
     /// [`Error::Io`], after which nothing new stands under the name; [`Error::OutOfTurn`] when it
     /// is not written yet, or published already.
     pub fn publish(&mut self, slice: &Slice) -> Result<Progress<Published>, Error> {
-        loop {
-            let phase = mem::replace(&mut self.phase, Phase::Failed);
-            let (file, prefix) = (&mut self.file, &self.prefix);
-            let step = match phase {
-                Phase::Sync => {
-                    file.root().sync_data(file.file())?;
-                    self.phase = Phase::Ready;
-                    continue;
-                }
-                Phase::Ready => self.publication.begin(file, prefix)?,
-                Phase::Taken(check) => self.publication.decide(file, prefix, check, slice)?,
-                other => {
-                    self.phase = other;
-                    return Err(Error::OutOfTurn);
-                }
-            };
-            self.phase = match step {
-                Step::Published(published) => {
-                    self.phase = Phase::Published;
-                    if self.drop_cache && published.outcome != Outcome::Adopted {
-                        sys::drop_cache(self.file.file());
-                    }
-                    return Ok(Progress::Done(published));
-                }
-                Step::Taken(check) => Phase::Taken(check),
-                Step::Again => Phase::Ready,
-            };
-            if slice.is_over() {
-                return Ok(Progress::More);
-            }
-        }
+        self.completion.publish(self.prefix.as_bytes(), slice)
     }
 }

@@ -74,6 +74,11 @@ impl Unpublished {
         self.file.as_ref().expect("only drop takes it")
     }
 
+    /// How long it will be, in bytes.
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
     /// Whether it is written by one call, see [`SMALL_FILE`].
     pub(super) fn is_small(&self) -> bool {
         self.len <= SMALL_FILE

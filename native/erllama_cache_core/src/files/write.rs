@@ -252,7 +252,7 @@ impl Writing {
 
 /// Writes in pieces, and does something with each as soon as it is written, while the processor's
 /// cache still has it.
-fn write_pieces(
+pub(super) fn write_pieces(
     file: &File,
     block: &[u8],
     start: u64,

@@ -7,7 +7,7 @@
 -module(erllama_cache_config).
 
 -export([complete/1, environment/0, erllama_limit/0, save_options/2]).
--export([complete_options/1, keyed_by/1, load_options/1]).
+-export([complete_options/1, keyed_by/1, load_options/2]).
 -export_type([config/0, write_behind/0]).
 
 -include("erllama_cache_limits.hrl").
@@ -17,7 +17,7 @@
                  slow_save_ms, write_behind, drain_ms]).
 -define(WRITE_BEHIND, [reasons, max, max_bytes, save_bytes, slot_ms, share]).
 -define(APPLICATION, [stores, start_writer]).
--define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by]).
+-define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by, peers, peer_timeout]).
 
 -type config() :: #{
     max_concurrent => pos_integer(),
@@ -181,7 +181,8 @@ complete_options(Options) ->
     Complete.
 
 default_options() ->
-    Defaults = #{tier => disk, max_bytes => infinity, keyed_by => tokens},
+    Defaults = #{tier => disk, max_bytes => infinity, keyed_by => tokens, peers => none,
+                 peer_timeout => 50},
     case application:get_env(erllama_cache_nif, mac_key) of
         {ok, Source} -> Defaults#{mac_key => Source};
         undefined -> Defaults
@@ -196,13 +197,14 @@ keyed_by(Options) ->
     maps:get(keyed_by, Options, tokens).
 
 %% @private
-%% Options of a load, with defaults for what they leave out.
--spec load_options(erllama_cache_reader:options()) ->
-    #{timeout := timeout(), wait := none | timeout()}.
-load_options(Options) ->
-    ok = check_keys(Options, [timeout, wait], unknown_option),
+%% Options of a load, and these defaults for what they leave out.
+-spec load_options(Options, Defaults) -> Complete when
+    Options :: #{atom() => term()}, Defaults :: #{atom() => term()},
+    Complete :: #{atom() => term()}.
+load_options(Options, Defaults) ->
+    ok = check_keys(Options, maps:keys(Defaults), unknown_option),
     ok = check_values(Options, invalid_option),
-    maps:merge(#{timeout => infinity, wait => none}, Options).
+    maps:merge(Defaults, Options).
 
 %%% Both
 
@@ -234,6 +236,8 @@ is_valid(root, _Root) -> true;
 is_valid(tier, Tier) -> Tier =:= disk orelse Tier =:= ram_file;
 is_valid(timeout, Timeout) -> ?IS_TIMEOUT(Timeout);
 is_valid(wait, Timeout) -> ?IS_TIMEOUT(Timeout);
+is_valid(peers, Group) -> is_atom(Group);
+is_valid(peer_timeout, Ms) -> is_integer(Ms) andalso Ms > 0 andalso ?IS_TIMEOUT(Ms);
 is_valid(keyed_by, KeyedBy) -> KeyedBy =:= tokens orelse KeyedBy =:= text;
 is_valid(max_bytes, Bytes) -> Bytes =:= infinity orelse (is_integer(Bytes) andalso Bytes > 0).
 

@@ -47,7 +47,10 @@
     {misses, counter, "Loads that did not."},
     {refused, counter, "Loads that found a file that is corrupt or not of this node."},
     {duplicates, counter, "Saves of keys that were there."},
-    {evictions, counter, "Files that made room for others."}
+    {evictions, counter, "Files that made room for others."},
+    {fetched, counter, "Files that came from a peer."},
+    {fetched_bytes, counter, "Bytes of those."},
+    {fetch_failures, counter, "Files that a peer had and that did not come, or not whole."}
 ]).
 
 %% @doc {@link format/1} of the writer alone.

@@ -19,6 +19,7 @@
     quant_byte/1, encode_tokens/1, key/4, key_of_many/4, prefix_keys/5, prefix_keys_of_many/5,
     write_tmp/5, write_more/4, write_and_publish/5, write_and_publish_in_memory/4,
     publish/3, abort/1, secret_new/1, sync_failures/0, live_objects/0,
+    import_begin/5, import_write/3, import_publish/2, import_abort/1,
     load/4, load_more/2, load_abort/1, note_use/4, check/4, check_more/2,
     remove_corrupt/4, remove_corrupt_more/2,
     takes_unnamed/2, root_generation/1, exists/3, delete/3, scan/4, scan_more/2
@@ -255,6 +256,28 @@ remove_corrupt(_Turn, _Root, _Key, _Secret) -> ?NOT_LOADED.
 
 -spec remove_corrupt_more(turn(), reference()) -> boolean() | more | failure().
 remove_corrupt_more(_Turn, _Removal) -> ?NOT_LOADED.
+
+%% Begins to take over the file of a key, of so many bytes, which another node has. Of the options,
+%% the digest is a secret or anything: with a secret, the file has to prove it.
+-spec import_begin(turn(), root(), key(), Size :: pos_integer(), save_options()) ->
+    {ok, reference()} | failure().
+import_begin(_Turn, _Root, _Key, _Size, _Options) -> ?NOT_LOADED.
+
+%% Writes the file's next bytes, some hundreds of kilobytes, and checks them as far as can be.
+%% `more': the disk is far behind, nothing was written, and the same piece is to be given again.
+%% After a failure nothing is left.
+-spec import_write(turn(), reference(), Piece :: binary()) -> ok | more | failure().
+import_write(_Turn, _Import, _Piece) -> ?NOT_LOADED.
+
+%% Publishes the file when its last byte has come and all of it is proven.
+-spec import_publish(turn(), reference()) ->
+    {ok, linked | adopted | replaced, Size :: pos_integer(), key_length()}
+    | more | failure().
+import_publish(_Turn, _Import) -> ?NOT_LOADED.
+
+%% Drops what has come, if it is not published.
+-spec import_abort(reference()) -> ok.
+import_abort(_Import) -> ?NOT_LOADED.
 
 %% Queues a note in the key's file that it was used `Hits' more times and last at that unix second.
 %% Another thread writes it later, or never where the write would block or copy the file. A hint.

@@ -46,7 +46,8 @@ load(TierSrv, Key) ->
 load(TierSrv, Key, Options) when
     is_atom(TierSrv), is_binary(Key), byte_size(Key) =:= 32, is_map(Options)
 ->
-    #{timeout := Timeout, wait := Wait} = erllama_cache_config:load_options(Options),
+    #{timeout := Timeout, wait := Wait} =
+        erllama_cache_config:load_options(Options, #{timeout => infinity, wait => none}),
     case erllama_cache_store:find_keyed_by(TierSrv) of
         {ok, _KeyedBy} when Wait =:= none -> erllama_cache_store:load(TierSrv, Key, Timeout);
         {ok, _KeyedBy} -> load_after(Wait, erllama_cache_store, TierSrv, Key, Timeout);

@@ -26,7 +26,9 @@
     tier => erllama_cache_host:tier(),
     max_bytes => pos_integer() | infinity,
     keyed_by => erllama_cache_host:keyed_by(),
-    mac_key => {file, file:name_all()} | fun(() -> <<_:256>>)
+    mac_key => {file, file:name_all()} | fun(() -> <<_:256>>),
+    peers => none | atom(),
+    peer_timeout => pos_integer()
 }.
 %% <ul>
 %% <li>`root': the directory, which must exist;</li>
@@ -35,7 +37,11 @@
 %% <li>`keyed_by': what keys are made of: `tokens' (default; files of version 1) or `text', the
 %%   metadata's `prompt_text' (files of version 2). A store loads files of both versions;</li>
 %% <li>`mac_key': the secret that keys the writer's digests (default: `mac_key' of the application's
-%%   environment, or none). With a secret, loads accept only files whose digest it keyed.</li>
+%%   environment, or none). With a secret, loads accept only files whose digest it keyed;</li>
+%% <li>`peers': the group of stores that lend each other their files: see {@link
+%%   erllama_cache_peers} (default: `none');</li>
+%% <li>`peer_timeout': milliseconds for which a load that misses waits for their answers (default:
+%%   50).</li>
 %% </ul>
 
 -type file_info() :: #{
@@ -77,23 +83,15 @@
     hits := non_neg_integer(),
     misses := non_neg_integer(),
     refused := non_neg_integer(),
-    evictions := non_neg_integer()
+    evictions := non_neg_integer(),
+    fetched := non_neg_integer(),
+    fetched_bytes := non_neg_integer(),
+    fetch_failures := non_neg_integer()
 }.
 
-%% Milliseconds after which the server of an unbounded store starts to watch a reservation. Most
-%% saves have ended by then, and wake no server.
--define(UNWATCHED, 50).
 %% Seconds between two notes of use in one file.
 -define(NOTE_EVERY, 3600).
-%% The quant byte of every type that the table does not name.
--define(NO_KNOWN_TYPE, 255).
 
-%% Bytes that any processor hashes within half a millisecond.
--define(FEW_BYTES, 131072).
-%% The same for the keys of prefixes, of which a caller may ask for each request, and how many bytes
-%% the key of one more prefix counts for.
--define(FEW_BYTES_OF_PREFIXES, 32768).
--define(BYTES_PER_PREFIX, 256).
 %% Of a token, in a file and in what a key is made of.
 -define(TOKEN_BYTES, 4).
 
@@ -149,7 +147,8 @@ child_spec(Name, #{root := Root} = Options) ->
 %% @doc Loads the payload that is stored under a key, in the calling process. Every byte has been
 %% checked when this returns. A file that fails a check is `{error, {corrupt, Reason}}'; it stays
 %% until a save of the same key replaces it, or it is deleted. While a save of the key is pending
-%% behind its caller, the answer is that save's payload, from memory.
+%% behind its caller, the answer is that save's payload, from memory. A store with `peers' takes a
+%% file that it lacks from one of them.
 %%
 %% ```
 %% {ok, #{context_size := 4096, hit_count := 0, tokens := Tokens}, Payload} =
@@ -165,28 +164,59 @@ child_spec(Name, #{root := Root} = Options) ->
 load(Name, Key) ->
     load(Name, Key, infinity).
 
-%% @doc Loads as {@link load/2}, and gives up after so many milliseconds, between two slices.
+%% @doc Loads as {@link load/2}, and gives up after so many milliseconds, between two slices; with
+%% `peers' false, no peer is asked.
 %%
 %% ```
-%% {ok, _Info, Payload} = erllama_cache_store:load(my_store, Key, 2000).
+%% {ok, _Info, Payload} = erllama_cache_store:load(my_store, Key, 2000),
+%% miss = erllama_cache_store:load(my_store, <<1:256>>, #{peers => false}).
 %% '''
 %%
 %% Errors: also `timeout'.
--spec load(name(), erllama_cache_writer:key(), timeout()) ->
+-spec load(name(), erllama_cache_writer:key(),
+           timeout() | #{timeout => timeout(), peers => boolean()}) ->
     {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
-load(Name, Key, Timeout) when is_atom(Name), ?IS_KEY(Key), ?IS_TIMEOUT(Timeout) ->
+load(Name, Key, Options) when is_map(Options) ->
+    #{timeout := Timeout, peers := Peers} =
+        erllama_cache_config:load_options(Options, #{timeout => infinity, peers => true}),
+    load(Name, Key, Timeout, Peers);
+load(Name, Key, Timeout) ->
+    load(Name, Key, Timeout, true).
+
+load(Name, Key, Timeout, Peers) when
+    is_atom(Name), ?IS_KEY(Key), ?IS_TIMEOUT(Timeout), is_boolean(Peers)
+->
     Config = config(Name),
     case erllama_cache_pending:find(erllama_cache_pending:scope(?MODULE, Name), Key) of
         {ok, Info, Payload, _Owner} ->
             count_one(Config, ?HITS),
             {ok, Info, Payload};
         none ->
-            load_file(Config, Key, Timeout)
+            Deadline = deadline(Timeout),
+            case load_file(Config, Key, Timeout) of
+                miss when Peers -> load_from_peer(Config, Key, Deadline);
+                Result -> Result
+            end
     end.
+
+load_from_peer(Config, Key, Deadline) ->
+    case erllama_cache_peers:fetch_file(Config, Key, left(Deadline)) of
+        ok -> load_file(Config, Key, left(Deadline));
+        miss -> miss;
+        {error, timeout} = Error -> Error;
+        %% Why it cannot be here: no room, or a disk that fails. A save would say it, too.
+        {error, _} -> miss
+    end.
+
+deadline(infinity) -> infinity;
+deadline(Timeout) -> erlang:monotonic_time(millisecond) + Timeout.
+
+left(infinity) -> infinity;
+left(Deadline) -> max(0, Deadline - erlang:monotonic_time(millisecond)).
 
 %% @private
 %% The same from the disk alone.
--spec load_file(name(), erllama_cache_writer:key(), timeout()) ->
+-spec load_file(name() | #config{}, erllama_cache_writer:key(), timeout()) ->
     {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
 load_file(Name, Key, Timeout) when is_atom(Name) ->
     load_file(config(Name), Key, Timeout);
@@ -194,7 +224,7 @@ load_file(#config{name = Name, path = Path, secret = Secret} = Config, Key, Time
     %% Only this row may be removed: a save may end while the load finds no file.
     Known = erllama_cache_index:row(Name, Key),
     Result = erllama_cache_load:run(Path, Key, Secret, Timeout),
-    ok = notice_other_root(Config),
+    ok = erllama_cache_store_claim:notice_other_root(Config),
     case Result of
         {ok, Info, _Payload} ->
             count_one(Config, ?HITS),
@@ -261,13 +291,6 @@ gone(#config{name = Name}, Row) ->
     ok = erllama_cache_index:refuse(Name, Row),
     gen_server:cast(Name, {gone, Row}).
 
-%% If the root was made anew, or something was mounted there, the index is another directory's.
-notice_other_root(#config{name = Name, path = Path, generation = Generation}) ->
-    case erllama_cache_nif:root_generation(Path) =:= atomics:get(Generation, 1) of
-        true -> ok;
-        false -> gen_server:cast(Name, look_again)
-    end.
-
 %% @doc Deletes what is stored under a key; `ok' also when nothing is. Errors: a POSIX reason.
 %%
 %% ```
@@ -308,8 +331,8 @@ key(Meta) ->
 -spec key(erllama_cache_meta:identity(), #{keyed_by => erllama_cache_host:keyed_by()}) ->
     {ok, erllama_cache_writer:key()} | {error, erllama_cache_meta:invalid()}.
 key(Meta, Options) when is_map(Meta), is_map(Options) ->
-    case key_parts(erllama_cache_config:keyed_by(Options), Meta) of
-        {ok, Namespace, Keyed} -> {ok, key_in(Namespace, Keyed)};
+    case erllama_cache_store_key:parts(erllama_cache_config:keyed_by(Options), Meta) of
+        {ok, Namespace, Keyed} -> {ok, erllama_cache_store_key:in(Namespace, Keyed)};
         {error, _} = Error -> Error
     end.
 
@@ -338,11 +361,12 @@ key(Meta, Options) when is_map(Meta), is_map(Options) ->
     | {error, erllama_cache_meta:invalid()}.
 longest_prefix(Name, Meta) when is_atom(Name), is_map(Meta) ->
     #config{keyed_by = KeyedBy} = config(Name),
-    case key_parts(KeyedBy, Meta) of
+    case erllama_cache_store_key:parts(KeyedBy, Meta) of
         {ok, Namespace, Keyed} ->
             Unit = bytes_per_unit(KeyedBy),
             Lengths = erllama_cache_index:lengths(Name, KeyedBy, byte_size(Keyed) div Unit),
-            Keys = prefix_keys(Namespace, Keyed, [Length * Unit || Length <- Lengths]),
+            Ends = [Length * Unit || Length <- Lengths],
+            Keys = erllama_cache_store_key:of_prefixes(Namespace, Keyed, Ends),
             longest(Name, KeyedBy, lists:reverse(Lengths), Keys);
         {error, _} = Error ->
             Error
@@ -405,118 +429,26 @@ count_one(#config{counters = Counters}, Index) ->
 now_ms() ->
     erlang:system_time(millisecond).
 
-%%% Keys
-
-%% What a key is made of: the namespace, and the tokens or the text.
-key_parts(KeyedBy, Meta) ->
-    case erllama_cache_meta:check_identity(KeyedBy, Meta) of
-        ok ->
-            case {namespace(Meta), keyed(KeyedBy, Meta)} of
-                {{ok, Namespace}, {ok, Keyed}} -> {ok, Namespace, Keyed};
-                {{error, _} = Error, _} -> Error;
-                {_, {error, _} = Error} -> Error
-            end;
-        {error, _} = Error ->
-            Error
-    end.
-
-%% What else a key is made of: states in different namespaces never share one.
-namespace(#{fingerprint := Fingerprint, quant_type := QuantType,
-            ctx_params_hash := CtxParamsHash}) ->
-    case erllama_cache_nif:quant_byte(QuantType) of
-        ?NO_KNOWN_TYPE ->
-            %% All unknown types share one byte, and so would their keys: a load of the one would
-            %% return the other's state.
-            {error, {invalid_meta, quant_type}};
-        QuantByte ->
-            {ok, {Fingerprint, QuantByte, CtxParamsHash}}
-    end.
-
-keyed(text, #{prompt_text := Text}) ->
-    {ok, Text};
-keyed(tokens, #{tokens := Tokens}) ->
-    case erllama_cache_meta:encode_tokens(Tokens) of
-        error -> {error, {invalid_meta, tokens}};
-        Encoded -> {ok, Encoded}
-    end.
-
-key_in({Fingerprint, QuantByte, CtxParamsHash}, Keyed) when byte_size(Keyed) =< ?FEW_BYTES ->
-    erllama_cache_nif:key(Fingerprint, QuantByte, CtxParamsHash, Keyed);
-key_in({Fingerprint, QuantByte, CtxParamsHash}, Keyed) ->
-    erllama_cache_nif:key_of_many(Fingerprint, QuantByte, CtxParamsHash, Keyed).
-
-%% What is behind the last end is not hashed.
-prefix_keys(_Namespace, _Keyed, []) ->
-    <<>>;
-prefix_keys({Fingerprint, QuantByte, CtxParamsHash}, Keyed, Ends) ->
-    Work = lists:last(Ends) + ?BYTES_PER_PREFIX * length(Ends),
-    case Work =< ?FEW_BYTES_OF_PREFIXES of
-        true ->
-            erllama_cache_nif:prefix_keys(Fingerprint, QuantByte, CtxParamsHash, Keyed, Ends);
-        false ->
-            erllama_cache_nif:prefix_keys_of_many(Fingerprint, QuantByte, CtxParamsHash, Keyed,
-                                                  Ends)
-    end.
-
 %%% For the writer
 
 %% @private
 identify(KeyedBy, #{tokens := Tokens, prompt_text := Text} = Meta) ->
-    case {namespace(Meta), erllama_cache_meta:encode_tokens(Tokens)} of
+    case {erllama_cache_store_key:namespace(Meta), erllama_cache_meta:encode_tokens(Tokens)} of
         {{error, _} = Error, _} ->
             Error;
         {_, error} ->
             {error, {invalid_meta, tokens}};
         {{ok, {_, QuantByte, _} = Namespace}, Encoded} ->
             Key = case KeyedBy of
-                tokens -> key_in(Namespace, Encoded);
-                text -> key_in(Namespace, Text)
+                tokens -> erllama_cache_store_key:in(Namespace, Encoded);
+                text -> erllama_cache_store_key:in(Namespace, Text)
             end,
             {ok, {Key, QuantByte, {KeyedBy, Encoded, byte_size(Text)}}}
     end.
 
 %% @private
 reserve(Name, Tier, Key, Size) ->
-    case config(Name) of
-        #config{tier = Tier, max_bytes = infinity, server = Server} ->
-            reserve_unbounded(Name, Server, Key, Size);
-        #config{tier = Tier} ->
-            reserve_bounded(Name, Key, Size);
-        #config{tier = Other} -> {error, {wrong_tier, Other}}
-    end.
-
-reserve_unbounded(Name, Server, Key, Size) ->
-    case erllama_cache_index:claimable(Name, Key) of
-        {ok, Old} ->
-            %% Started first: if this process is killed before the claim, the server still checks.
-            %% Sent to the pid, since the name may be another server's by then.
-            Token = erlang:start_timer(?UNWATCHED, Server, {watch, Key, Size, self()}),
-            Row = erllama_cache_index:reservation(Key, Size, Token, self()),
-            case erllama_cache_index:claim(Name, Old, Row) of
-                true ->
-                    ok = overdue(Name, Old),
-                    {ok, Token};
-                false ->
-                    done(Name, Token),
-                    reserve_unbounded(Name, Server, Key, Size)
-            end;
-        {error, _} = Error ->
-            Error
-    end.
-
-%% The server may still watch the reservation that was replaced.
-overdue(Name, #row{state = reserved, token = Token}) -> gen_server:cast(Name, {done, Token});
-overdue(_Name, _FileOrNone) -> ok.
-
-reserve_bounded(Name, Key, Size) ->
-    %% Only the server makes room. The look at the disk need not wait for it.
-    case erllama_cache_index:claimable(Name, Key) of
-        {ok, _Old} ->
-            Row = erllama_cache_index:reservation(Key, Size, make_ref(), self()),
-            gen_server:call(Name, {admit, Row}, infinity);
-        {error, _} = Error ->
-            Error
-    end.
+    erllama_cache_store_claim:reserve(Name, Tier, Key, Size).
 
 %% @private
 root(Name) ->
@@ -538,32 +470,14 @@ announce(Name, Key, Token, Size, _Header, Content) ->
         {tokens, Tokens, _} -> {tokens, byte_size(Tokens) div ?TOKEN_BYTES};
         {text, _, TextBytes} -> {text, TextBytes}
     end,
-    File = erllama_cache_index:file(Key, Length, Size, now_ms(), Token),
-    case erllama_cache_index:settle(Name, Token, File) of
-        ok ->
-            ok = done(Name, Token),
-            notice_other_root(config(Name));
-        {error, expired} = Error ->
-            Error
-    end.
+    erllama_cache_store_claim:settle(Name, Key, Token, Size, Length).
 
 %% @private
 cancel(Name, Key, Token) ->
-    _ = erllama_cache_index:remove(Name, #row{key = Key, token = Token, state = reserved}),
-    done(Name, Token).
+    erllama_cache_store_claim:cancel(Name, Key, Token).
 
 %% @private
 count(Name, {saved, _Reason}) -> count_one(config(Name), ?SAVES);
 count(Name, duplicate_dropped) -> count_one(config(Name), ?DUPLICATES);
 %% The writer counts those of all stores.
 count(_Name, dropped) -> ok.
-
-%% The reservation is over. In an unbounded store the server need not know, unless it has begun to
-%% watch the reservation.
-done(Name, Token) ->
-    Unheard = (config(Name))#config.max_bytes =:= infinity andalso
-        is_integer(erlang:cancel_timer(Token)),
-    case Unheard of
-        true -> ok;
-        false -> gen_server:cast(Name, {done, Token})
-    end.

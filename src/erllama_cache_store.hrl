@@ -11,6 +11,11 @@
     keyed_by :: erllama_cache_host:keyed_by(),
     max_bytes :: pos_integer() | infinity,
     secret :: none | erllama_cache_nif:secret(),
+    %% The group whose stores it borrows from and lends to, and milliseconds to wait for their
+    %% answers.
+    peers :: none | atom(),
+    peer_timeout :: pos_integer(),
+    flights :: ets:table(),
     counters :: counters:counters_ref(),
     %% Which directory the root was at the last scan: see root_generation/1 of the library. One
     %% number, written by the server.
@@ -18,10 +23,14 @@
 }).
 
 %% Places in its counters.
--define(COUNTERS, [saves, duplicates, hits, misses, refused, evictions]).
+-define(COUNTERS, [saves, duplicates, hits, misses, refused, evictions,
+                   fetched, fetched_bytes, fetch_failures]).
 -define(SAVES, 1).
 -define(DUPLICATES, 2).
 -define(HITS, 3).
 -define(MISSES, 4).
 -define(REFUSED, 5).
 -define(EVICTIONS, 6).
+-define(FETCHED, 7).
+-define(FETCHED_BYTES, 8).
+-define(FETCH_FAILURES, 9).

@@ -3,7 +3,7 @@
 %% @private
 -module(erllama_cache_store_log).
 
--export([started/3, found/2, skipped/3, root_changed/1, root_unreadable/2]).
+-export([started/3, found/2, skipped/3, root_changed/1, root_unreadable/2, fetch_failed/4]).
 
 -include("erllama_cache_log.hrl").
 -include("erllama_cache_store.hrl").
@@ -53,3 +53,9 @@ root_changed(#config{name = Name, root = Root}) ->
 root_unreadable(#config{name = Name, root = Root}, Reason) ->
     ?LOG_WARNING(#{event => root_unreadable, store => Name, root => Root, reason => Reason},
                  ?LOG_META).
+
+%% A peer that had a file could not send it, or sent something else.
+-spec fetch_failed(#config{}, erllama_cache_nif:key(), node(), term()) -> ok.
+fetch_failed(#config{name = Name, root = Root}, Key, Node, Reason) ->
+    ?LOG_WARNING(#{event => fetch_failed, store => Name, peer => Node, reason => Reason,
+                   file => erllama_cache_path:final(Root, Key)}, ?LOG_META).

@@ -13,7 +13,8 @@
 ]).
 
 -define(PUBLIC, [
-    erllama_cache_writer, erllama_cache_reader, erllama_cache_store, erllama_cache_metrics
+    erllama_cache_writer, erllama_cache_reader, erllama_cache_store, erllama_cache_metrics,
+    erllama_cache_peers
 ]).
 
 %%% The modules' pages
@@ -237,6 +238,13 @@ each_proof_runs_in_ci_test_() ->
         end}
      || [Proof | Form] <- Rows
     ].
+
+%% Inside erllama both are in one node, and only one module of a name is loaded.
+no_module_has_a_name_of_erllamas_test() ->
+    Ours = filelib:wildcard("*.erl", in_project("src")),
+    Theirs = filelib:wildcard("*.erl", in_project("test/fakes")),
+    ?assertEqual([], Ours -- (Ours -- Theirs)),
+    ?assertMatch([_ | _], Theirs).
 
 %% Tables of figures say what the JSON and the bounds say, which no hand copies.
 tables_are_as_written_test() ->

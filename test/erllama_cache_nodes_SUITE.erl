@@ -9,7 +9,7 @@
          a_save_asked_of_another_node/1,
          all_save_the_same_keys/1, each_saves_its_own_payloads/1, none_sweeps_anothers_work/1]).
 
--import(erllama_cache_test_util, [files/1, file_of/2, eventually/1]).
+-import(erllama_cache_test_util, [files/1, file_of/2]).
 
 -define(STORE, nodes_store).
 -define(WRITER, erllama_cache_writer).
@@ -19,55 +19,25 @@ all() ->
      all_save_the_same_keys, each_saves_its_own_payloads, none_sweeps_anothers_work].
 
 init_per_testcase(Case, Config) ->
-    _ = os:cmd("epmd -daemon"),
-    %% It returns before it listens.
-    eventually(fun() -> element(1, net_adm:names()) =:= ok end),
-    Distributed = is_alive() orelse start_distribution(Case),
+    ok = erllama_cache_nodes_util:distribute(Case),
     Root = filename:join(?config(priv_dir, Config), atom_to_list(Case)),
     ok = filelib:ensure_dir(filename:join(Root, "x")),
     Nodes = [start_node(Root) || _ <- [1, 2]],
-    [{distributed, Distributed}, {root, Root}, {nodes, Nodes} | Config].
+    [{root, Root}, {nodes, Nodes} | Config].
 
 end_per_testcase(_Case, Config) ->
-    [ok = peer:stop(Peer) || {Peer, _} <- ?config(nodes, Config)],
+    [ok = erllama_cache_nodes_util:stop(Node) || Node <- ?config(nodes, Config)],
     ok.
-
-start_distribution(Case) ->
-    {ok, _} = net_kernel:start([list_to_atom(lists:concat([Case, "_", os:getpid()])), shortnames]),
-    true.
 
 start_node(Root) ->
-    {ok, Peer, Node} = peer:start(#{
-        name => peer:random_name(), connection => standard_io,
-        args => ["-setcookie", atom_to_list(erlang:get_cookie()) | paths()]
-    }),
-    true = net_kernel:connect_node(Node),
+    {_, Node} = Started = erllama_cache_nodes_util:start(),
     ok = start_store(Node, Root),
-    {ok, _} = unlinked(Node, ?WRITER, start_link, [#{host => erllama_cache_store}]),
-    {Peer, Node}.
-
-%% The application, by a module that cover may not compile, and this module for the functions that
-%% are sent.
-paths() ->
-    lists:append([
-        ["-pa", filename:absname(filename:dirname(code:which(Module)))]
-     || Module <- [erllama_cache_nif, ?MODULE]
-    ]).
+    Args = [#{host => erllama_cache_store}],
+    {ok, _} = erllama_cache_nodes_util:unlinked(Node, ?WRITER, start_link, Args),
+    Started.
 
 start_store(Node, Root) ->
-    {ok, _} = unlinked(Node, erllama_cache_store, start_link, [?STORE, #{root => Root}]),
-    ok.
-
-%% The process that erpc makes ends with the call, and what is linked to it with it.
-unlinked(Node, Module, Function, Args) ->
-    erpc:call(Node, fun() ->
-        Self = self(),
-        Starter = spawn(fun() ->
-            Self ! {self(), apply(Module, Function, Args)},
-            receive stop -> ok end
-        end),
-        receive {Starter, Result} -> Result end
-    end).
+    erllama_cache_nodes_util:start_store(Node, ?STORE, #{root => Root}).
 
 nodes_of(Config) ->
     [Node || {_, Node} <- ?config(nodes, Config)].

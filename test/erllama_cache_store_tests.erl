@@ -406,7 +406,8 @@ info_counts(Root) ->
                 name => Store, root => Root, tier => disk, keyed_by => tokens,
                 max_bytes => infinity, files => 2,
                 bytes => Bytes, reservations => 1, saves => 2, duplicates => 1, hits => 1,
-                misses => 1, refused => 1, evictions => 0
+                misses => 1, refused => 1, evictions => 0,
+                fetched => 0, fetched_bytes => 0, fetch_failures => 0
             },
             erllama_cache_store:info(Store)
         )

@@ -386,7 +386,8 @@ modelled(resume, [], Model) ->
 %% Starting and ending
 
 blank(MaxBytes, Model) ->
-    Zero = [{What, 0} || What <- [saves, duplicates, hits, misses, refused, evictions]],
+    Zero = [{What, 0} || What <- [saves, duplicates, hits, misses, refused, evictions,
+                             fetched, fetched_bytes, fetch_failures]],
     (lost(Model))#model{max_bytes = MaxBytes, counts = maps:from_list(Zero)}.
 
 lost(Model) ->

@@ -60,6 +60,7 @@ rustler::atoms! {
     courier,
     handle,
     tmp,
+    import,
     load,
     check,
     removal,

@@ -4,6 +4,7 @@
 mod atoms;
 mod error;
 mod handle;
+mod import;
 mod live_count;
 mod load;
 mod meta;

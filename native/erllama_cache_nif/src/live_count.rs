@@ -23,7 +23,7 @@ macro_rules! types {
 
 types! {
     Semaphore semaphore Guard guard Secret secret Courier courier Handle handle
-    Tmp tmp Load load Check check Removal removal Scan scan
+    Tmp tmp Import import Load load Check check Removal removal Scan scan
 }
 
 static LIVE: [AtomicUsize; COUNTERS] = [const { AtomicUsize::new(0) }; COUNTERS];

@@ -204,7 +204,7 @@ fn tmp_term<'a>(env: Env<'a>, tmp: TmpFile) -> Term<'a> {
 }
 
 /// `{Mode, none | blake3 | Secret, keep | drop, helped | Share}`, the share being 1 to 100.
-fn save_options(term: Term<'_>) -> NifResult<(Options, DigestKind)> {
+pub(crate) fn save_options(term: Term<'_>) -> NifResult<(Options, DigestKind)> {
     let (mode, digest, page_cache, effort): (u32, Term<'_>, Atom, Term<'_>) = term.decode()?;
     let secret = if atoms::none() == digest || atoms::blake3() == digest {
         None
@@ -252,15 +252,18 @@ fn encode_error_term<'a>(env: Env<'a>, error: EncodeError) -> Term<'a> {
     (atoms::error(), reason).encode(env)
 }
 
-fn published_term<'a>(env: Env<'a>, published: &Published) -> Term<'a> {
-    let outcome = match published.outcome {
+pub(crate) fn outcome_atom(outcome: Outcome) -> Atom {
+    match outcome {
         Outcome::Linked => atoms::linked(),
         Outcome::Adopted => atoms::adopted(),
         Outcome::Replaced => atoms::replaced(),
-    };
+    }
+}
+
+fn published_term<'a>(env: Env<'a>, published: &Published) -> Term<'a> {
     (
         atoms::ok(),
-        outcome,
+        outcome_atom(published.outcome),
         published.file_len,
         meta::binary(env, &published.header),
     )

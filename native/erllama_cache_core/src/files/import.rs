@@ -104,6 +104,11 @@ impl Import {
         self.completion.file.len() - self.pos
     }
 
+    /// All that comes before the payload, once the file is proven to its last byte.
+    pub fn prefix(&self) -> Option<&ParsedPrefix> {
+        self.prefix.as_ref()
+    }
+
     /// `None` when all of the file is proven.
     fn prove(&mut self, proof: Proof) -> Result<Option<Proof>, Error> {
         let (file, len) = (self.completion.file.file(), self.completion.file.len());

@@ -1,0 +1,85 @@
+//! Files that come from another node, in pieces.
+
+use erllama_cache_core::Error;
+use erllama_cache_core::files::{Import, Progress};
+use rustler::{Atom, Binary, Encoder, Env, NifResult, Resource, ResourceArc, Term};
+
+use crate::atoms;
+use crate::error::error_term;
+use crate::live_count::Kind;
+use crate::meta;
+use crate::save::{outcome_atom, save_options};
+use crate::semaphore::Guard;
+use crate::slices::{InSlices, in_turn, open_root, progress_atom};
+
+struct Importing(InSlices<Import>);
+
+#[rustler::resource_impl]
+impl Resource for Importing {}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn import_begin<'a>(
+    env: Env<'a>,
+    turn: &'a Guard,
+    path: Binary<'a>,
+    key: Binary<'a>,
+    len: u64,
+    options: Term<'a>,
+) -> NifResult<Term<'a>> {
+    in_turn(env, turn, |_slice| {
+        let key = meta::key(key)?;
+        let (options, _digest) = save_options(options)?;
+        let import = open_root(path)?.and_then(|root| Import::create(root, key, len, options));
+        Ok(match import {
+            Ok(import) => {
+                let import = ResourceArc::new(Importing(InSlices::new(Kind::Import, import)));
+                (atoms::ok(), import).encode(env)
+            }
+            Err(error) => error_term(env, &error),
+        })
+    })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn import_write<'a>(
+    env: Env<'a>,
+    turn: &'a Guard,
+    import: &'a Importing,
+    piece: Binary<'a>,
+) -> NifResult<Term<'a>> {
+    in_turn(env, turn, |slice| {
+        import.0.resume(env, |mut import| {
+            match import.write(piece.as_slice(), slice) {
+                Ok(progress) => (Some(import), Ok(progress_atom(progress).encode(env))),
+                Err(error) => (None, Ok(error_term(env, &error))),
+            }
+        })
+    })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn import_publish<'a>(env: Env<'a>, turn: &'a Guard, import: &'a Importing) -> NifResult<Term<'a>> {
+    in_turn(env, turn, |slice| {
+        import
+            .0
+            .resume(env, |mut import| match import.publish(slice) {
+                Ok(Progress::More) => (Some(import), Ok(atoms::more().encode(env))),
+                Ok(Progress::Done(published)) => {
+                    let Some(prefix) = import.prefix() else {
+                        return (None, Ok(error_term(env, &Error::OutOfTurn)));
+                    };
+                    let length = meta::key_length(env, prefix.header().version, prefix.key_len());
+                    let outcome = outcome_atom(published.outcome);
+                    let term = (atoms::ok(), outcome, published.file_len, length).encode(env);
+                    (None, Ok(term))
+                }
+                Err(error) => (None, Ok(error_term(env, &error))),
+            })
+    })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn import_abort(import: &Importing) -> Atom {
+    import.0.abort();
+    atoms::ok()
+}

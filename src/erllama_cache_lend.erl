@@ -1,0 +1,199 @@
+%% Lends one file to a peer: offers a connection that is good for a ticket, once, and sends the file
+%% by the system's `sendfile', without bringing it into this node's memory.
+%%
+%% Lending is bounded: a node that is asked for more at a time says so, and its peer tries another.
+%%
+%% @private
+-module(erllama_cache_lend).
+
+-include_lib("kernel/include/file.hrl").
+-include("erllama_cache_store.hrl").
+
+-export([offer/4, setup/0]).
+
+%% Files that are lent at a time.
+-define(MAX_LENT, 8).
+%% Milliseconds until the peer connects and shows its ticket, and for each piece.
+-define(PATIENCE, 2000).
+%% How much is sent between two looks at whether the peer takes it.
+-define(PIECE, 8388608).
+
+%% Makes the slots for lending, once in the library's life.
+-spec setup() -> ok.
+setup() ->
+    Before = persistent_term:get(?MODULE, undefined),
+    New = fun() -> erllama_cache_nif:semaphore_new(?MAX_LENT) end,
+    persistent_term:put(?MODULE, erllama_cache_successor:inherit(Before, New)).
+
+%% Called by a peer. The file stays open, whatever becomes of its name. Errors: `gone', `busy', and
+%% POSIX reasons.
+-spec offer(erllama_cache_store:name(), erllama_cache_nif:key(), Ticket :: binary(), pid()) ->
+    {ok, Size :: pos_integer(), inet:ip_address(), inet:port_number()} | {error, term()}.
+offer(Store, Key, Ticket, Borrower) ->
+    Self = self(),
+    {Lender, Monitor} = spawn_monitor(fun() ->
+        Borrowing = monitor(process, Borrower),
+        Watcher = self(),
+        Sender = spawn_link(fun() -> lend(Watcher, Store, Key, Ticket, node(Borrower)) end),
+        watch(Sender, Self, Borrowing)
+    end),
+    receive
+        {Lender, Answer} ->
+            true = demonitor(Monitor, [flush]),
+            Answer;
+        {'DOWN', Monitor, process, Lender, Reason} ->
+            {error, Reason}
+    end.
+
+%% Until all is sent, or the borrower has ended or takes nothing for too long. With the sender end
+%% the file, the sockets and its slot.
+watch(Sender, Asker, Borrowing) ->
+    receive
+        {Sender, offered, Answer} ->
+            Asker ! {self(), Answer},
+            watch(Sender, Asker, Borrowing);
+        {Sender, went_on} ->
+            watch(Sender, Asker, Borrowing);
+        {Sender, done} ->
+            ok;
+        {'DOWN', Borrowing, process, _Borrower, _Reason} ->
+            stop(Sender)
+    after ?PATIENCE ->
+        stop(Sender)
+    end.
+
+stop(Sender) ->
+    true = unlink(Sender),
+    true = exit(Sender, kill).
+
+%% File and sockets belong to the process that opened them, and end with it.
+lend(Watcher, Store, Key, Ticket, Node) ->
+    case prepare(Store, Key, Node) of
+        {ok, File, Size, Listen, {Address, Port}} ->
+            Watcher ! {self(), offered, {ok, Size, Address, Port}},
+            _ = serve(Watcher, Listen, File, Size, Ticket),
+            Watcher ! {self(), done};
+        {error, _} = Error ->
+            Watcher ! {self(), offered, Error},
+            Watcher ! {self(), done}
+    end.
+
+prepare(Store, Key, Node) ->
+    Guard = erllama_cache_nif:guard_new(persistent_term:get(?MODULE)),
+    case erllama_cache_nif:try_acquire(Guard) of
+        ok ->
+            case open(Store, Key) of
+                {ok, File, Size} -> listen(Node, File, Size);
+                {error, _} = Error -> Error
+            end;
+        busy ->
+            {error, busy}
+    end.
+
+open(Store, Key) ->
+    case erllama_cache_index:find_config(Store) of
+        {ok, #config{path = Path}} ->
+            Name = erllama_cache_path:final(Path, Key),
+            %% Opening what is not a file can take for ever.
+            case file:read_file_info(Name, [raw]) of
+                {ok, #file_info{type = regular}} -> open(Name);
+                {ok, _} -> {error, gone};
+                {error, enoent} -> {error, gone};
+                {error, _} = Error -> Error
+            end;
+        _ ->
+            {error, gone}
+    end.
+
+open(Name) ->
+    case file:open(Name, [read, raw, binary]) of
+        {ok, File} ->
+            {ok, Size} = file:position(File, eof),
+            {ok, File, Size};
+        {error, enoent} ->
+            {error, gone};
+        {error, _} = Error ->
+            Error
+    end.
+
+%% On the address by which the borrower's node is connected with this one.
+listen(Node, File, Size) ->
+    case address_towards(Node) of
+        {ok, Address} ->
+            Options = [
+                binary, {active, false}, {packet, raw}, {ip, Address}, {backlog, 1},
+                {nodelay, true}, {send_timeout, ?PATIENCE}, {send_timeout_close, true}
+                | [inet6 || tuple_size(Address) =:= 8]
+            ],
+            case gen_tcp:listen(0, Options) of
+                {ok, Listen} ->
+                    {ok, Place} = inet:sockname(Listen),
+                    {ok, File, Size, Listen, Place};
+                {error, _} = Error ->
+                    Error
+            end;
+        {error, _} = Error ->
+            Error
+    end.
+
+address_towards(Node) when Node =:= node() ->
+    {ok, {127, 0, 0, 1}};
+address_towards(Node) ->
+    case lists:keyfind(Node, 1, erlang:system_info(dist_ctrl)) of
+        {Node, Port} when is_port(Port) ->
+            case inet:sockname(Port) of
+                {ok, {Address, _Port}} -> {ok, Address};
+                {error, _} = Error -> Error
+            end;
+        %% Distribution is not over plain TCP: no address is known.
+        _ ->
+            {error, no_address}
+    end.
+
+serve(Watcher, Listen, File, Size, Ticket) ->
+    Deadline = erlang:monotonic_time(millisecond) + ?PATIENCE,
+    case accept(Listen, Ticket, Deadline) of
+        {ok, Socket} ->
+            ok = gen_tcp:close(Listen),
+            send(Watcher, File, Socket, 0, Size);
+        {error, _} = Error ->
+            Error
+    end.
+
+%% Whoever has no ticket is refused, and costs no more than the time that is left.
+accept(Listen, Ticket, Deadline) ->
+    case gen_tcp:accept(Listen, left(Deadline)) of
+        {ok, Socket} ->
+            case gen_tcp:recv(Socket, byte_size(Ticket), left(Deadline)) of
+                {ok, Shown} ->
+                    case crypto:hash_equals(Shown, Ticket) of
+                        true -> {ok, Socket};
+                        false -> refuse(Socket, Listen, Ticket, Deadline)
+                    end;
+                {error, _} ->
+                    refuse(Socket, Listen, Ticket, Deadline)
+            end;
+        {error, _} = Error ->
+            Error
+    end.
+
+refuse(Socket, Listen, Ticket, Deadline) ->
+    ok = gen_tcp:close(Socket),
+    accept(Listen, Ticket, Deadline).
+
+left(Deadline) ->
+    max(0, Deadline - erlang:monotonic_time(millisecond)).
+
+send(_Watcher, _File, _Socket, Size, Size) ->
+    ok;
+send(Watcher, File, Socket, Sent, Size) ->
+    case file:sendfile(File, Socket, Sent, min(?PIECE, Size - Sent), []) of
+        {ok, Bytes} when Bytes > 0 ->
+            Watcher ! {self(), went_on},
+            send(Watcher, File, Socket, Sent + Bytes, Size);
+        %% Shorter than it was.
+        {ok, 0} ->
+            {error, eof};
+        {error, _} = Error ->
+            Error
+    end.

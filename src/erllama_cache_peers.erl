@@ -1,0 +1,139 @@
+%% @doc Stores of a group, on the nodes of one cluster, lend each other their files.
+%%
+%% A key is a hash of what a file holds, and a file never changes. So it does not matter who has it:
+%% a store that lacks a key asks the others, takes the file from one that has it, checks it to its
+%% last byte, and keeps it. Stores find each other by {@link pg}; nothing is elected or replicated.
+%% A peer that is slow, gone, or wrong costs a moment, and the next one is tried.
+%%
+%% ```
+%% #{start := {erllama_cache_store, start_link, _}} =
+%%     erllama_cache_store:child_spec(my_store, #{root => "/var/cache/kv", peers => my_group}).
+%% '''
+%%
+%% A load that misses asks by itself. {@link find/2} asks for many keys at once, such as those of a
+%% prompt's prefixes, and {@link fetch/2} takes a file without loading it.
+-module(erllama_cache_peers).
+
+-include("erllama_cache_store.hrl").
+
+-export([find/2, fetch/2]).
+-export([fetch_file/3]).
+
+%% Keys of one question. A longer list would be a message of more than 128 KiB.
+-define(MAX_KEYS, 4096).
+
+%% @doc Finds the first of these keys that the store has, or one of its peers: give the longest
+%% prefix first. A load of it takes it from there. One question is sent to each peer, whatever the
+%% number of keys.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_writer:save(my_store, disk, Meta, Payload),
+%% {ok, Key, Here} = erllama_cache_peers:find(my_store, [<<1:256>>, Key]),
+%% true = Here =:= node().
+%% '''
+%%
+%% At most 4096 keys. Exits with `{noproc, _}' when the store does not run.
+-spec find(erllama_cache_store:name(), [erllama_cache_writer:key()]) ->
+    {ok, erllama_cache_writer:key(), node()} | miss.
+find(Store, Keys) when is_atom(Store), is_list(Keys), length(Keys) =< ?MAX_KEYS ->
+    Config = erllama_cache_index:config(Store),
+    Here = [{Key, node()} || Key <- Keys, erllama_cache_peer_group:size_here(Store, Key) =/= none],
+    %% Only what is better than what is here.
+    Better = case Here of
+        [{Best, _} | _] -> lists:takewhile(fun(Key) -> Key =/= Best end, Keys);
+        [] -> Keys
+    end,
+    Answers = erllama_cache_peer_group:ask(Config, Better),
+    There = [{Key, Node} || {Node, _Name, Found} <- Answers, {Key, _Size} <- Found],
+    first(Keys, maps:merge(maps:from_list(There), maps:from_list(Here))).
+
+first([Key | Keys], Found) ->
+    case Found of
+        #{Key := Node} -> {ok, Key, Node};
+        _ -> first(Keys, Found)
+    end;
+first([], _Found) ->
+    miss.
+
+%% @doc Takes the file of a key from a peer that has it, whether or not the store has it already.
+%% `ok' when it is in the store's root, on the disk, and checked.
+%%
+%% ```
+%% miss = erllama_cache_peers:fetch(my_store, <<1:256>>).
+%% '''
+%%
+%% `miss' when no peer has it, or none that has it could send it. Errors: those of a reservation in
+%% this store, such as `no_room'; a POSIX reason of its root. Exits with `{noproc, _}' when the
+%% store does not run.
+-spec fetch(erllama_cache_store:name(), erllama_cache_writer:key()) ->
+    ok | miss | {error, term()}.
+fetch(Store, Key) when is_atom(Store), byte_size(Key) =:= 32 ->
+    fetch_file(erllama_cache_index:config(Store), Key, infinity).
+
+%% @private
+%% Callers that want the same key at the same time share one fetch, by a process of its own: it goes
+%% on for the others when one of them ends.
+-spec fetch_file(#config{}, erllama_cache_writer:key(), timeout()) -> ok | miss | {error, term()}.
+fetch_file(#config{peers = none}, _Key, _Timeout) ->
+    miss;
+fetch_file(#config{flights = Flights} = Config, Key, Timeout) ->
+    {Pid, Monitor} = spawn_monitor(fun() -> flight(Config, Key) end),
+    case ets:insert_new(Flights, {Key, Pid}) of
+        true ->
+            Pid ! {self(), take_off},
+            arrival(Pid, Monitor, Timeout);
+        false ->
+            true = demonitor(Monitor, [flush]),
+            true = exit(Pid, kill),
+            join_flight(Config, Key, Timeout)
+    end.
+
+join_flight(#config{flights = Flights} = Config, Key, Timeout) ->
+    case ets:lookup(Flights, Key) of
+        [{Key, Pid}] ->
+            case arrival(Pid, monitor(process, Pid), Timeout) of
+                %% It was killed, or has just ended.
+                {error, noproc} ->
+                    true = ets:delete_object(Flights, {Key, Pid}),
+                    fetch_file(Config, Key, Timeout);
+                Result ->
+                    Result
+            end;
+        [] ->
+            fetch_file(Config, Key, Timeout)
+    end.
+
+arrival(Pid, Monitor, Timeout) ->
+    receive
+        {'DOWN', Monitor, process, Pid, {shutdown, {arrived, Result}}} -> Result;
+        {'DOWN', Monitor, process, Pid, noproc} -> {error, noproc};
+        {'DOWN', Monitor, process, Pid, _Killed} -> miss
+    after Timeout ->
+        true = demonitor(Monitor, [flush]),
+        {error, timeout}
+    end.
+
+%% Its result is the reason of its end, which whoever waits for it gets.
+-dialyzer({no_return, [flight/2, fetch_file/3]}).
+-spec flight(#config{}, erllama_cache_nif:key()) -> no_return().
+flight(#config{flights = Flights} = Config, Key) ->
+    receive {_Caller, take_off} -> ok end,
+    Result = from_first(Config, Key, erllama_cache_peer_group:ask(Config, [Key])),
+    true = ets:delete_object(Flights, {Key, self()}),
+    exit({shutdown, {arrived, Result}}).
+
+from_first(_Config, _Key, []) ->
+    miss;
+from_first(Config, Key, [{Node, Name, [{Key, Size}]} | Others]) ->
+    case erllama_cache_borrow:run(Config, Key, Size, {Node, Name}) of
+        ok ->
+            ok = counters:add(Config#config.counters, ?FETCHED, 1),
+            counters:add(Config#config.counters, ?FETCHED_BYTES, Size);
+        %% The peer's, or of the way: the next one may be better.
+        {failed, Reason} ->
+            ok = counters:add(Config#config.counters, ?FETCH_FAILURES, 1),
+            ok = erllama_cache_store_log:fetch_failed(Config, Key, Node, Reason),
+            from_first(Config, Key, Others);
+        {error, _} = Error ->
+            Error
+    end.

@@ -1,0 +1,300 @@
+%% Stores of several nodes that lend each other their files.
+-module(erllama_cache_peers_SUITE).
+
+-include_lib("stdlib/include/assert.hrl").
+-include_lib("common_test/include/ct.hrl").
+
+-export([all/0, init_per_testcase/2, end_per_testcase/2]).
+-export([a_load_takes_what_a_peer_has/1, of_every_size/1, nobody_is_asked_in_vain/1,
+         the_longest_is_found_wherever_it_is/1, many_loads_share_one_fetch/1,
+         a_bad_file_is_not_taken/1, the_next_peer_is_tried/1, only_a_secret_that_is_shared/1,
+         an_evicted_file_still_arrives/1, a_lender_that_dies_costs_a_moment/1,
+         a_partition_is_a_miss/1, a_ticket_is_good_for_one_connection/1,
+         a_borrower_that_dies_leaves_nothing/1, no_room_is_a_miss/1]).
+
+-import(erllama_cache_test_util, [file_of/2, eventually/1]).
+
+-define(STORE, peers_store).
+-define(GROUP, peers_group).
+-define(WRITER, erllama_cache_writer).
+
+all() ->
+    [a_load_takes_what_a_peer_has, of_every_size, nobody_is_asked_in_vain,
+     the_longest_is_found_wherever_it_is, many_loads_share_one_fetch, a_bad_file_is_not_taken,
+     the_next_peer_is_tried, only_a_secret_that_is_shared, an_evicted_file_still_arrives,
+     a_lender_that_dies_costs_a_moment, a_partition_is_a_miss,
+     a_ticket_is_good_for_one_connection, a_borrower_that_dies_leaves_nothing, no_room_is_a_miss].
+
+init_per_testcase(Case, Config) ->
+    ok = erllama_cache_nodes_util:distribute(Case),
+    Nodes = [erllama_cache_nodes_util:start() || _ <- lists:seq(1, nodes_for(Case))],
+    Roots = [root(Case, N, Config) || {N, _} <- enumerate(Nodes)],
+    [
+        begin
+            ok = start_store(Node, Root, #{}),
+            Args = [#{host => erllama_cache_store}],
+            {ok, _} = erllama_cache_nodes_util:unlinked(Node, ?WRITER, start_link, Args)
+        end
+     || {{_, Node}, Root} <- lists:zip(Nodes, Roots)
+    ],
+    ok = know_each_other(Nodes),
+    [{nodes, Nodes}, {roots, Roots} | Config].
+
+end_per_testcase(_Case, Config) ->
+    [catch erllama_cache_nodes_util:stop(Node) || Node <- ?config(nodes, Config)],
+    ok.
+
+nodes_for(the_longest_is_found_wherever_it_is) -> 3;
+nodes_for(the_next_peer_is_tried) -> 3;
+nodes_for(_) -> 2.
+
+enumerate(List) ->
+    lists:zip(lists:seq(1, length(List)), List).
+
+root(Case, N, Config) ->
+    Root = filename:join(?config(priv_dir, Config), lists:concat([Case, "_", N])),
+    ok = filelib:ensure_dir(filename:join(Root, "x")),
+    Root.
+
+start_store(Node, Root, Options) ->
+    erllama_cache_nodes_util:start_store(
+        Node, ?STORE, maps:merge(#{root => Root, peers => ?GROUP, peer_timeout => 5000}, Options)
+    ).
+
+%% Membership travels by messages.
+know_each_other(Nodes) ->
+    [
+        eventually(fun() ->
+            Members = erpc:call(Node, pg, get_members, [erllama_cache_peers, ?GROUP]),
+            length(Members) =:= length(Nodes)
+        end)
+     || {_, Node} <- Nodes
+    ],
+    ok.
+
+nodes_of(Config) ->
+    [Node || {_, Node} <- ?config(nodes, Config)].
+
+meta(N) ->
+    erllama_cache_test_util:meta([N]).
+
+save(Node, N, Payload) ->
+    {ok, Key} = erpc:call(Node, ?WRITER, save, [?STORE, disk, meta(N), Payload]),
+    Key.
+
+load(Node, Key) ->
+    erpc:call(Node, erllama_cache_store, load, [?STORE, Key]).
+
+info(Node) ->
+    erpc:call(Node, erllama_cache_store, info, [?STORE]).
+
+names(Root) ->
+    {ok, Names} = file:list_dir(Root),
+    Names.
+
+%% All that a fetch makes is gone: files without their names, locks, sockets, rows.
+assert_nothing_left(Node, Root, Names) ->
+    ?assertEqual(Names, names(Root)),
+    eventually(fun() -> maps:get(reservations, info(Node)) =:= 0 end),
+    eventually(fun() -> imports(Node) =:= 0 end).
+
+imports(Node) ->
+    maps:get(import, erpc:call(Node, erllama_cache_nif, live_objects, [])).
+
+a_load_takes_what_a_peer_has(Config) ->
+    [A, B] = nodes_of(Config),
+    [RootA, RootB] = ?config(roots, Config),
+    Key = save(A, 1, <<"payload">>),
+    ?assertEqual(miss, erpc:call(B, erllama_cache_store, load, [?STORE, Key, #{peers => false}])),
+    ?assertMatch({ok, #{tokens := <<1:32/little>>}, <<"payload">>}, load(B, Key)),
+    ?assertEqual(file:read_file(file_of(RootA, Key)), file:read_file(file_of(RootB, Key))),
+    ?assertMatch(#{fetched := 1, files := 1, fetch_failures := 0}, info(B)),
+    %% It is here now.
+    ?assertMatch({ok, _, <<"payload">>},
+                 erpc:call(B, erllama_cache_store, load, [?STORE, Key, #{peers => false}])),
+    ?assertMatch({ok, Key, 1},
+                 erpc:call(B, erllama_cache_store, longest_prefix, [?STORE, meta(1)])),
+    ok = erpc:call(A, erllama_cache_store, delete, [?STORE, Key]),
+    ?assertMatch({ok, _, <<"payload">>}, load(B, Key)).
+
+of_every_size(Config) ->
+    [A, B] = nodes_of(Config),
+    [
+        begin
+            Payload = rand:bytes(Size),
+            Key = save(A, N, Payload),
+            ?assertEqual(ok, erpc:call(B, erllama_cache_peers, fetch, [?STORE, Key])),
+            ?assertMatch({ok, _, Payload}, load(B, Key))
+        end
+     || {N, Size} <- enumerate([0, 1, 65536, 524288, 3 bsl 20, (17 bsl 20) + 5])
+    ].
+
+nobody_is_asked_in_vain(Config) ->
+    [_, B] = nodes_of(Config),
+    {ok, Key} = erllama_cache_store:key(meta(1)),
+    ?assertEqual(miss, load(B, Key)),
+    ?assertEqual(miss, erpc:call(B, erllama_cache_peers, fetch, [?STORE, Key])),
+    ?assertEqual(miss, erpc:call(B, erllama_cache_peers, find, [?STORE, [Key]])),
+    ?assertMatch(#{fetched := 0, fetch_failures := 0}, info(B)).
+
+the_longest_is_found_wherever_it_is(Config) ->
+    [A, B, C] = nodes_of(Config),
+    Long = save(A, 1, <<"long">>),
+    Middle = save(B, 2, <<"middle">>),
+    Short = save(C, 3, <<"short">>),
+    {ok, None} = erllama_cache_store:key(meta(4)),
+    Find = fun(Node, Keys) -> erpc:call(Node, erllama_cache_peers, find, [?STORE, Keys]) end,
+    ?assertEqual({ok, Long, A}, Find(C, [None, Long, Middle, Short])),
+    ?assertEqual({ok, Middle, B}, Find(C, [None, Middle, Long, Short])),
+    ?assertEqual({ok, Short, C}, Find(C, [Short, Middle, Long])),
+    ?assertEqual({ok, Short, C}, Find(A, [None, Short])),
+    ?assertEqual(miss, Find(A, [None])),
+    ?assertEqual(miss, Find(A, [])).
+
+many_loads_share_one_fetch(Config) ->
+    [A, B] = nodes_of(Config),
+    Payload = rand:bytes(8 bsl 20),
+    Key = save(A, 1, Payload),
+    Requests = [erpc:send_request(B, erllama_cache_store, load, [?STORE, Key])
+                || _ <- lists:seq(1, 20)],
+    [?assertMatch({ok, _, Payload}, erpc:receive_response(Request, 20000)) || Request <- Requests],
+    ?assertMatch(#{fetched := 1, fetch_failures := 0}, info(B)).
+
+a_bad_file_is_not_taken(Config) ->
+    [A, B] = nodes_of(Config),
+    [RootA, RootB] = ?config(roots, Config),
+    Key = save(A, 1, rand:bytes(2 bsl 20)),
+    ok = flip_last_bit(file_of(RootA, Key)),
+    ?assertEqual(miss, load(B, Key)),
+    ?assertMatch(#{fetched := 0, fetch_failures := 1}, info(B)),
+    assert_nothing_left(B, RootB, []).
+
+flip_last_bit(File) ->
+    {ok, Bytes} = file:read_file(File),
+    file:write_file(File, erllama_cache_test_util:flip(Bytes, byte_size(Bytes) - 1)).
+
+the_next_peer_is_tried(Config) ->
+    [A, B, C] = nodes_of(Config),
+    Payload = rand:bytes(1 bsl 20),
+    Key = save(A, 1, Payload),
+    Key = save(B, 1, Payload),
+    %% Whichever is asked first.
+    [Bad | _] = lists:sort([{A, 1}, {B, 2}]),
+    Root = lists:nth(element(2, Bad), ?config(roots, Config)),
+    ok = flip_last_bit(file_of(Root, Key)),
+    ?assertMatch({ok, _, Payload}, load(C, Key)),
+    ?assertMatch(#{fetched := 1, fetch_failures := 1}, info(C)).
+
+only_a_secret_that_is_shared(Config) ->
+    [A, B] = nodes_of(Config),
+    [_, RootB] = ?config(roots, Config),
+    Key = save(A, 1, <<"payload">>),
+    ok = erpc:call(B, gen_server, stop, [?STORE]),
+    Secret = fun() -> <<7:256>> end,
+    ok = start_store(B, RootB, #{mac_key => Secret}),
+    ok = know_each_other(?config(nodes, Config)),
+    ?assertEqual(miss, load(B, Key)),
+    ?assertMatch(#{fetched := 0, fetch_failures := 1}, info(B)),
+    assert_nothing_left(B, RootB, []).
+
+%% Its name is gone before the first byte is sent.
+an_evicted_file_still_arrives(Config) ->
+    [A, B] = nodes_of(Config),
+    Payload = rand:bytes(4 bsl 20),
+    Key = save(A, 1, Payload),
+    Ticket = rand:bytes(32),
+    {ok, Size, Address, Port} = offer(A, Key, Ticket, self()),
+    ok = erpc:call(A, erllama_cache_store, delete, [?STORE, Key]),
+    Bytes = received(Address, Port, Ticket, Size),
+    ?assertEqual(Payload, binary:part(Bytes, Size, -byte_size(Payload))),
+    ?assertEqual(miss, load(B, Key)).
+
+offer(Node, Key, Ticket, Borrower) ->
+    erpc:call(Node, erllama_cache_lend, offer, [?STORE, Key, Ticket, Borrower]).
+
+received(Address, Port, Ticket, Size) ->
+    {ok, Socket} = gen_tcp:connect(Address, Port, [binary, {active, false}]),
+    ok = gen_tcp:send(Socket, Ticket),
+    {ok, Bytes} = gen_tcp:recv(Socket, Size, 5000),
+    ok = gen_tcp:close(Socket),
+    Bytes.
+
+a_lender_that_dies_costs_a_moment(Config) ->
+    [{PeerA, A}, {_, B}] = ?config(nodes, Config),
+    [_, RootB] = ?config(roots, Config),
+    Key = save(A, 1, rand:bytes(64 bsl 20)),
+    Request = erpc:send_request(B, erllama_cache_store, load, [?STORE, Key]),
+    eventually(fun() -> imports(B) > 0 end),
+    ok = peer:stop(PeerA),
+    %% Its last byte may have been on the way.
+    case erpc:receive_response(Request, 20000) of
+        miss -> assert_nothing_left(B, RootB, []);
+        {ok, _, _} -> ok
+    end.
+
+%% By the peers' own pipes: a node that is connected with both would mend it, or end it for all.
+a_partition_is_a_miss(Config) ->
+    [{PeerA, A}, {PeerB, B}] = Nodes = ?config(nodes, Config),
+    Key = save(A, 1, <<"payload">>),
+    [true = erlang:disconnect_node(Node) || {_, Node} <- Nodes],
+    true = peer:call(PeerB, erlang, disconnect_node, [A]),
+    eventually(fun() -> peer:call(PeerB, erlang, nodes, []) =:= [] end),
+    ?assertEqual(miss, peer:call(PeerB, erllama_cache_store, load, [?STORE, Key])),
+    true = peer:call(PeerA, net_kernel, connect_node, [B]),
+    eventually(fun() ->
+        length(peer:call(PeerB, pg, get_members, [erllama_cache_peers, ?GROUP])) =:= 2
+    end),
+    ?assertMatch({ok, _, <<"payload">>},
+                 peer:call(PeerB, erllama_cache_store, load, [?STORE, Key])).
+
+a_ticket_is_good_for_one_connection(Config) ->
+    [A, _] = nodes_of(Config),
+    Key = save(A, 1, <<"payload">>),
+    Ticket = rand:bytes(32),
+    {ok, Size, Address, Port} = offer(A, Key, Ticket, self()),
+    {ok, Stranger} = gen_tcp:connect(Address, Port, [binary, {active, false}]),
+    ok = gen_tcp:send(Stranger, rand:bytes(32)),
+    ?assertEqual({error, closed}, gen_tcp:recv(Stranger, 0, 5000)),
+    _ = received(Address, Port, Ticket, Size),
+    ?assertMatch({error, _}, gen_tcp:connect(Address, Port, [])),
+    {ok, NoKey} = erllama_cache_store:key(meta(2)),
+    ?assertEqual({error, gone}, offer(A, NoKey, Ticket, self())).
+
+a_borrower_that_dies_leaves_nothing(Config) ->
+    [A, B] = nodes_of(Config),
+    [_, RootB] = ?config(roots, Config),
+    Key = save(A, 1, rand:bytes(64 bsl 20)),
+    Caller = spawn(B, fun() -> erllama_cache_store:load(?STORE, Key) end),
+    eventually(fun() -> imports(B) > 0 end),
+    %% The fetch is for others, too, and goes on.
+    true = exit(Caller, kill),
+    eventually(fun() -> maps:get(fetched, info(B)) =:= 1 end),
+    ok = erpc:call(B, erllama_cache_store, delete, [?STORE, Key]),
+    _ = spawn(B, fun() -> erllama_cache_store:load(?STORE, Key) end),
+    eventually(fun() -> imports(B) > 0 end),
+    [true = exit(Pid, kill) || Pid <- flights(B)],
+    assert_nothing_left(B, RootB, []),
+    %% Nor does a flight that was killed stop the next one.
+    ?assertMatch({ok, _, _}, load(B, Key)).
+
+flights(Node) ->
+    [
+        Pid
+     || Pid <- erpc:call(Node, erlang, processes, []),
+        {initial_call, _} <- [erpc:call(Node, erlang, process_info, [Pid, initial_call])],
+        {current_stacktrace, Stack} <-
+            [erpc:call(Node, erlang, process_info, [Pid, current_stacktrace])],
+        lists:keymember(erllama_cache_borrow, 1, Stack)
+    ].
+
+no_room_is_a_miss(Config) ->
+    [A, B] = nodes_of(Config),
+    [_, RootB] = ?config(roots, Config),
+    Key = save(A, 1, rand:bytes(1 bsl 20)),
+    ok = erpc:call(B, gen_server, stop, [?STORE]),
+    ok = start_store(B, RootB, #{max_bytes => 1000}),
+    ok = know_each_other(?config(nodes, Config)),
+    ?assertEqual(miss, load(B, Key)),
+    ?assertEqual({error, exceeds_max_bytes},
+                 erpc:call(B, erllama_cache_peers, fetch, [?STORE, Key])),
+    assert_nothing_left(B, RootB, []).

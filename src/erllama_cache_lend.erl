@@ -15,8 +15,10 @@
 -define(MAX_LENT, 8).
 %% Milliseconds until the peer connects and shows its ticket, and for each piece.
 -define(PATIENCE, 2000).
+%% Of those, for a connection to show its ticket: a stranger's may say nothing.
+-define(PATIENCE_WITH_ONE, 500).
 %% How much is sent between two looks at whether the peer takes it.
--define(PIECE, 8388608).
+-define(PIECE, 524288).
 
 %% Makes the slots for lending, once in the library's life.
 -spec setup() -> ok.
@@ -80,6 +82,8 @@ lend(Watcher, Store, Key, Ticket, Node) ->
 
 prepare(Store, Key, Node) ->
     Guard = erllama_cache_nif:guard_new(persistent_term:get(?MODULE)),
+    %% A guard that nobody refers to is collected, and its slot with it.
+    _ = put(?MODULE, Guard),
     case erllama_cache_nif:try_acquire(Guard) of
         ok ->
             case open(Store, Key) of
@@ -95,7 +99,7 @@ open(Store, Key) ->
         {ok, #config{path = Path}} ->
             Name = erllama_cache_path:final(Path, Key),
             %% Opening what is not a file can take for ever.
-            case file:read_file_info(Name, [raw]) of
+            case file:read_link_info(Name, [raw]) of
                 {ok, #file_info{type = regular}} -> open(Name);
                 {ok, _} -> {error, gone};
                 {error, enoent} -> {error, gone};
@@ -155,6 +159,7 @@ serve(Watcher, Listen, File, Size, Ticket) ->
     case accept(Listen, Ticket, Deadline) of
         {ok, Socket} ->
             ok = gen_tcp:close(Listen),
+            Watcher ! {self(), went_on},
             send(Watcher, File, Socket, 0, Size);
         {error, _} = Error ->
             Error
@@ -164,7 +169,8 @@ serve(Watcher, Listen, File, Size, Ticket) ->
 accept(Listen, Ticket, Deadline) ->
     case gen_tcp:accept(Listen, left(Deadline)) of
         {ok, Socket} ->
-            case gen_tcp:recv(Socket, byte_size(Ticket), left(Deadline)) of
+            Patience = min(?PATIENCE_WITH_ONE, left(Deadline)),
+            case gen_tcp:recv(Socket, byte_size(Ticket), Patience) of
                 {ok, Shown} ->
                     case crypto:hash_equals(Shown, Ticket) of
                         true -> {ok, Socket};

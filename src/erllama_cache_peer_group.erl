@@ -9,22 +9,22 @@
 -include("erllama_cache_index.hrl").
 -include("erllama_cache_store.hrl").
 
--export([join/1, ask/2, look/3, size_here/2]).
+-export([join/2, ask/2, look/3, size_here/2]).
 
 %% The scope of pg.
 -define(SCOPE, erllama_cache_peers).
 
-%% Called by a store's server.
--spec join(none | atom()) -> ok.
-join(none) ->
+%% Makes a store's server a member.
+-spec join(none | atom(), pid()) -> ok.
+join(none, _Server) ->
     ok;
-join(Group) ->
+join(Group, Server) ->
     %% Of the node, not of this store: the next one joins the same scope.
     case pg:start(?SCOPE) of
         {ok, _} -> ok;
         {error, {already_started, _}} -> ok
     end,
-    pg:join(?SCOPE, Group, self()).
+    pg:join(?SCOPE, Group, Server).
 
 %% Who has which of these keys, and how long the files are.
 -spec ask(#config{}, [erllama_cache_writer:key()]) ->
@@ -35,13 +35,20 @@ ask(#config{peers = none}, _Keys) ->
     [];
 ask(#config{peers = Group, server = Server, peer_timeout = Timeout}, Keys) ->
     Members = pg:get_members(?SCOPE, Group),
+    %% Nobody looks after the scope: whoever asks finds out that it has ended.
+    ok = case lists:member(Server, Members) of
+        true -> ok;
+        false -> join(Group, Server)
+    end,
     Nodes = lists:usort([node(Pid) || Pid <- Members, Pid =/= Server]),
     Answers = erpc:multicall(Nodes, ?MODULE, look, [Group, Keys, Server], Timeout),
-    [
-        {Node, Name, Found}
+    Found = [
+        {Node, Name, Files}
      || {Node, {ok, Stores}} <- lists:zip(Nodes, Answers), is_list(Stores),
-        {Name, Found} <- Stores, is_atom(Name), is_list(Found)
-    ].
+        {Name, Files} <- Stores, is_atom(Name), is_list(Files)
+    ],
+    %% In any order: not all are to take from the same one.
+    [Each || {_, Each} <- lists:sort([{rand:uniform(), Each} || Each <- Found])].
 
 %% Called by peers. Looks at the indices only.
 -spec look(atom(), [erllama_cache_writer:key()], pid()) ->
@@ -55,7 +62,12 @@ look(Group, Keys, Asker) ->
     ].
 
 look_here(Name, Keys) ->
-    [{Key, Size} || Key <- Keys, Size <- [size_here(Name, Key)], is_integer(Size)].
+    try
+        [{Key, Size} || Key <- Keys, Size <- [size_here(Name, Key)], is_integer(Size)]
+    catch
+        %% It ends. The others of this node are there.
+        exit:{noproc, _} -> []
+    end.
 
 %% How long the file of this key is, if the store has it.
 -spec size_here(erllama_cache_store:name(), erllama_cache_nif:key()) -> pos_integer() | none.

@@ -21,6 +21,8 @@
 
 %% Keys of one question. A longer list would be a message of more than 128 KiB.
 -define(MAX_KEYS, 4096).
+%% Milliseconds for which a node is not asked for files that it could not be reached for.
+-define(AVOIDED_FOR, 10000).
 
 %% @doc Finds the first of these keys that the store has, or one of its peers: give the longest
 %% prefix first. A load of it takes it from there. One question is sent to each peer, whatever the
@@ -76,37 +78,38 @@ fetch(Store, Key) when is_atom(Store), byte_size(Key) =:= 32 ->
 -spec fetch_file(#config{}, erllama_cache_writer:key(), timeout()) -> ok | miss | {error, term()}.
 fetch_file(#config{peers = none}, _Key, _Timeout) ->
     miss;
-fetch_file(#config{flights = Flights} = Config, Key, Timeout) ->
+fetch_file(_Config, _Key, 0) ->
+    %% Nobody answers in no time.
+    miss;
+fetch_file(Config, Key, Timeout) ->
     {Pid, Monitor} = spawn_monitor(fun() -> flight(Config, Key) end),
-    case ets:insert_new(Flights, {Key, Pid}) of
-        true ->
-            Pid ! {self(), take_off},
-            arrival(Pid, Monitor, Timeout);
-        false ->
-            true = demonitor(Monitor, [flush]),
-            true = exit(Pid, kill),
-            join_flight(Config, Key, Timeout)
+    case arrival(Pid, Monitor, Timeout) of
+        taken -> join_flight(Config, Key, Timeout);
+        Result -> Result
     end.
 
-join_flight(#config{flights = Flights} = Config, Key, Timeout) ->
-    case ets:lookup(Flights, Key) of
+join_flight(#config{name = Name, flights = Flights} = Config, Key, Timeout) ->
+    try ets:lookup(Flights, Key) of
         [{Key, Pid}] ->
             case arrival(Pid, monitor(process, Pid), Timeout) of
                 %% It was killed, or has just ended.
-                {error, noproc} ->
-                    true = ets:delete_object(Flights, {Key, Pid}),
+                noproc ->
+                    _ = ets:delete_object(Flights, {Key, Pid}),
                     fetch_file(Config, Key, Timeout);
                 Result ->
                     Result
             end;
         [] ->
             fetch_file(Config, Key, Timeout)
+    catch
+        %% The table went with its store.
+        error:badarg -> exit({noproc, {erllama_cache_store, Name}})
     end.
 
 arrival(Pid, Monitor, Timeout) ->
     receive
         {'DOWN', Monitor, process, Pid, {shutdown, {arrived, Result}}} -> Result;
-        {'DOWN', Monitor, process, Pid, noproc} -> {error, noproc};
+        {'DOWN', Monitor, process, Pid, noproc} -> noproc;
         {'DOWN', Monitor, process, Pid, _Killed} -> miss
     after Timeout ->
         true = demonitor(Monitor, [flush]),
@@ -117,23 +120,61 @@ arrival(Pid, Monitor, Timeout) ->
 -dialyzer({no_return, [flight/2, fetch_file/3]}).
 -spec flight(#config{}, erllama_cache_nif:key()) -> no_return().
 flight(#config{flights = Flights} = Config, Key) ->
-    receive {_Caller, take_off} -> ok end,
-    Result = from_first(Config, Key, erllama_cache_peer_group:ask(Config, [Key])),
-    true = ets:delete_object(Flights, {Key, self()}),
+    Result = try ets:insert_new(Flights, {Key, self()}) of
+        true ->
+            Fetched = from_first(Config, Key, erllama_cache_peer_group:ask(Config, [Key]), miss),
+            true = ets:delete_object(Flights, {Key, self()}),
+            Fetched;
+        false ->
+            taken
+    catch
+        error:badarg -> miss
+    end,
     exit({shutdown, {arrived, Result}}).
 
-from_first(_Config, _Key, []) ->
-    miss;
-from_first(Config, Key, [{Node, Name, [{Key, Size}]} | Others]) ->
-    case erllama_cache_borrow:run(Config, Key, Size, {Node, Name}) of
-        ok ->
+%% The first that sends it. `Sofar' is what kept the file of another one from coming here.
+from_first(_Config, _Key, [], Sofar) ->
+    Sofar;
+from_first(Config, Key, [{Node, Name, [{Key, _Size}]} | Others], Sofar) ->
+    case is_reachable(Config, Node) andalso erllama_cache_borrow:run(Config, Key, {Node, Name}) of
+        false ->
+            from_first(Config, Key, Others, Sofar);
+        {ok, Size} ->
             ok = counters:add(Config#config.counters, ?FETCHED, 1),
-            counters:add(Config#config.counters, ?FETCHED_BYTES, Size);
+            ok = counters:add(Config#config.counters, ?FETCHED_BYTES, Size);
+        already_present ->
+            ok;
         %% The peer's, or of the way: the next one may be better.
+        {failed, busy} ->
+            from_first(Config, Key, Others, Sofar);
         {failed, Reason} ->
             ok = counters:add(Config#config.counters, ?FETCH_FAILURES, 1),
+            ok = avoid(Config, Node, Reason),
             ok = erllama_cache_store_log:fetch_failed(Config, Key, Node, Reason),
-            from_first(Config, Key, Others);
+            from_first(Config, Key, Others, Sofar);
         {error, _} = Error ->
-            Error
+            from_first(Config, Key, Others, Error)
+    end;
+%% What no store answers.
+from_first(Config, Key, [_ | Others], Sofar) ->
+    from_first(Config, Key, Others, Sofar).
+
+%% A node behind a firewall, or one whose address is not known, costs its time once in a while, not
+%% at each load.
+avoid(#config{flights = Flights}, Node, Reason) ->
+    case lists:member(Reason, [timeout, etimedout, ehostunreach, econnrefused, no_address]) of
+        true ->
+            true = ets:insert(Flights, {{avoided, Node}, now_ms() + ?AVOIDED_FOR}),
+            ok;
+        false ->
+            ok
     end.
+
+is_reachable(#config{flights = Flights}, Node) ->
+    case ets:lookup(Flights, {avoided, Node}) of
+        [{_, Until}] -> now_ms() >= Until;
+        [] -> true
+    end.
+
+now_ms() ->
+    erlang:monotonic_time(millisecond).

@@ -80,7 +80,7 @@ start_scanned({error, no_links}, _Took, #state{config = #config{name = Name}}) -
 start_scanned(TakesUnnamed, Took, #state{config = Config} = State) ->
     ok = erllama_cache_store_log:started(Config, TakesUnnamed, Took),
     {_, Roomy} = make_room(0, State),
-    ok = erllama_cache_peer_group:join(Config#config.peers),
+    ok = erllama_cache_peer_group:join(Config#config.peers, self()),
     {ok, Roomy}.
 
 %% Adds the root's files to the index. A row that a save or a load has added meanwhile is newer.

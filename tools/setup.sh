@@ -103,6 +103,8 @@ packages() {
             mkfs.btrfs) echo btrfs-progs ;;
             setquota) echo quota ;;
             linux.uml) echo user-mode-linux ;;
+            glusterd) echo glusterfs-server ;;
+            ip) echo iproute2 ;;
             modprobe) echo kmod ;;
             musl-gcc) echo musl-tools ;;
             make | python3 | rebar3 | elixir | bindfs | debootstrap | dmsetup | valgrind) echo "$word" ;;
@@ -139,7 +141,7 @@ advise() {
             component:*) echo "  ${word#component:}: rustup component add ${word#component:} --toolchain nightly" ;;
             cargo-*) echo "  $word: cargo install --locked $word" ;;
             libasan.so) echo "  libasan.so, the runtime of gcc's AddressSanitizer" ;;
-            bindfs | debootstrap | dmsetup | gnuplot | linux.uml | mkfs.* | modprobe | musl-gcc | \
+            bindfs | debootstrap | dmsetup | glusterd | gnuplot | ip | linux.uml | mkfs.* | modprobe | musl-gcc | \
                 setquota | valgrind)
                 echo "  $word: Debian and Ubuntu have it in $(packages "$word")"
                 ;;

@@ -162,7 +162,7 @@ from_first(Config, Key, [_ | Others], Sofar) ->
 %% A node behind a firewall, or one whose address is not known, costs its time once in a while, not
 %% at each load.
 avoid(#config{flights = Flights}, Node, Reason) ->
-    case lists:member(Reason, [timeout, etimedout, ehostunreach, econnrefused, no_address]) of
+    case lists:member(Reason, [timeout, etimedout, ehostunreach, econnrefused, einval, no_address]) of
         true ->
             true = ets:insert(Flights, {{avoided, Node}, now_ms() + ?AVOIDED_FOR}),
             ok;

@@ -1,8 +1,10 @@
-%% Takes one file from a peer: reserves its key, receives it over a connection of its own, and
-%% publishes it when its last byte is proven.
+%% Takes one file from a peer: reserves its key, receives it, and publishes it when its last byte is
+%% proven.
 %%
-%% The bytes do not go through the distribution channel, where a full buffer would suspend whoever
-%% sends tokens. What the peer gets by that channel is a ticket that is good for one connection.
+%% The bytes have a connection of their own: in the distribution channel, a full buffer would
+%% suspend whoever sends tokens. What the peer gets by that channel is a ticket that is good for one
+%% connection. Where no second port may be opened, they do come by the distribution channel, two
+%% pieces at a time, which fill no buffer.
 %%
 %% @private
 -module(erllama_cache_borrow).
@@ -17,16 +19,20 @@
 -define(SLOWEST, 4194).
 %% How much is received at a time.
 -define(PIECE, 524288).
+%% How many pieces are on the way through the distribution channel.
+-define(CREDIT, 2).
 -define(TICKET_BYTES, 32).
 %% Of a file, where no writer says otherwise.
 -define(MODE, 8#600).
+
+-type source() :: gen_tcp:socket() | {sender, pid()}.
 
 %% Who is asked, for what, and until when.
 -record(loan, {
     config :: #config{},
     key :: erllama_cache_nif:key(),
     token :: erllama_cache_host:token(),
-    socket :: gen_tcp:socket(),
+    source :: source(),
     import :: reference(),
     %% Monotonic milliseconds: of the whole, and of the next renewal of the reservation.
     deadline :: integer(),
@@ -36,25 +42,44 @@
 %% `failed' is the peer's fault, or that of the way to it; `error' is this store's.
 -spec run(#config{}, erllama_cache_nif:key(), {node(), erllama_cache_store:name()}) ->
     {ok, Size :: pos_integer()} | already_present | {failed, term()} | {error, term()}.
-run(Config, Key, {Node, Store}) ->
+run(#config{peer_transport = tcp} = Config, Key, {Node, Store}) ->
     Ticket = crypto:strong_rand_bytes(?TICKET_BYTES),
-    Args = [Store, Key, Ticket, self()],
-    try erpc:call(Node, erllama_cache_lend, offer, Args, ?PATIENCE) of
-        {ok, Size, Address, Port} when is_integer(Size), Size > 0, Size < 1 bsl 63 ->
-            %% Only now: room is made for what is offered.
-            reserved(Config, Key, Size, Ticket, Address, Port);
-        {error, Reason} ->
-            {failed, Reason};
+    case offer(Node, offer, [Store, Key, Ticket, self()]) of
+        {ok, Size, Address, Port} ->
+            Connect = fun() -> connect(Address, Port, Ticket) end,
+            reserved(Config, Key, Size, Connect, fun gen_tcp:close/1);
+        %% Distribution is not over plain TCP.
+        {failed, no_address} ->
+            run(Config#config{peer_transport = distribution}, Key, {Node, Store});
+        {failed, _} = Failed ->
+            Failed
+    end;
+run(#config{peer_transport = distribution} = Config, Key, {Node, Store}) ->
+    case offer(Node, offer_pieces, [Store, Key, self()]) of
+        {ok, Size, Sender, pieces} when is_pid(Sender) ->
+            Connect = fun() -> {ok, {sender, Sender}} end,
+            reserved(Config, Key, Size, Connect, fun(_) -> ok end);
+        {failed, _} = Failed ->
+            Failed;
         _ ->
             {failed, bad_answer}
+    end.
+
+%% What a peer says that offers the file, if that is what an offer is like.
+offer(Node, Function, Args) ->
+    try erpc:call(Node, erllama_cache_lend, Function, Args, ?PATIENCE) of
+        {ok, Size, _, _} = Offer when is_integer(Size), Size > 0, Size < 1 bsl 63 -> Offer;
+        {error, Reason} -> {failed, Reason};
+        _ -> {failed, bad_answer}
     catch
         _Class:Reason -> {failed, Reason}
     end.
 
-reserved(#config{name = Name, tier = Tier} = Config, Key, Size, Ticket, Address, Port) ->
+%% Only now: room is made for what is offered.
+reserved(#config{name = Name, tier = Tier} = Config, Key, Size, Connect, Close) ->
     case erllama_cache_store_claim:reserve(Name, Tier, Key, Size) of
         {ok, Token} ->
-            try connected(Config, Key, Size, Token, Ticket, Address, Port) of
+            try received(Config, Key, Size, Token, Connect, Close) of
                 ok ->
                     {ok, Size};
                 Failure ->
@@ -72,35 +97,47 @@ reserved(#config{name = Name, tier = Tier} = Config, Key, Size, Ticket, Address,
             Error
     end.
 
-connected(Config, Key, Size, Token, Ticket, Address, Port) ->
-    Options = [binary, {active, false}, {packet, raw}, {nodelay, true}, {buffer, ?PIECE}],
-    try gen_tcp:connect(Address, Port, Options, ?PATIENCE) of
-        {ok, Socket} ->
+received(Config, Key, Size, Token, Connect, Close) ->
+    case Connect() of
+        {ok, Source} ->
             try
-                case gen_tcp:send(Socket, Ticket) of
-                    ok -> import(Config, Key, Size, Token, Socket);
-                    {error, Reason} -> {failed, Reason}
-                end
+                import(Config, Key, Size, Token, Source)
             after
-                gen_tcp:close(Socket)
+                Close(Source)
             end;
         {error, Reason} ->
             {failed, Reason}
-    catch
-        %% No address, no port.
-        _Class:Reason -> {failed, Reason}
     end.
 
-import(#config{path = Path} = Config, Key, Size, Token, Socket) ->
+connect(Address, Port, Ticket) ->
+    Options = [binary, {active, false}, {packet, raw}, {nodelay, true}, {buffer, ?PIECE}],
+    try gen_tcp:connect(Address, Port, Options, ?PATIENCE) of
+        {ok, Socket} ->
+            case gen_tcp:send(Socket, Ticket) of
+                ok ->
+                    {ok, Socket};
+                {error, _} = Error ->
+                    ok = gen_tcp:close(Socket),
+                    Error
+            end;
+        {error, _} = Error ->
+            Error
+    catch
+        %% No address, no port.
+        _Class:Reason -> {error, Reason}
+    end.
+
+import(#config{path = Path} = Config, Key, Size, Token, Source) ->
     Options = save_options(Config),
     Begin = fun(Turn) -> erllama_cache_nif:import_begin(Turn, Path, Key, Size, Options) end,
     case erllama_cache_io_limit:run(Begin) of
         {ok, Import} ->
             Loan = #loan{
-                config = Config, key = Key, token = Token, socket = Socket, import = Import,
+                config = Config, key = Key, token = Token, source = Source, import = Import,
                 deadline = now_ms() + ?PATIENCE + Size div ?SLOWEST, renew_at = renew_at()
             },
             try
+                ok = give_credit(Source, ?CREDIT),
                 pieces(Loan, Size)
             after
                 %% Drops nothing that is published.
@@ -112,10 +149,11 @@ import(#config{path = Path} = Config, Key, Size, Token, Socket) ->
 
 pieces(Loan, 0) ->
     publish(Loan);
-pieces(#loan{socket = Socket, deadline = Deadline, import = Import} = Loan, Left) ->
+pieces(#loan{source = Source, deadline = Deadline, import = Import} = Loan, Left) ->
     Patience = max(0, min(?PATIENCE, Deadline - now_ms())),
-    case gen_tcp:recv(Socket, min(Left, ?PIECE), Patience) of
+    case next_piece(Source, Left, Patience) of
         {ok, Piece} ->
+            ok = give_credit(Source, 1),
             Write = fun(Turn) -> erllama_cache_nif:import_write(Turn, Import, Piece) end,
             case in_slices(Write, Loan) of
                 {ok, Renewed} -> pieces(Renewed, Left - byte_size(Piece));
@@ -124,6 +162,22 @@ pieces(#loan{socket = Socket, deadline = Deadline, import = Import} = Loan, Left
         {error, Reason} ->
             {failed, Reason}
     end.
+
+next_piece({sender, Sender}, Left, Patience) ->
+    receive
+        {Sender, piece, Piece} when is_binary(Piece), byte_size(Piece) =< Left -> {ok, Piece};
+        {Sender, piece, _TooMuch} -> {error, bad_answer}
+    after Patience ->
+        {error, timeout}
+    end;
+next_piece(Socket, Left, Patience) ->
+    gen_tcp:recv(Socket, min(Left, ?PIECE), Patience).
+
+give_credit({sender, Sender}, Pieces) ->
+    Sender ! {self(), credit, Pieces},
+    ok;
+give_credit(_Socket, _Pieces) ->
+    ok.
 
 publish(#loan{config = #config{name = Name}, key = Key, token = Token, import = Import} = Loan) ->
     case in_slices(fun(Turn) -> erllama_cache_nif:import_publish(Turn, Import) end, Loan) of

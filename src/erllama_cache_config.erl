@@ -17,7 +17,8 @@
                  slow_save_ms, write_behind, drain_ms]).
 -define(WRITE_BEHIND, [reasons, max, max_bytes, save_bytes, slot_ms, share]).
 -define(APPLICATION, [stores, start_writer]).
--define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by, peers, peer_timeout]).
+-define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by, peers, peer_timeout,
+                  peer_transport]).
 
 -type config() :: #{
     max_concurrent => pos_integer(),
@@ -182,7 +183,7 @@ complete_options(Options) ->
 
 default_options() ->
     Defaults = #{tier => disk, max_bytes => infinity, keyed_by => tokens, peers => none,
-                 peer_timeout => 50},
+                 peer_timeout => 50, peer_transport => tcp},
     case application:get_env(erllama_cache_nif, mac_key) of
         {ok, Source} -> Defaults#{mac_key => Source};
         undefined -> Defaults
@@ -237,6 +238,7 @@ is_valid(tier, Tier) -> Tier =:= disk orelse Tier =:= ram_file;
 is_valid(timeout, Timeout) -> ?IS_TIMEOUT(Timeout);
 is_valid(wait, Timeout) -> ?IS_TIMEOUT(Timeout);
 is_valid(peers, Group) -> is_atom(Group);
+is_valid(peer_transport, Transport) -> Transport =:= tcp orelse Transport =:= distribution;
 is_valid(peer_timeout, Ms) -> is_integer(Ms) andalso Ms > 0 andalso ?IS_TIMEOUT(Ms);
 is_valid(keyed_by, KeyedBy) -> KeyedBy =:= tokens orelse KeyedBy =:= text;
 is_valid(max_bytes, Bytes) -> Bytes =:= infinity orelse (is_integer(Bytes) andalso Bytes > 0).

@@ -9,7 +9,7 @@
 -include_lib("kernel/include/file.hrl").
 -include("erllama_cache_store.hrl").
 
--export([offer/4, setup/0]).
+-export([offer/4, offer_pieces/3, setup/0]).
 
 %% Files that are lent at a time.
 -define(MAX_LENT, 8).
@@ -19,6 +19,8 @@
 -define(PATIENCE_WITH_ONE, 500).
 %% How much is sent between two looks at whether the peer takes it.
 -define(PIECE, 524288).
+%% The same through the distribution channel.
+-define(MESSAGE, 262144).
 
 %% Makes the slots for lending, once in the library's life.
 -spec setup() -> ok.
@@ -81,17 +83,61 @@ lend(Watcher, Store, Key, Ticket, Node) ->
     end.
 
 prepare(Store, Key, Node) ->
+    case take(Store, Key) of
+        {ok, File, Size} -> listen(Node, File, Size);
+        {error, _} = Error -> Error
+    end.
+
+%% The file, and the slot, for as long as this process lives.
+take(Store, Key) ->
     Guard = erllama_cache_nif:guard_new(persistent_term:get(?MODULE)),
     %% A guard that nobody refers to is collected, and its slot with it.
     _ = put(?MODULE, Guard),
     case erllama_cache_nif:try_acquire(Guard) of
-        ok ->
-            case open(Store, Key) of
-                {ok, File, Size} -> listen(Node, File, Size);
-                {error, _} = Error -> Error
-            end;
-        busy ->
-            {error, busy}
+        ok -> open(Store, Key);
+        busy -> {error, busy}
+    end.
+
+%% The same through the distribution channel, for a peer that gets no connection: the process that
+%% is returned sends `{Sender, piece, Bytes}' for each piece that it has credit for.
+-spec offer_pieces(erllama_cache_store:name(), erllama_cache_nif:key(), pid()) ->
+    {ok, Size :: pos_integer(), Sender :: pid(), pieces} | {error, term()}.
+offer_pieces(Store, Key, Borrower) ->
+    Self = self(),
+    {Sender, Monitor} = spawn_monitor(fun() ->
+        Borrowing = monitor(process, Borrower),
+        case take(Store, Key) of
+            {ok, File, Size} ->
+                Self ! {self(), {ok, Size, self(), pieces}},
+                send_pieces(File, Borrower, Borrowing, 0);
+            {error, _} = Error ->
+                Self ! {self(), Error}
+        end
+    end),
+    receive
+        {Sender, Answer} ->
+            true = demonitor(Monitor, [flush]),
+            Answer;
+        {'DOWN', Monitor, process, Sender, Reason} ->
+            {error, Reason}
+    end.
+
+send_pieces(File, Borrower, Borrowing, 0) ->
+    receive
+        {Borrower, credit, Pieces} -> send_pieces(File, Borrower, Borrowing, Pieces);
+        {'DOWN', Borrowing, process, Borrower, _Reason} -> ok
+    after ?PATIENCE ->
+        ok
+    end;
+send_pieces(File, Borrower, Borrowing, Credit) ->
+    case file:read(File, ?MESSAGE) of
+        {ok, Piece} ->
+            Borrower ! {self(), piece, Piece},
+            send_pieces(File, Borrower, Borrowing, Credit - 1);
+        eof ->
+            ok;
+        {error, _} = Error ->
+            Error
     end.
 
 open(Store, Key) ->
@@ -113,6 +159,7 @@ open(Name) ->
     case file:open(Name, [read, raw, binary]) of
         {ok, File} ->
             {ok, Size} = file:position(File, eof),
+            {ok, 0} = file:position(File, bof),
             {ok, File, Size};
         {error, enoent} ->
             {error, gone};

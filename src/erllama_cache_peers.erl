@@ -159,10 +159,9 @@ from_first(Config, Key, [{Node, Name, [{Key, _Size}]} | Others], Sofar) ->
 from_first(Config, Key, [_ | Others], Sofar) ->
     from_first(Config, Key, Others, Sofar).
 
-%% A node behind a firewall, or one whose address is not known, costs its time once in a while, not
-%% at each load.
+%% A node behind a firewall costs its time once in a while, not at each load.
 avoid(#config{flights = Flights}, Node, Reason) ->
-    case lists:member(Reason, [timeout, etimedout, ehostunreach, econnrefused, einval, no_address]) of
+    case lists:member(Reason, [timeout, etimedout, ehostunreach, econnrefused, einval]) of
         true ->
             true = ets:insert(Flights, {{avoided, Node}, now_ms() + ?AVOIDED_FOR}),
             ok;

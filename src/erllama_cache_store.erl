@@ -28,7 +28,8 @@
     keyed_by => erllama_cache_host:keyed_by(),
     mac_key => {file, file:name_all()} | fun(() -> <<_:256>>),
     peers => none | atom(),
-    peer_timeout => pos_integer()
+    peer_timeout => pos_integer(),
+    peer_transport => tcp | distribution
 }.
 %% <ul>
 %% <li>`root': the directory, which must exist;</li>
@@ -41,7 +42,9 @@
 %% <li>`peers': the group of stores that lend each other their files: see {@link
 %%   erllama_cache_peers} (default: `none');</li>
 %% <li>`peer_timeout': milliseconds for which a load that misses waits for their answers (default:
-%%   50).</li>
+%%   50);</li>
+%% <li>`peer_transport': how their files come: over a connection of their own (default: `tcp'), or
+%%   through the channel of Erlang's distribution, where no other port may be opened.</li>
 %% </ul>
 
 -type file_info() :: #{

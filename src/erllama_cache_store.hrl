@@ -15,6 +15,7 @@
     %% answers.
     peers :: none | atom(),
     peer_timeout :: pos_integer(),
+    peer_transport :: tcp | distribution,
     flights :: ets:table(),
     counters :: counters:counters_ref(),
     %% Which directory the root was at the last scan: see root_generation/1 of the library. One

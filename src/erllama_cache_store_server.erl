@@ -42,13 +42,14 @@ init({Name, Path, Options}) ->
 
 open(Name, Path, Options, Secret) ->
     #{root := Root, tier := Tier, max_bytes := MaxBytes, keyed_by := KeyedBy, peers := Peers,
-      peer_timeout := PeerTimeout} = Options,
+      peer_timeout := PeerTimeout, peer_transport := PeerTransport} = Options,
     ok = erllama_cache_io_limit:setup(),
     ok = erllama_cache_lend:setup(),
     ok = erllama_cache_counts:setup(),
     Config = #config{
         name = Name, server = self(), path = Path, root = Root, tier = Tier, max_bytes = MaxBytes,
         keyed_by = KeyedBy, secret = Secret, peers = Peers, peer_timeout = PeerTimeout,
+        peer_transport = PeerTransport,
         flights = ets:new(flights, [public]), generation = atomics:new(1, []),
         counters = counters:new(length(?COUNTERS), [write_concurrency])
     },

@@ -12,7 +12,8 @@
          a_partition_is_a_miss/1, a_ticket_is_good_for_one_connection/1,
          a_borrower_that_dies_leaves_nothing/1, no_room_is_a_miss/1,
          a_node_lends_so_many_at_a_time/1, a_scope_that_ends_is_joined_again/1,
-         a_file_that_is_gone_is_a_miss/1, a_store_that_ends_is_no_store/1]).
+         a_file_that_is_gone_is_a_miss/1, through_the_distribution_channel/1,
+         a_store_that_ends_is_no_store/1]).
 
 -import(erllama_cache_test_util, [file_of/2, eventually/1]).
 
@@ -27,7 +28,8 @@ all() ->
      a_lender_that_dies_costs_a_moment, a_partition_is_a_miss,
      a_ticket_is_good_for_one_connection, a_borrower_that_dies_leaves_nothing, no_room_is_a_miss,
      a_node_lends_so_many_at_a_time, a_scope_that_ends_is_joined_again,
-     a_file_that_is_gone_is_a_miss, a_store_that_ends_is_no_store].
+     a_file_that_is_gone_is_a_miss, through_the_distribution_channel,
+     a_store_that_ends_is_no_store].
 
 init_per_testcase(Case, Config) ->
     ok = erllama_cache_nodes_util:distribute(Case),
@@ -336,6 +338,30 @@ a_file_that_is_gone_is_a_miss(Config) ->
     ok = file:delete(file_of(RootA, Key)),
     ?assertEqual(miss, load(B, Key)),
     ?assertMatch(#{fetched := 0, fetch_failures := 1}, info(B)).
+
+through_the_distribution_channel(Config) ->
+    [A, B] = nodes_of(Config),
+    [_, RootB] = ?config(roots, Config),
+    ok = erpc:call(B, gen_server, stop, [?STORE]),
+    ok = start_store(B, RootB, #{peer_transport => distribution}),
+    ok = know_each_other(?config(nodes, Config)),
+    Keys = [
+        begin
+            Payload = rand:bytes(Size),
+            Key = save(A, N, Payload),
+            ?assertMatch({ok, _, Payload}, load(B, Key)),
+            Key
+        end
+     || {N, Size} <- enumerate([0, 1, 262144, (3 bsl 20) + 1])
+    ],
+    ?assertMatch(#{fetched := 4, fetch_failures := 0}, info(B)),
+    %% The one who sends ends with the one who takes.
+    {Borrower, _} = spawn_monitor(fun() -> receive stop -> ok end end),
+    {ok, _, Sender, pieces} =
+        erpc:call(A, erllama_cache_lend, offer_pieces, [?STORE, hd(Keys), Borrower]),
+    Monitor = monitor(process, Sender),
+    true = exit(Borrower, kill),
+    receive {'DOWN', Monitor, process, Sender, normal} -> ok end.
 
 a_store_that_ends_is_no_store(Config) ->
     [_, B] = nodes_of(Config),

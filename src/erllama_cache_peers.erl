@@ -94,7 +94,7 @@ join_flight(#config{name = Name, flights = Flights} = Config, Key, Timeout) ->
             case arrival(Pid, monitor(process, Pid), Timeout) of
                 %% It was killed, or has just ended.
                 noproc ->
-                    _ = ets:delete_object(Flights, {Key, Pid}),
+                    ok = land(Flights, Key, Pid),
                     fetch_file(Config, Key, Timeout);
                 Result ->
                     Result
@@ -123,7 +123,7 @@ flight(#config{flights = Flights} = Config, Key) ->
     Result = try ets:insert_new(Flights, {Key, self()}) of
         true ->
             Fetched = from_first(Config, Key, erllama_cache_peer_group:ask(Config, [Key]), miss),
-            true = ets:delete_object(Flights, {Key, self()}),
+            ok = land(Flights, Key, self()),
             Fetched;
         false ->
             taken
@@ -131,6 +131,14 @@ flight(#config{flights = Flights} = Config, Key) ->
         error:badarg -> miss
     end,
     exit({shutdown, {arrived, Result}}).
+
+land(Flights, Key, Pid) ->
+    try ets:delete_object(Flights, {Key, Pid}) of
+        true -> ok
+    catch
+        %% The table went with its store.
+        error:badarg -> ok
+    end.
 
 %% The first that sends it. `Sofar' is what kept the file of another one from coming here.
 from_first(_Config, _Key, [], Sofar) ->

@@ -34,18 +34,22 @@ setup() ->
 -spec offer(erllama_cache_store:name(), erllama_cache_nif:key(), Ticket :: binary(), pid()) ->
     {ok, Size :: pos_integer(), inet:ip_address(), inet:port_number()} | {error, term()}.
 offer(Store, Key, Ticket, Borrower) ->
-    Self = self(),
-    {Lender, Monitor} = spawn_monitor(fun() ->
+    answer_of(fun(Asker) ->
         Borrowing = monitor(process, Borrower),
         Watcher = self(),
         Sender = spawn_link(fun() -> lend(Watcher, Store, Key, Ticket, node(Borrower)) end),
-        watch(Sender, Self, Borrowing)
-    end),
+        watch(Sender, Asker, Borrowing)
+    end).
+
+%% What a new process sends its asker before it goes on.
+answer_of(Fun) ->
+    Asker = self(),
+    {Pid, Monitor} = spawn_monitor(fun() -> Fun(Asker) end),
     receive
-        {Lender, Answer} ->
+        {Pid, Answer} ->
             true = demonitor(Monitor, [flush]),
             Answer;
-        {'DOWN', Monitor, process, Lender, Reason} ->
+        {'DOWN', Monitor, process, Pid, Reason} ->
             {error, Reason}
     end.
 
@@ -103,24 +107,16 @@ take(Store, Key) ->
 -spec offer_pieces(erllama_cache_store:name(), erllama_cache_nif:key(), pid()) ->
     {ok, Size :: pos_integer(), Sender :: pid(), pieces} | {error, term()}.
 offer_pieces(Store, Key, Borrower) ->
-    Self = self(),
-    {Sender, Monitor} = spawn_monitor(fun() ->
+    answer_of(fun(Asker) ->
         Borrowing = monitor(process, Borrower),
         case take(Store, Key) of
             {ok, File, Size} ->
-                Self ! {self(), {ok, Size, self(), pieces}},
+                Asker ! {self(), {ok, Size, self(), pieces}},
                 send_pieces(File, Borrower, Borrowing, 0);
             {error, _} = Error ->
-                Self ! {self(), Error}
+                Asker ! {self(), Error}
         end
-    end),
-    receive
-        {Sender, Answer} ->
-            true = demonitor(Monitor, [flush]),
-            Answer;
-        {'DOWN', Monitor, process, Sender, Reason} ->
-            {error, Reason}
-    end.
+    end).
 
 send_pieces(File, Borrower, Borrowing, 0) ->
     receive

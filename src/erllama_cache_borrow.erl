@@ -150,8 +150,7 @@ import(#config{path = Path} = Config, Key, Size, Token, Source) ->
 pieces(Loan, 0) ->
     publish(Loan);
 pieces(#loan{source = Source, deadline = Deadline, import = Import} = Loan, Left) ->
-    Patience = max(0, min(?PATIENCE, Deadline - now_ms())),
-    case next_piece(Source, Left, Patience) of
+    case next_piece(Source, Left, min(?PATIENCE, Deadline - now_ms())) of
         {ok, Piece} ->
             ok = give_credit(Source, 1),
             Write = fun(Turn) -> erllama_cache_nif:import_write(Turn, Import, Piece) end,
@@ -163,10 +162,13 @@ pieces(#loan{source = Source, deadline = Deadline, import = Import} = Loan, Left
             {failed, Reason}
     end.
 
+%% Not even what has come already, when there is no time left: who sends byte by byte has no end.
+next_piece(_Source, _Left, Patience) when Patience =< 0 ->
+    {error, timeout};
 next_piece({sender, Sender}, Left, Patience) ->
     receive
-        {Sender, piece, Piece} when is_binary(Piece), byte_size(Piece) =< Left -> {ok, Piece};
-        {Sender, piece, _TooMuch} -> {error, bad_answer}
+        {Sender, piece, <<_, _/binary>> = Piece} when byte_size(Piece) =< Left -> {ok, Piece};
+        {Sender, piece, _EmptyOrTooMuch} -> {error, bad_answer}
     after Patience ->
         {error, timeout}
     end;

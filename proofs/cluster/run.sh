@@ -28,6 +28,8 @@ here=$(cd "$(dirname "$0")/../.." && pwd)
 
 address=10.77.0.1
 volume=kv
+# Percent of a replica's disk: GlusterFS looks every five seconds whether more is in use.
+reserve=30
 
 start_volume() {
     ip link set lo up
@@ -51,8 +53,9 @@ start_volume() {
     glusterd
     until_true gluster --mode=script volume list
     gluster --mode=script volume create $volume replica 3 "$@" force
-    # A full disk does not let it write, and would end all replicas.
-    gluster --mode=script volume set $volume storage.health-check-interval 0
+    # What is kept back lets a full replica note what it has missed, and write its health check:
+    # without, GlusterFS leaves files behind that only one replica has, and ends replicas.
+    gluster --mode=script volume set $volume storage.reserve $reserve
     gluster --mode=script volume start $volume
     for mount in a b; do
         mkdir "$work/$mount"
@@ -107,11 +110,17 @@ act() {
             mount_volume "$2"
             ;;
         fill)
-            # Until so few MiB are left.
+            # Into what is kept back: at its next look, GlusterFS takes nothing more.
+            size=$(df --output=size -m "$work/disks/1" | tail -n 1)
             free=$(df --output=avail -m "$work/disks/1" | tail -n 1)
-            fallocate -l "$((free - $2))M" "$work/a/filler"
+            fallocate -l "$((free - size * reserve / 100 + 32))M" "$work/a/filler"
             ;;
-        make_room) rm "$work/a/filler" ;;
+        make_room)
+            rm "$work/a/filler"
+            until_true touch "$work/a/probe"
+            until_true touch "$work/b/probe"
+            rm "$work/a/probe"
+            ;;
         judge) judge ;;
         *) fail "cannot: $*" ;;
     esac
@@ -124,7 +133,7 @@ judge() {
             cd "$work/disks/$replica/root"
             find . -maxdepth 1 -type f -printf '%f\n' | sort | xargs sha256sum >"$work/files.$replica"
         )
-        cmp "$work/files.1" "$work/files.$replica"
+        diff "$work/files.1" "$work/files.$replica"
     done
     sed 's/^[0-9a-f]*  //' "$work/files.1" >"$work/names"
     if grep -vE '^[0-9a-f]{64}[.]kvc$' "$work/names"; then

@@ -31,9 +31,14 @@ start() ->
     true = net_kernel:connect_node(Node),
     {Peer, Node}.
 
+%% A node that the test has killed has stopped already.
 -spec stop(started()) -> ok.
 stop({Peer, _Node}) ->
-    peer:stop(Peer).
+    try
+        peer:stop(Peer)
+    catch
+        exit:_ -> ok
+    end.
 
 %% The application, by a module that cover may not compile, and this module for the functions that
 %% are sent.

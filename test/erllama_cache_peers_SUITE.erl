@@ -48,7 +48,7 @@ init_per_testcase(Case, Config) ->
     [{nodes, Nodes}, {roots, Roots} | Config].
 
 end_per_testcase(_Case, Config) ->
-    [catch erllama_cache_nodes_util:stop(Node) || Node <- ?config(nodes, Config)],
+    [erllama_cache_nodes_util:stop(Node) || Node <- ?config(nodes, Config)],
     ok.
 
 nodes_for(the_longest_is_found_wherever_it_is) -> 3;

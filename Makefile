@@ -27,7 +27,7 @@ export FILE
 
 .PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom musl \
   soak-semaphore soak-store cluster faults crash kill disks fuzz soak sanitize valgrind readme dropin \
-  chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-host \
+  chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-fetch bench-host \
   bench-peers \
   bench-build edoc clean distclean
 
@@ -187,6 +187,9 @@ bench-prefix: setup bench-build ## The longest stored prefix of a prompt, among 
 bench-slow: setup bench-build _build/iofault.so ## What another process waits for beside a slow disk
 	IOFAULT_SYNC_MS=30 IOFAULT_READ_MS=20 LD_PRELOAD=$(CURDIR)/_build/iofault.so \
 	  $(BENCH) -s bench_slow main
+
+bench-fetch: setup bench-build ## What it costs to take a state from another node
+	bench/disk.sh $(BENCH) -s bench_fetch main
 
 bench-host: setup bench-build ## A model's tokens in a host while its state is saved and loaded
 	bench/disk.sh $(BENCH) -s bench_host main

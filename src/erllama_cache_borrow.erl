@@ -2,9 +2,10 @@
 %% proven.
 %%
 %% The bytes have a connection of their own: in the distribution channel, a full buffer would
-%% suspend whoever sends tokens. What the peer gets by that channel is a ticket that is good for one
-%% connection. Where no second port may be opened, they do come by the distribution channel, two
-%% pieces at a time, which fill no buffer.
+%% suspend whoever sends tokens. They go from the system's buffers into the file without coming into
+%% this node's memory. What the peer gets by the distribution channel is a ticket that is good for
+%% one connection. Where no second port may be opened, the bytes do come by the distribution
+%% channel, two pieces at a time, which fill no buffer.
 %%
 %% @private
 -module(erllama_cache_borrow).
@@ -17,22 +18,17 @@
 -define(PATIENCE, 2000).
 %% All of a file has so long besides, at this many bytes a millisecond: 4 MiB a second.
 -define(SLOWEST, 4194).
-%% How much is received at a time.
--define(PIECE, 524288).
 %% How many pieces are on the way through the distribution channel.
 -define(CREDIT, 2).
 -define(TICKET_BYTES, 32).
 %% Of a file, where no writer says otherwise.
 -define(MODE, 8#600).
 
--type source() :: gen_tcp:socket() | {sender, pid()}.
-
 %% Who is asked, for what, and until when.
 -record(loan, {
     config :: #config{},
     key :: erllama_cache_nif:key(),
     token :: erllama_cache_host:token(),
-    source :: source(),
     import :: reference(),
     %% Monotonic milliseconds: of the whole, and of the next renewal of the reservation.
     deadline :: integer(),
@@ -47,7 +43,7 @@ run(#config{peer_transport = tcp} = Config, Key, {Node, Store}) ->
     case offer(Node, offer, [Store, Key, Ticket, self()]) of
         {ok, Size, Address, Port} ->
             Connect = fun() -> connect(Address, Port, Ticket) end,
-            reserved(Config, Key, Size, Connect, fun gen_tcp:close/1);
+            reserved(Config, Key, Size, Connect, fun socket:close/1);
         %% Distribution is not over plain TCP.
         {failed, no_address} ->
             run(Config#config{peer_transport = distribution}, Key, {Node, Store});
@@ -57,7 +53,7 @@ run(#config{peer_transport = tcp} = Config, Key, {Node, Store}) ->
 run(#config{peer_transport = distribution} = Config, Key, {Node, Store}) ->
     case offer(Node, offer_pieces, [Store, Key, self()]) of
         {ok, Size, Sender, pieces} when is_pid(Sender) ->
-            Connect = fun() -> {ok, {sender, Sender}} end,
+            Connect = fun() -> {ok, Sender} end,
             reserved(Config, Key, Size, Connect, fun(_) -> ok end);
         {failed, _} = Failed ->
             Failed;
@@ -110,15 +106,26 @@ received(Config, Key, Size, Token, Connect, Close) ->
     end.
 
 connect(Address, Port, Ticket) ->
-    Options = [binary, {active, false}, {packet, raw}, {nodelay, true}, {buffer, ?PIECE}],
-    try gen_tcp:connect(Address, Port, Options, ?PATIENCE) of
+    Family = case Address of {_, _, _, _} -> inet; _ -> inet6 end,
+    case socket:open(Family, stream, tcp) of
         {ok, Socket} ->
-            case gen_tcp:send(Socket, Ticket) of
+            case show_ticket(Socket, #{family => Family, addr => Address, port => Port}, Ticket) of
                 ok ->
                     {ok, Socket};
                 {error, _} = Error ->
-                    ok = gen_tcp:close(Socket),
+                    _ = socket:close(Socket),
                     Error
+            end;
+        {error, _} = Error ->
+            Error
+    end.
+
+show_ticket(Socket, Peer, Ticket) ->
+    try socket:connect(Socket, Peer, ?PATIENCE) of
+        ok ->
+            case socket:send(Socket, Ticket, ?PATIENCE) of
+                {error, {Reason, _Rest}} -> {error, Reason};
+                Result -> Result
             end;
         {error, _} = Error ->
             Error
@@ -133,12 +140,11 @@ import(#config{path = Path} = Config, Key, Size, Token, Source) ->
     case erllama_cache_io_limit:run(Begin) of
         {ok, Import} ->
             Loan = #loan{
-                config = Config, key = Key, token = Token, source = Source, import = Import,
+                config = Config, key = Key, token = Token, import = Import,
                 deadline = now_ms() + ?PATIENCE + Size div ?SLOWEST, renew_at = renew_at()
             },
             try
-                ok = give_credit(Source, ?CREDIT),
-                pieces(Loan, Size)
+                from(Source, Loan, Size)
             after
                 %% Drops nothing that is published.
                 ok = erllama_cache_nif:import_abort(Import)
@@ -147,38 +153,75 @@ import(#config{path = Path} = Config, Key, Size, Token, Source) ->
             Error
     end.
 
-pieces(Loan, 0) ->
+from(Sender, Loan, Size) when is_pid(Sender) ->
+    ok = give_credit(Sender, ?CREDIT),
+    pieces(Sender, Loan, Size);
+from(Socket, Loan, _Size) ->
+    {ok, Number} = socket:getopt(Socket, {otp, fd}),
+    case erllama_cache_nif:import_source(Loan#loan.import, Number) of
+        ok -> stream(Socket, Loan);
+        {error, _} = Error -> Error
+    end.
+
+%% What comes by a connection. Nobody waits for it in a turn.
+stream(Socket, #loan{import = Import} = Loan) ->
+    case in_slices(fun(Turn) -> erllama_cache_nif:import_receive(Turn, Import) end, Loan) of
+        {ok, Renewed} ->
+            publish(Renewed);
+        {idle, Renewed} ->
+            case next_bytes(Socket, patience(Renewed)) of
+                ok -> stream(Socket, Renewed);
+                {error, Reason} -> {failed, Reason}
+            end;
+        {closed, _} ->
+            {failed, closed};
+        {Failure, _} ->
+            blame(Failure)
+    end.
+
+%% Waits for them, and leaves them where they are.
+next_bytes(_Socket, Patience) when Patience =< 0 ->
+    {error, timeout};
+next_bytes(Socket, Patience) ->
+    case socket:recv(Socket, 1, [peek], Patience) of
+        {ok, _} -> ok;
+        {error, {Reason, _}} -> {error, Reason};
+        {error, _} = Error -> Error
+    end.
+
+%% What comes by the distribution channel.
+pieces(_Sender, Loan, 0) ->
     publish(Loan);
-pieces(#loan{source = Source, deadline = Deadline, import = Import} = Loan, Left) ->
-    case next_piece(Source, Left, min(?PATIENCE, Deadline - now_ms())) of
+pieces(Sender, #loan{import = Import} = Loan, Left) ->
+    case next_piece(Sender, Left, patience(Loan)) of
         {ok, Piece} ->
-            ok = give_credit(Source, 1),
+            ok = give_credit(Sender, 1),
             Write = fun(Turn) -> erllama_cache_nif:import_write(Turn, Import, Piece) end,
             case in_slices(Write, Loan) of
-                {ok, Renewed} -> pieces(Renewed, Left - byte_size(Piece));
+                {ok, Renewed} -> pieces(Sender, Renewed, Left - byte_size(Piece));
                 {Failure, _} -> blame(Failure)
             end;
         {error, Reason} ->
             {failed, Reason}
     end.
 
-%% Not even what has come already, when there is no time left: who sends byte by byte has no end.
-next_piece(_Source, _Left, Patience) when Patience =< 0 ->
+%% Until the next byte comes. Not even what has come already is taken when there is no time left: who
+%% sends byte by byte has no end.
+patience(#loan{deadline = Deadline}) ->
+    min(?PATIENCE, Deadline - now_ms()).
+
+next_piece(_Sender, _Left, Patience) when Patience =< 0 ->
     {error, timeout};
-next_piece({sender, Sender}, Left, Patience) ->
+next_piece(Sender, Left, Patience) ->
     receive
         {Sender, piece, <<_, _/binary>> = Piece} when byte_size(Piece) =< Left -> {ok, Piece};
         {Sender, piece, _EmptyOrTooMuch} -> {error, bad_answer}
     after Patience ->
         {error, timeout}
-    end;
-next_piece(Socket, Left, Patience) ->
-    gen_tcp:recv(Socket, min(Left, ?PIECE), Patience).
+    end.
 
-give_credit({sender, Sender}, Pieces) ->
+give_credit(Sender, Pieces) ->
     Sender ! {self(), credit, Pieces},
-    ok;
-give_credit(_Socket, _Pieces) ->
     ok.
 
 publish(#loan{config = #config{name = Name}, key = Key, token = Token, import = Import} = Loan) ->

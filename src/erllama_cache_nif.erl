@@ -19,7 +19,8 @@
     quant_byte/1, encode_tokens/1, key/4, key_of_many/4, prefix_keys/5, prefix_keys_of_many/5,
     write_tmp/5, write_more/4, write_and_publish/5, write_and_publish_in_memory/4,
     publish/3, abort/1, secret_new/1, sync_failures/0, live_objects/0,
-    import_begin/5, import_write/3, import_publish/2, import_abort/1,
+    import_begin/5, import_write/3, import_source/2, import_receive/2, import_publish/2,
+    import_abort/1,
     load/4, load_more/2, load_abort/1, note_use/4, check/4, check_more/2,
     remove_corrupt/4, remove_corrupt_more/2,
     takes_unnamed/2, root_generation/1, exists/3, delete/3, scan/4, scan_more/2
@@ -268,6 +269,16 @@ import_begin(_Turn, _Root, _Key, _Size, _Options) -> ?NOT_LOADED.
 %% After a failure nothing is left.
 -spec import_write(turn(), reference(), Piece :: binary()) -> ok | more | failure().
 import_write(_Turn, _Import, _Piece) -> ?NOT_LOADED.
+
+%% Has import_receive/2 take the bytes from a stream socket, whose descriptor is this number. The
+%% socket has to be the caller's own: nobody else may close it meanwhile.
+-spec import_source(reference(), Socket :: non_neg_integer()) -> ok | failure().
+import_source(_Import, _Socket) -> ?NOT_LOADED.
+
+%% Writes and checks what the socket has, and never waits for the other side. `ok': all of the file
+%% has come. `idle': nothing more is there yet. `closed': the other side has ended too early.
+-spec import_receive(turn(), reference()) -> ok | more | idle | closed | failure().
+import_receive(_Turn, _Import) -> ?NOT_LOADED.
 
 %% Publishes the file when its last byte has come and all of it is proven.
 -spec import_publish(turn(), reference()) ->

@@ -3,12 +3,16 @@
 
 use std::ffi::CString;
 use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{
-    Check, Import, Options, Outcome, Progress, Published, Root, Slice, TmpFile,
+    Check, Import, Options, Outcome, Progress, Published, Received, Root, Slice, TmpFile,
 };
 use erllama_cache_core::kvc::{
     Corrupt, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version,
@@ -94,6 +98,25 @@ fn import(
         complete(|| import.write(piece, &slice()))?;
     }
     complete(|| import.publish(&slice()))
+}
+
+/// Begins to import a file of `len` bytes from the other end of the socket.
+fn connected(dir: &TempDir, key: Key, len: usize) -> (Import, UnixStream) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut import = Import::create(open(dir), key, len as u64, Options::default()).unwrap();
+    import.set_source(ours.as_raw_fd()).unwrap();
+    (import, theirs)
+}
+
+/// Until all has come, or nothing more does.
+fn receive_all(import: &mut Import) -> Result<Received, Error> {
+    loop {
+        match import.receive(&slice())? {
+            Received::More => {}
+            Received::Idle => thread::yield_now(),
+            end => return Ok(end),
+        }
+    }
 }
 
 fn corrupt(result: Result<impl std::fmt::Debug, Error>) -> Corrupt {
@@ -272,4 +295,125 @@ fn a_file_that_was_faster_is_adopted_and_a_bad_one_replaced() {
     assert_eq!(outcome(&to), Outcome::Replaced);
     assert!(file(&to, &key) == bytes);
     assert_eq!(fs::read_dir(to.path()).unwrap().count(), 1);
+}
+
+/// A descriptor of its own is read: the caller's is closed by then.
+#[test]
+fn a_file_arrives_by_a_connection() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    for (len, piece) in [
+        (0, 7),
+        (5000, 100),
+        (3 * MIB + 77, 65_537),
+        (9 * MIB, 8 * MIB),
+    ] {
+        let key = save(&from, 10, len, DigestKind::Blake3);
+        let bytes = file(&from, &key);
+        let (mut import, mut theirs) = connected(&to, key, bytes.len());
+        let sender = thread::spawn(move || {
+            for piece in bytes.chunks(piece) {
+                theirs.write_all(piece).unwrap();
+            }
+            theirs.write_all(b"more").unwrap();
+            bytes
+        });
+        assert_eq!(receive_all(&mut import).unwrap(), Received::Whole, "{len}");
+        let bytes = sender.join().unwrap();
+        let published = complete(|| import.publish(&slice())).unwrap();
+        assert_eq!(published.outcome, Outcome::Linked);
+        assert!(file(&to, &key) == bytes, "{len}");
+        assert!(open(&from).delete(&key).unwrap() && open(&to).delete(&key).unwrap());
+    }
+    assert_empty(to.path());
+}
+
+#[test]
+fn nobody_waits_for_a_connection_that_has_nothing() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    let key = save(&from, 10, 5000, DigestKind::Blake3);
+    let bytes = file(&from, &key);
+    let (mut import, mut theirs) = connected(&to, key, bytes.len());
+    let all = Slice::unlimited();
+    assert_eq!(import.receive(&all).unwrap(), Received::Idle);
+    let (first, rest) = bytes.split_at(100);
+    theirs.write_all(first).unwrap();
+    assert_eq!(import.receive(&all).unwrap(), Received::Idle);
+    assert_eq!(import.missing(), rest.len() as u64);
+    theirs.write_all(rest).unwrap();
+    assert_eq!(import.receive(&all).unwrap(), Received::Whole);
+    assert_eq!(import.receive(&all).unwrap(), Received::Whole);
+}
+
+#[test]
+fn a_connection_that_ends_early_leaves_nothing() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    let key = save(&from, 10, MIB, DigestKind::Blake3);
+    let bytes = file(&from, &key);
+    for there in [0, 10, 300, MIB / 2, bytes.len() - 1] {
+        let (mut import, mut theirs) = connected(&to, key, bytes.len());
+        let part = bytes[..there].to_vec();
+        let sender = thread::spawn(move || theirs.write_all(&part).unwrap());
+        assert_eq!(
+            receive_all(&mut import).unwrap(),
+            Received::Closed,
+            "{there}"
+        );
+        sender.join().unwrap();
+        let again = import.receive(&slice());
+        assert!(matches!(again, Err(Error::OutOfTurn)));
+        assert!(matches!(import.publish(&slice()), Err(Error::OutOfTurn)));
+        drop(import);
+        assert_empty(to.path());
+    }
+}
+
+#[test]
+fn what_comes_by_a_connection_is_proven() {
+    let (from, to) = (tempdir().unwrap(), tempdir().unwrap());
+    let key = save(&from, 10, 3 * MIB, DigestKind::Blake3);
+    let good = file(&from, &key);
+    for at in [
+        0,
+        50,
+        good.len() - 3 * MIB,
+        good.len() - MIB,
+        good.len() - 1,
+    ] {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        let (mut import, mut theirs) = connected(&to, key, bad.len());
+        // It is refused before its last byte has come, and hears of that.
+        let sender = thread::spawn(move || theirs.write_all(&bad));
+        assert!(
+            receive_all(&mut import).unwrap_err().proves_corrupt(),
+            "{at}"
+        );
+        drop(import);
+        let _ = sender.join().unwrap();
+        assert_empty(to.path());
+    }
+}
+
+#[test]
+fn a_source_is_a_stream_socket() {
+    let dir = tempdir().unwrap();
+    let key = Key::from_bytes([1; 32]);
+    let create = || Import::create(open(&dir), key, 5000, Options::default()).unwrap();
+    assert!(matches!(create().receive(&slice()), Err(Error::OutOfTurn)));
+    let mut import = create();
+    assert_eq!(
+        import.set_source(-1).unwrap_err().errno(),
+        Some(libc::EBADF)
+    );
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    import.set_source(ours.as_raw_fd()).unwrap();
+    drop(ours);
+    assert_eq!(import.receive(&slice()).unwrap(), Received::Idle);
+    drop(import);
+    // With the import ends the descriptor.
+    assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
+    let file = fs::File::open(dir.path()).unwrap();
+    let mut import = create();
+    import.set_source(file.as_raw_fd()).unwrap();
+    assert_eq!(import.receive(&slice()).unwrap(), Received::Closed);
 }

@@ -12,6 +12,7 @@ rustler::atoms! {
     granted,
     queued,
     busy,
+    idle,
     closed,
     ended,
     none,

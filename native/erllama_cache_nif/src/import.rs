@@ -1,7 +1,7 @@
 //! Files that come from another node, in pieces.
 
 use erllama_cache_core::Error;
-use erllama_cache_core::files::{Import, Progress};
+use erllama_cache_core::files::{Import, Progress, Received};
 use rustler::{Atom, Binary, Encoder, Env, NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
@@ -53,6 +53,34 @@ fn import_write<'a>(
                 Ok(progress) => (Some(import), Ok(progress_atom(progress).encode(env))),
                 Err(error) => (None, Ok(error_term(env, &error))),
             }
+        })
+    })
+}
+
+/// Not on a dirty scheduler: there the process could be killed, its socket closed, and the
+/// descriptor's number used again before it is duplicated.
+#[rustler::nif]
+fn import_source<'a>(env: Env<'a>, import: &'a Importing, socket: i32) -> NifResult<Term<'a>> {
+    import
+        .0
+        .resume(env, |mut import| match import.set_source(socket) {
+            Ok(()) => (Some(import), Ok(atoms::ok().encode(env))),
+            Err(error) => (None, Ok(error_term(env, &error))),
+        })
+}
+
+#[rustler::nif(schedule = "DirtyIo")]
+fn import_receive<'a>(env: Env<'a>, turn: &'a Guard, import: &'a Importing) -> NifResult<Term<'a>> {
+    in_turn(env, turn, |slice| {
+        import.0.resume(env, |mut import| {
+            let answer = match import.receive(slice) {
+                Ok(Received::Whole) => atoms::ok(),
+                Ok(Received::More) => atoms::more(),
+                Ok(Received::Idle) => atoms::idle(),
+                Ok(Received::Closed) => return (None, Ok(atoms::closed().encode(env))),
+                Err(error) => return (None, Ok(error_term(env, &error))),
+            };
+            (Some(import), Ok(answer.encode(env)))
         })
     })
 }

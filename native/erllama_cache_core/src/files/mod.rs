@@ -35,7 +35,7 @@ mod write;
 pub use check::Check;
 pub use effort::Effort;
 pub use entry::{Name, Names, StaleTemp, Stored};
-pub use import::Import;
+pub use import::{Import, Received};
 pub use load::{Loader, fits_memory};
 pub use note::Use;
 pub use payload::READ_PIECE;

@@ -246,6 +246,32 @@ fn convert(stat: &libc::stat) -> Stat {
     }
 }
 
+/// Another descriptor of what `fd` is, which stays when `fd` is closed.
+pub(crate) fn duplicate(fd: c_int) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes numbers only, fails for one that is no descriptor, and returns a new
+    // one.
+    unsafe { opened(|| libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0)) }.map(OwnedFd::from)
+}
+
+/// Takes what a stream socket has, and never waits: `WouldBlock` when it has nothing, 0 when the
+/// other side has ended.
+pub(crate) fn receive(socket: &OwnedFd, buf: &mut [u8]) -> io::Result<usize> {
+    let fd = socket.as_raw_fd();
+    loop {
+        // SAFETY: `buf` has room for as many bytes as the call may write.
+        let len = unsafe { libc::recv(fd, buf.as_mut_ptr().cast(), buf.len(), libc::MSG_DONTWAIT) };
+        match usize::try_from(len) {
+            Ok(len) => return Ok(len),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+}
+
 /// How many bytes of memory this machine has, where that can be known.
 pub(crate) fn physical_memory() -> Option<u64> {
     // SAFETY: the call takes numbers only.

@@ -345,6 +345,22 @@ def slow_table(slow):
     return markdown(["`read_file_info`", "p50", "p99", "max"], *rows) + f"\nMeanwhile: {done}.\n"
 
 
+def fetch_table(fetch):
+    """A fetch by its size, beside what it is made of, and what else the two nodes say meanwhile."""
+    def row(size):
+        each = fetch["fetch_ns"][size]
+        cells = [f"{duration(each[side]['p50'])} ({duration(each[side]['max'])})"
+                 for side in ("fetch", "sendfile", "save")]
+        call = each["call"]
+        return [SIZES[int(size)], *cells, f"{duration(call['p50'])}, {duration(call['p99'])}"]
+
+    head = ["p50 (max)", "fetch", "`sendfile`, thrown away", "save", "`erpc:call` meanwhile: p50, p99"]
+    rows = [row(size) for size in sorted(fetch["fetch_ns"], key=int)]
+    question = fetch["question_ns"]
+    return (markdown(head, *rows) + "\nThe question to eight peers: p50 "
+            f"{duration(question['p50'])}, p99 {duration(question['p99'])}.\n")
+
+
 def prefix_table(figures):
     """A look for the longest prefix by the number of lengths, and its parts."""
     parts = ("encode", "lengths", "hash", "look_up")
@@ -417,7 +433,7 @@ def peers_table(peers):
     return "\n".join(tables) + f"\n{measured_on(peers)}\n"
 
 
-def blocks(save, semaphore, prefix, slow, host, peers):
+def blocks(save, semaphore, prefix, slow, fetch, host, peers):
     """What stands between two marks of a page: page, name and text of each."""
     page = "docs/benchmarks.md"
     return [
@@ -431,6 +447,7 @@ def blocks(save, semaphore, prefix, slow, host, peers):
         (page, "longest prefix", bounds_table("prefix", prefix) + "\n" +
          prefix_table(prefix["figures"])),
         (page, "slow disk", bounds_table("slow", slow) + "\n" + slow_table(slow["figures"])),
+        (page, "two nodes", bounds_table("fetch", fetch) + "\n" + fetch_table(fetch["figures"])),
         (page, "others", peers_table(peers)),
         (page, "tokens in a host", bounds_table("host", host) + "\n" + host_tables(host["figures"])),
     ]
@@ -479,7 +496,7 @@ def read(file):
 
 
 def main(arguments):
-    names = ("save", "semaphore", "prefix", "slow", "host", "peers")
+    names = ("save", "semaphore", "prefix", "slow", "fetch", "host", "peers")
     checks = arguments == ["--check"]
     if not checks:
         for name in names:

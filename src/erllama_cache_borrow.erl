@@ -205,8 +205,8 @@ pieces(Sender, #loan{import = Import} = Loan, Left) ->
             {failed, Reason}
     end.
 
-%% Until the next byte comes. Not even what has come already is taken when there is no time left: who
-%% sends byte by byte has no end.
+%% Until the next byte comes. Not even what has come already is taken when there is no time left:
+%% who sends byte by byte has no end.
 patience(#loan{deadline = Deadline}) ->
     min(?PATIENCE, Deadline - now_ms()).
 

@@ -217,7 +217,7 @@ meet(Node) ->
 meet(Node, 0) ->
     error({not_met, Node});
 meet(Node, Left) ->
-    Known = [node(Pid) || Pid <- pg:get_members(erllama_cache_peers, ?GROUP)],
+    Known = [node(Pid) || Pid <- pg:get_members(erllama_cache_peers, {stores, ?GROUP})],
     case lists:member(Node, Known) of
         true -> ok;
         false -> timer:sleep(10), meet(Node, Left - 1)

@@ -1,5 +1,5 @@
-%% Takes one file from a peer: reserves its key, receives it, and publishes it when its last byte is
-%% proven.
+%% Takes one file from a peer: reserves its key as a save does, receives the file, publishes it when
+%% its last byte is proven, and announces it.
 %%
 %% The bytes have a connection of their own: in the distribution channel, a full buffer would
 %% suspend whoever sends tokens. They go from the system's buffers into the file without coming into
@@ -10,7 +10,7 @@
 %% @private
 -module(erllama_cache_borrow).
 
--include("erllama_cache_store.hrl").
+-include("erllama_cache_peers.hrl").
 
 -export([run/3]).
 
@@ -26,7 +26,7 @@
 
 %% Who is asked, for what, and until when.
 -record(loan, {
-    config :: #config{},
+    borrower :: #borrower{},
     key :: erllama_cache_nif:key(),
     token :: erllama_cache_host:token(),
     import :: reference(),
@@ -35,26 +35,26 @@
     renew_at :: integer()
 }).
 
-%% `failed' is the peer's fault, or that of the way to it; `error' is this store's.
--spec run(#config{}, erllama_cache_nif:key(), {node(), erllama_cache_store:name()}) ->
+%% `failed' is the peer's fault, or that of the way to it; `error' is this node's.
+-spec run(#borrower{}, erllama_cache_nif:key(), {node(), erllama_cache_host:tier_srv()}) ->
     {ok, Size :: pos_integer()} | already_present | {failed, term()} | {error, term()}.
-run(#config{peer_transport = tcp} = Config, Key, {Node, Store}) ->
+run(#borrower{transport = tcp} = Borrower, Key, {Node, Store}) ->
     Ticket = crypto:strong_rand_bytes(?TICKET_BYTES),
     case offer(Node, offer, [Store, Key, Ticket, self()]) of
         {ok, Size, Address, Port} ->
             Connect = fun() -> connect(Address, Port, Ticket) end,
-            reserved(Config, Key, Size, Connect, fun socket:close/1);
+            reserved(Borrower, Key, Size, Connect, fun socket:close/1);
         %% Distribution is not over plain TCP.
         {failed, no_address} ->
-            run(Config#config{peer_transport = distribution}, Key, {Node, Store});
+            run(Borrower#borrower{transport = distribution}, Key, {Node, Store});
         {failed, _} = Failed ->
             Failed
     end;
-run(#config{peer_transport = distribution} = Config, Key, {Node, Store}) ->
+run(#borrower{transport = distribution} = Borrower, Key, {Node, Store}) ->
     case offer(Node, offer_pieces, [Store, Key, self()]) of
         {ok, Size, Sender, pieces} when is_pid(Sender) ->
             Connect = fun() -> {ok, Sender} end,
-            reserved(Config, Key, Size, Connect, fun(_) -> ok end);
+            reserved(Borrower, Key, Size, Connect, fun(_) -> ok end);
         {failed, _} = Failed ->
             Failed;
         _ ->
@@ -72,18 +72,18 @@ offer(Node, Function, Args) ->
     end.
 
 %% Only now: room is made for what is offered.
-reserved(#config{name = Name, tier = Tier} = Config, Key, Size, Connect, Close) ->
-    case erllama_cache_store_claim:reserve(Name, Tier, Key, Size) of
+reserved(#borrower{host = Host, name = Name, tier = Tier} = Borrower, Key, Size, Connect, Close) ->
+    case Host:reserve(Name, Tier, Key, Size) of
         {ok, Token} ->
-            try received(Config, Key, Size, Token, Connect, Close) of
+            try received(Borrower, Key, Size, Token, Connect, Close) of
                 ok ->
                     {ok, Size};
                 Failure ->
-                    ok = erllama_cache_store_claim:cancel(Name, Key, Token),
+                    ok = Host:cancel(Name, Key, Token),
                     Failure
             catch
                 Class:Reason:Stack ->
-                    ok = erllama_cache_store_claim:cancel(Name, Key, Token),
+                    ok = Host:cancel(Name, Key, Token),
                     erlang:raise(Class, Reason, Stack)
             end;
         %% Somebody has saved it since.
@@ -93,11 +93,11 @@ reserved(#config{name = Name, tier = Tier} = Config, Key, Size, Connect, Close) 
             Error
     end.
 
-received(Config, Key, Size, Token, Connect, Close) ->
+received(Borrower, Key, Size, Token, Connect, Close) ->
     case Connect() of
         {ok, Source} ->
             try
-                import(Config, Key, Size, Token, Source)
+                import(Borrower, Key, Size, Token, Source)
             after
                 Close(Source)
             end;
@@ -134,13 +134,13 @@ show_ticket(Socket, Peer, Ticket) ->
         _Class:Reason -> {error, Reason}
     end.
 
-import(#config{path = Path} = Config, Key, Size, Token, Source) ->
-    Options = save_options(Config),
+import(#borrower{path = Path} = Borrower, Key, Size, Token, Source) ->
+    Options = save_options(Borrower),
     Begin = fun(Turn) -> erllama_cache_nif:import_begin(Turn, Path, Key, Size, Options) end,
     case erllama_cache_io_limit:run(Begin) of
         {ok, Import} ->
             Loan = #loan{
-                config = Config, key = Key, token = Token, import = Import,
+                borrower = Borrower, key = Key, token = Token, import = Import,
                 deadline = now_ms() + ?PATIENCE + Size div ?SLOWEST, renew_at = renew_at()
             },
             try
@@ -224,14 +224,21 @@ give_credit(Sender, Pieces) ->
     Sender ! {self(), credit, Pieces},
     ok.
 
-publish(#loan{config = #config{name = Name}, key = Key, token = Token, import = Import} = Loan) ->
+publish(#loan{import = Import} = Loan) ->
     case in_slices(fun(Turn) -> erllama_cache_nif:import_publish(Turn, Import) end, Loan) of
-        {{ok, _Outcome, Size, Length}, _} ->
-            %% Whoever has the key by now finds the file.
-            _ = erllama_cache_store_claim:settle(Name, Key, Token, Size, Length),
+        {{ok, Size, Header, Content}, _} -> announce(Loan, Size, Header, Content);
+        {Failure, _} -> blame(Failure)
+    end.
+
+%% Whoever has taken the reservation by now finds the file.
+announce(#loan{borrower = Borrower, key = Key, token = Token}, Size, Header, Content) ->
+    #borrower{host = Host, name = Name, root = Root} = Borrower,
+    case Host:mark_published(Name, Key, Token, Root) of
+        ok ->
+            _ = Host:announce(Name, Key, Token, Size, Header, Content),
             ok;
-        {Failure, _} ->
-            blame(Failure)
+        {error, expired} ->
+            ok
     end.
 
 %% The reservation is renewed in time, however long the disk takes.
@@ -246,15 +253,12 @@ in_slices(Slice, Loan) ->
             {Error, Loan}
     end.
 
-renewed(#loan{renew_at = At, config = #config{name = Name}, key = Key, token = Token} = Loan) ->
-    case now_ms() < At of
-        true ->
-            {ok, Loan};
-        false ->
-            case erllama_cache_index:renew(Name, Key, Token) of
-                ok -> {ok, Loan#loan{renew_at = renew_at()}};
-                {error, _} = Error -> Error
-            end
+renewed(#loan{borrower = Borrower, key = Key, token = Token, renew_at = At} = Loan) ->
+    #borrower{host = Host, name = Name} = Borrower,
+    case now_ms() < At orelse Host:check(Name, Key, Token) of
+        true -> {ok, Loan};
+        ok -> {ok, Loan#loan{renew_at = renew_at()}};
+        {error, _} = Error -> Error
     end.
 
 %% What came is not what it should be: the peer's fault. Everything else is this node's.
@@ -269,7 +273,7 @@ now_ms() ->
     erlang:monotonic_time(millisecond).
 
 %% As this node's writer makes files, if there is one.
-save_options(#config{tier = Tier, secret = Secret}) ->
+save_options(#borrower{tier = Tier, secret = Secret}) ->
     {Mode, PageCache} = case erllama_cache_setup:find() of
         {ok, #{options := #{Tier := {OfWriter, _Digest, Keep, _Effort}}}} -> {OfWriter, Keep};
         error -> {?MODE, keep}

@@ -14,11 +14,11 @@
 
 %% The application's environment: what configures the writer, and the rest.
 -define(WRITER, [max_concurrent, max_inflight_bytes, host, file_mode, digest, mac_key, page_cache,
-                 slow_save_ms, write_behind, drain_ms]).
+                 slow_save_ms, write_behind, drain_ms | ?PEERS]).
+-define(PEERS, [peers, peer_timeout, peer_transport]).
 -define(WRITE_BEHIND, [reasons, max, max_bytes, save_bytes, slot_ms, share]).
 -define(APPLICATION, [stores, start_writer]).
--define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by, peers, peer_timeout,
-                  peer_transport]).
+-define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by | ?PEERS]).
 
 -type config() :: #{
     max_concurrent => pos_integer(),
@@ -30,7 +30,10 @@
     page_cache => keep | drop,
     slow_save_ms => pos_integer(),
     write_behind => off | write_behind(),
-    drain_ms => non_neg_integer()
+    drain_ms => non_neg_integer(),
+    peers => none | atom(),
+    peer_timeout => pos_integer(),
+    peer_transport => tcp | distribution
 }.
 %% The writer's configuration.
 %% <ul>
@@ -43,7 +46,10 @@
 %% <li>`page_cache': whether a saved file stays in the page cache (default: `keep');</li>
 %% <li>`slow_save_ms': a save that takes longer is logged (default: 10,000);</li>
 %% <li>`write_behind': which saves go on behind their callers (default: `off', none);</li>
-%% <li>`drain_ms': how long the application waits for those when it stops (default: 30,000).</li>
+%% <li>`drain_ms': how long the application waits for those when it stops (default: 30,000);</li>
+%% <li>`peers', `peer_timeout', `peer_transport': inside erllama, the group of nodes whose tier
+%%   servers lend each other files, and how, as of a store: see {@link erllama_cache_reader:fetch/3}
+%%   (default: `none', 50 and `tcp').</li>
 %% </ul>
 
 -type write_behind() :: #{
@@ -117,7 +123,10 @@ defaults() ->
         page_cache => keep,
         slow_save_ms => 10000,
         write_behind => off,
-        drain_ms => 30000
+        drain_ms => 30000,
+        peers => none,
+        peer_timeout => 50,
+        peer_transport => tcp
     }.
 
 %% @private

@@ -5,7 +5,7 @@
 %% @private
 -module(erllama_cache_counts).
 
--export([setup/0, count/1, counting_raised/1, save_ended/4, read/0, metrics/0]).
+-export([setup/0, count/1, count/2, counting_raised/1, save_ended/4, read/0, metrics/0]).
 -export_type([counts/0]).
 
 -type counts() :: #{
@@ -16,6 +16,9 @@
     adoptions := non_neg_integer(),
     replacements := non_neg_integer(),
     dropped := non_neg_integer(),
+    fetched := non_neg_integer(),
+    fetched_bytes := non_neg_integer(),
+    fetch_failures := non_neg_integer(),
     sync_failures := non_neg_integer(),
     save_time := erllama_cache_metrics:histogram(),
     wait_time := erllama_cache_metrics:histogram()
@@ -39,6 +42,9 @@
     {pending_bytes, info, gauge, "Bytes of payload that those hold."},
     {oldest_pending_ms, info, gauge, "Milliseconds since the oldest of those began."},
     {dropped, counted, counter, "Saves behind their callers that failed after the answer."},
+    {fetched, counted, counter, "Files that came from a peer into a tier of the host."},
+    {fetched_bytes, counted, counter, "Bytes of those."},
+    {fetch_failures, counted, counter, "Files that a peer had and that did not come whole."},
     {sync_failures, info, counter, "Syncs that the system has failed. The files were dropped."},
     {granted, info, counter, "Slots that were given."},
     {timed_out, info, counter, "Waits for a slot that ended without one."},
@@ -103,6 +109,7 @@ save_ended(Result, Bytes, Waited, Took) ->
             count(save_errors)
     end.
 
+-spec count(Counter :: atom(), non_neg_integer()) -> ok.
 count(Counter, N) ->
     {Cells, #{Counter := Place}} = persistent_term:get(?MODULE),
     counters:add(Cells, Place, N).

@@ -32,8 +32,10 @@
 -type content() :: {keyed_by(), Tokens :: binary(), TextBytes :: non_neg_integer()}.
 %% What the key is made of, the tokens as u32 little-endian each, and the size of the prompt's text.
 -type token() :: reference().
--type event() :: {saved, erllama_cache_meta:save_reason()} | duplicate_dropped | dropped.
-%% `dropped': a save behind its caller failed after the caller had its answer.
+-type event() :: {saved, erllama_cache_meta:save_reason()} | duplicate_dropped | dropped
+               | {fetched, Bytes :: pos_integer()} | fetch_failed.
+%% `dropped': a save behind its caller failed after the caller had its answer. The last two are of
+%% files that a peer had, and come only where the configuration has `peers'.
 
 %% A reservation's lease in milliseconds: erllama's, which the built-in store shares.
 -define(LEASE, 60000).

@@ -139,7 +139,12 @@ count(_TierSrv, {saved, evict}) -> erllama_cache_counters:incr(?SAVES_EVICT);
 count(_TierSrv, {saved, shutdown}) -> erllama_cache_counters:incr(?SAVES_SHUTDOWN);
 count(_TierSrv, {saved, agent_prefix}) -> erllama_cache_counters:incr(?SAVES_AGENT_PREFIX);
 count(_TierSrv, duplicate_dropped) -> erllama_cache_counters:incr(?DUPLICATE_DROPPED);
-count(_TierSrv, dropped) -> erllama_cache_counters:incr(?SAVES_DROPPED).
+count(_TierSrv, dropped) -> erllama_cache_counters:incr(?SAVES_DROPPED);
+%% erllama has no slots for these.
+count(_TierSrv, {fetched, Bytes}) ->
+    ok = erllama_cache_counts:count(fetched),
+    erllama_cache_counts:count(fetched_bytes, Bytes);
+count(_TierSrv, fetch_failed) -> erllama_cache_counts:count(fetch_failures).
 
 %% @private
 %% erllama's own load counts so, too.

@@ -31,7 +31,7 @@ setup() ->
 
 %% Called by a peer. The file stays open, whatever becomes of its name. Errors: `gone', `busy', and
 %% POSIX reasons.
--spec offer(erllama_cache_store:name(), erllama_cache_nif:key(), Ticket :: binary(), pid()) ->
+-spec offer(erllama_cache_host:tier_srv(), erllama_cache_nif:key(), Ticket :: binary(), pid()) ->
     {ok, Size :: pos_integer(), inet:ip_address(), inet:port_number()} | {error, term()}.
 offer(Store, Key, Ticket, Borrower) ->
     answer_of(fun(Asker) ->
@@ -104,7 +104,7 @@ take(Store, Key) ->
 
 %% The same through the distribution channel, for a peer that gets no connection: the process that
 %% is returned sends `{Sender, piece, Bytes}' for each piece that it has credit for.
--spec offer_pieces(erllama_cache_store:name(), erllama_cache_nif:key(), pid()) ->
+-spec offer_pieces(erllama_cache_host:tier_srv(), erllama_cache_nif:key(), pid()) ->
     {ok, Size :: pos_integer(), Sender :: pid(), pieces} | {error, term()}.
 offer_pieces(Store, Key, Borrower) ->
     answer_of(fun(Asker) ->
@@ -137,8 +137,8 @@ send_pieces(File, Borrower, Borrowing, Credit) ->
     end.
 
 open(Store, Key) ->
-    case erllama_cache_index:find_config(Store) of
-        {ok, #config{path = Path}} ->
+    case path(Store) of
+        {ok, Path} ->
             Name = erllama_cache_path:final(Path, Key),
             %% Opening what is not a file can take for ever.
             case file:read_link_info(Name, [raw]) of
@@ -147,8 +147,14 @@ open(Store, Key) ->
                 {error, enoent} -> {error, gone};
                 {error, _} = Error -> Error
             end;
-        _ ->
+        error ->
             {error, gone}
+    end.
+
+path(Store) ->
+    case erllama_cache_index:find_config(Store) of
+        {ok, #config{path = Path}} -> {ok, Path};
+        _ -> erllama_cache_peer_tier:path(Store)
     end.
 
 open(Name) ->

@@ -31,6 +31,9 @@
     pending_bytes := non_neg_integer(),
     oldest_pending_ms := non_neg_integer(),
     dropped := non_neg_integer(),
+    fetched := non_neg_integer(),
+    fetched_bytes := non_neg_integer(),
+    fetch_failures := non_neg_integer(),
     sync_failures := non_neg_integer(),
     save_time := histogram(),
     wait_time := histogram()

@@ -280,9 +280,10 @@ import_source(_Import, _Socket) -> ?NOT_LOADED.
 -spec import_receive(turn(), reference()) -> ok | more | idle | closed | failure().
 import_receive(_Turn, _Import) -> ?NOT_LOADED.
 
-%% Publishes the file when its last byte has come and all of it is proven.
+%% Publishes the file when its last byte has come and all of it is proven: what a host is told of a
+%% save. Size and header are those of the file that has the name now.
 -spec import_publish(turn(), reference()) ->
-    {ok, linked | adopted | replaced, Size :: pos_integer(), key_length()}
+    {ok, Size :: pos_integer(), Header :: binary(), erllama_cache_host:content()}
     | more | failure().
 import_publish(_Turn, _Import) -> ?NOT_LOADED.
 

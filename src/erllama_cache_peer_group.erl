@@ -1,24 +1,47 @@
-%% Which stores lend each other files, and which of them has which keys.
+%% Which stores and tier servers lend each other files, and which of them has which keys.
 %%
-%% A store's server is a member of its group for as long as it lives: that is all the state there
-%% is, and `pg' keeps it.
+%% A store's server is a member of its group for as long as it lives, and so is the writer for the
+%% tier servers of its host: that is all the state there is, and `pg' keeps it.
 %%
 %% @private
 -module(erllama_cache_peer_group).
 
 -include("erllama_cache_index.hrl").
--include("erllama_cache_store.hrl").
+-include("erllama_cache_peers.hrl").
 
--export([join/2, ask/2, look/3, size_here/2]).
+-export([borrower/2, join/1, ask/2, look/4, size_here/2]).
+-export_type([group/0, found/0]).
+
+-type group() :: {stores | tiers, atom()}.
+%% Stores of a group find each other whatever they are called, tier servers by their name.
+-type found() :: {
+    erllama_cache_host:tier_srv(), [{erllama_cache_nif:key(), Size :: pos_integer()}]
+}.
 
 %% The scope of pg.
 -define(SCOPE, erllama_cache_peers).
 
-%% Makes a store's server a member.
--spec join(none | atom(), pid()) -> ok.
-join(none, _Server) ->
+%% The options `peers', `peer_timeout' and `peer_transport', for the calling process as the member.
+%% Who has the files is in the record already.
+-spec borrower(#{peers := none | atom(), atom() => term()}, Borrower) -> none | Borrower when
+    Borrower :: #borrower{}.
+borrower(#{peers := none}, _Borrower) ->
+    none;
+borrower(#{peers := Group, peer_timeout := Timeout, peer_transport := Transport}, Borrower) ->
+    Kind = case Borrower of
+        #borrower{host = erllama_cache_store} -> stores;
+        _ -> tiers
+    end,
+    Borrower#borrower{
+        group = {Kind, Group}, server = self(), timeout = Timeout, transport = Transport,
+        flights = ets:new(flights, [public])
+    }.
+
+%% Makes its server a member.
+-spec join(none | #borrower{}) -> ok.
+join(none) ->
     ok;
-join(Group, Server) ->
+join(#borrower{group = Group, server = Server}) ->
     %% Of the node, not of this store: the next one joins the same scope.
     case pg:start(?SCOPE) of
         {ok, _} -> ok;
@@ -27,33 +50,37 @@ join(Group, Server) ->
     pg:join(?SCOPE, Group, Server).
 
 %% Who has which of these keys, and how long the files are.
--spec ask(#config{}, [erllama_cache_writer:key()]) ->
-    [{node(), erllama_cache_store:name(), [{erllama_cache_writer:key(), Size :: pos_integer()}]}].
-ask(_Config, []) ->
+-spec ask(none | #borrower{}, [erllama_cache_nif:key()]) ->
+    [{node(), erllama_cache_host:tier_srv(), [{erllama_cache_nif:key(), Size :: pos_integer()}]}].
+ask(none, _Keys) ->
     [];
-ask(#config{peers = none}, _Keys) ->
+ask(_Borrower, []) ->
     [];
-ask(#config{peers = Group, server = Server, peer_timeout = Timeout}, Keys) ->
+ask(#borrower{name = Name, group = Group, server = Server, timeout = Timeout} = Borrower, Keys) ->
     Members = pg:get_members(?SCOPE, Group),
     %% Nobody looks after the scope: whoever asks finds out that it has ended.
     ok = case lists:member(Server, Members) of
         true -> ok;
-        false -> join(Group, Server)
+        false -> join(Borrower)
     end,
     Nodes = lists:usort([node(Pid) || Pid <- Members, Pid =/= Server]),
-    Answers = erpc:multicall(Nodes, ?MODULE, look, [Group, Keys, Server], Timeout),
+    Lender = case Group of
+        {stores, _} -> ?MODULE;
+        {tiers, _} -> erllama_cache_peer_tier
+    end,
+    Answers = erpc:multicall(Nodes, Lender, look, [Group, Name, Keys, Server], Timeout),
     Found = [
-        {Node, Name, Files}
-     || {Node, {ok, Stores}} <- lists:zip(Nodes, Answers), is_list(Stores),
-        {Name, Files} <- Stores, is_atom(Name), is_list(Files)
+        {Node, There, Files}
+     || {Node, {ok, Found}} <- lists:zip(Nodes, Answers), is_list(Found),
+        {There, Files} <- Found, is_atom(There), is_list(Files)
     ],
     %% In any order: not all are to take from the same one.
     [Each || {_, Each} <- lists:sort([{rand:uniform(), Each} || Each <- Found])].
 
-%% Called by peers. Looks at the indices only.
--spec look(atom(), [erllama_cache_writer:key()], pid()) ->
-    [{erllama_cache_store:name(), [{erllama_cache_writer:key(), Size :: pos_integer()}]}].
-look(Group, Keys, Asker) ->
+%% Called by peers. Looks at the indices of the stores of the group.
+-spec look(group(), erllama_cache_host:tier_srv(), [erllama_cache_nif:key()], Asker :: pid()) ->
+    [found()].
+look(Group, _Name, Keys, Asker) ->
     [
         {Name, Found}
      || Pid <- pg:get_local_members(?SCOPE, Group), Pid =/= Asker,

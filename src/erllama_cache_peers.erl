@@ -38,14 +38,14 @@
 -spec find(erllama_cache_store:name(), [erllama_cache_writer:key()]) ->
     {ok, erllama_cache_writer:key(), node()} | miss.
 find(Store, Keys) when is_atom(Store), is_list(Keys), length(Keys) =< ?MAX_KEYS ->
-    Config = erllama_cache_index:config(Store),
+    #config{borrower = Borrower} = erllama_cache_index:config(Store),
     Here = [{Key, node()} || Key <- Keys, erllama_cache_peer_group:size_here(Store, Key) =/= none],
     %% Only what is better than what is here.
     Better = case Here of
         [{Best, _} | _] -> lists:takewhile(fun(Key) -> Key =/= Best end, Keys);
         [] -> Keys
     end,
-    Answers = erllama_cache_peer_group:ask(Config, Better),
+    Answers = erllama_cache_peer_group:ask(Borrower, Better),
     There = [{Key, Node} || {Node, _Name, Found} <- Answers, {Key, _Size} <- Found],
     first(Keys, maps:merge(maps:from_list(There), maps:from_list(Here))).
 
@@ -70,40 +70,43 @@ first([], _Found) ->
 -spec fetch(erllama_cache_store:name(), erllama_cache_writer:key()) ->
     ok | miss | {error, term()}.
 fetch(Store, Key) when is_atom(Store), byte_size(Key) =:= 32 ->
-    fetch_file(erllama_cache_index:config(Store), Key, infinity).
+    #config{borrower = Borrower} = erllama_cache_index:config(Store),
+    fetch_file(Borrower, Key, infinity).
 
 %% @private
 %% Callers that want the same key at the same time share one fetch, by a process of its own: it goes
 %% on for the others when one of them ends.
--spec fetch_file(#config{}, erllama_cache_writer:key(), timeout()) -> ok | miss | {error, term()}.
-fetch_file(#config{peers = none}, _Key, _Timeout) ->
+-spec fetch_file(none | #borrower{}, erllama_cache_writer:key(), timeout()) ->
+    ok | miss | {error, term()}.
+fetch_file(none, _Key, _Timeout) ->
     miss;
-fetch_file(_Config, _Key, 0) ->
+fetch_file(_Borrower, _Key, 0) ->
     %% Nobody answers in no time.
     miss;
-fetch_file(Config, Key, Timeout) ->
-    {Pid, Monitor} = spawn_monitor(fun() -> flight(Config, Key) end),
+fetch_file(Borrower, Key, Timeout) ->
+    {Pid, Monitor} = spawn_monitor(fun() -> flight(Borrower, Key) end),
     case arrival(Pid, Monitor, Timeout) of
-        taken -> join_flight(Config, Key, Timeout);
+        taken -> join_flight(Borrower, Key, Timeout);
         Result -> Result
     end.
 
-join_flight(#config{name = Name, flights = Flights} = Config, Key, Timeout) ->
-    try ets:lookup(Flights, Key) of
-        [{Key, Pid}] ->
+join_flight(#borrower{name = Name, flights = Flights} = Borrower, Key, Timeout) ->
+    Flight = {Name, Key},
+    try ets:lookup(Flights, Flight) of
+        [{Flight, Pid}] ->
             case arrival(Pid, monitor(process, Pid), Timeout) of
                 %% It was killed, or has just ended.
                 noproc ->
-                    ok = land(Flights, Key, Pid),
-                    fetch_file(Config, Key, Timeout);
+                    ok = land(Flights, Flight, Pid),
+                    fetch_file(Borrower, Key, Timeout);
                 Result ->
                     Result
             end;
         [] ->
-            fetch_file(Config, Key, Timeout)
+            fetch_file(Borrower, Key, Timeout)
     catch
-        %% The table went with its store.
-        error:badarg -> exit({noproc, {erllama_cache_store, Name}})
+        %% The table went with its store, or with its writer.
+        error:badarg -> exit({noproc, {?MODULE, Name}})
     end.
 
 arrival(Pid, Monitor, Timeout) ->
@@ -118,12 +121,14 @@ arrival(Pid, Monitor, Timeout) ->
 
 %% Its result is the reason of its end, which whoever waits for it gets.
 -dialyzer({no_return, [flight/2, fetch_file/3]}).
--spec flight(#config{}, erllama_cache_nif:key()) -> no_return().
-flight(#config{flights = Flights} = Config, Key) ->
-    Result = try ets:insert_new(Flights, {Key, self()}) of
+-spec flight(#borrower{}, erllama_cache_nif:key()) -> no_return().
+flight(#borrower{name = Name, flights = Flights} = Borrower, Key) ->
+    Flight = {Name, Key},
+    Result = try ets:insert_new(Flights, {Flight, self()}) of
         true ->
-            Fetched = from_first(Config, Key, erllama_cache_peer_group:ask(Config, [Key]), miss),
-            ok = land(Flights, Key, self()),
+            Holders = erllama_cache_peer_group:ask(Borrower, [Key]),
+            Fetched = from_first(Borrower, Key, Holders, miss),
+            ok = land(Flights, Flight, self()),
             Fetched;
         false ->
             taken
@@ -132,43 +137,46 @@ flight(#config{flights = Flights} = Config, Key) ->
     end,
     exit({shutdown, {arrived, Result}}).
 
-land(Flights, Key, Pid) ->
-    try ets:delete_object(Flights, {Key, Pid}) of
+land(Flights, Flight, Pid) ->
+    try ets:delete_object(Flights, {Flight, Pid}) of
         true -> ok
     catch
-        %% The table went with its store.
+        %% The table went, see above.
         error:badarg -> ok
     end.
 
 %% The first that sends it. `Sofar' is what kept the file of another one from coming here.
-from_first(_Config, _Key, [], Sofar) ->
+from_first(_Borrower, _Key, [], Sofar) ->
     Sofar;
-from_first(Config, Key, [{Node, Name, [{Key, _Size}]} | Others], Sofar) ->
-    case is_reachable(Config, Node) andalso erllama_cache_borrow:run(Config, Key, {Node, Name}) of
+from_first(Borrower, Key, [{Node, Name, [{Key, _Size}]} | Others], Sofar) ->
+    Holder = {Node, Name},
+    case is_reachable(Borrower, Node) andalso erllama_cache_borrow:run(Borrower, Key, Holder) of
         false ->
-            from_first(Config, Key, Others, Sofar);
+            from_first(Borrower, Key, Others, Sofar);
         {ok, Size} ->
-            ok = counters:add(Config#config.counters, ?FETCHED, 1),
-            ok = counters:add(Config#config.counters, ?FETCHED_BYTES, Size);
+            count(Borrower, {fetched, Size});
         already_present ->
             ok;
         %% The peer's, or of the way: the next one may be better.
         {failed, busy} ->
-            from_first(Config, Key, Others, Sofar);
+            from_first(Borrower, Key, Others, Sofar);
         {failed, Reason} ->
-            ok = counters:add(Config#config.counters, ?FETCH_FAILURES, 1),
-            ok = avoid(Config, Node, Reason),
-            ok = erllama_cache_store_log:fetch_failed(Config, Key, Node, Reason),
-            from_first(Config, Key, Others, Sofar);
+            ok = count(Borrower, fetch_failed),
+            ok = avoid(Borrower, Node, Reason),
+            ok = erllama_cache_store_log:fetch_failed(Borrower, Key, Node, Reason),
+            from_first(Borrower, Key, Others, Sofar);
         {error, _} = Error ->
-            from_first(Config, Key, Others, Error)
+            from_first(Borrower, Key, Others, Error)
     end;
 %% What no store answers.
-from_first(Config, Key, [_ | Others], Sofar) ->
-    from_first(Config, Key, Others, Sofar).
+from_first(Borrower, Key, [_ | Others], Sofar) ->
+    from_first(Borrower, Key, Others, Sofar).
+
+count(#borrower{host = Host, name = Name}, Event) ->
+    Host:count(Name, Event).
 
 %% A node behind a firewall costs its time once in a while, not at each load.
-avoid(#config{flights = Flights}, Node, Reason) ->
+avoid(#borrower{flights = Flights}, Node, Reason) ->
     case lists:member(Reason, [timeout, etimedout, ehostunreach, econnrefused, einval]) of
         true ->
             true = ets:insert(Flights, {{avoided, Node}, now_ms() + ?AVOIDED_FOR}),
@@ -177,7 +185,7 @@ avoid(#config{flights = Flights}, Node, Reason) ->
             ok
     end.
 
-is_reachable(#config{flights = Flights}, Node) ->
+is_reachable(#borrower{flights = Flights}, Node) ->
     case ets:lookup(Flights, {avoided, Node}) of
         [{_, Until}] -> now_ms() >= Until;
         [] -> true

@@ -8,7 +8,7 @@
 %% payload from memory, at once and without a copy.
 -module(erllama_cache_reader).
 
--export([load/2, load/3]).
+-export([load/2, load/3, fetch/2, fetch/3]).
 -export_type([options/0]).
 
 -include("erllama_cache_limits.hrl").
@@ -52,6 +52,50 @@ load(TierSrv, Key, Options) when
         {ok, _KeyedBy} when Wait =:= none -> erllama_cache_store:load(TierSrv, Key, Timeout);
         {ok, _KeyedBy} -> load_after(Wait, erllama_cache_store, TierSrv, Key, Timeout);
         error -> load_by_host(Wait, TierSrv, Key, Timeout)
+    end.
+
+%% @doc Fetches as {@link fetch/3}, into a tier `disk', however long it takes.
+%%
+%% ```
+%% miss = erllama_cache_reader:fetch(my_store, <<1:256>>).
+%% '''
+-spec fetch(erllama_cache_host:tier_srv(), erllama_cache_writer:key()) ->
+    ok | miss | {error, term()}.
+fetch(TierSrv, Key) ->
+    fetch(TierSrv, Key, #{}).
+
+%% @doc Takes the file of a key from another node that has it: into the store of this name, or else
+%% into the root of the tier server of this name, which has the same name on the other nodes. `ok'
+%% when it is on this node's disk and checked, and the store or the host knows of it. `miss' when no
+%% node has it, or none that has it could send it; see {@link erllama_cache_peers}.
+%%
+%% ```
+%% miss = erllama_cache_reader:fetch(my_store, <<1:256>>, #{timeout => 2000}).
+%% '''
+%%
+%% The host sees a save: its key is reserved while it comes, and announced. So whoever asks the host
+%% for it meanwhile waits for it as for a save. Options: `timeout', milliseconds after which the
+%% caller goes on without it (default: `infinity'), while it may still arrive; `tier', of the tier
+%% server (default: `disk').
+%%
+%% Errors: `timeout'; those of a reservation, such as `conflict', when a save of the key runs;
+%% `tier_busy'; a POSIX reason. Exits with `{noproc, _}' when there is neither a store nor a tier
+%% server of that name, or no writer has been started.
+-spec fetch(erllama_cache_host:tier_srv(), erllama_cache_writer:key(),
+            #{timeout => timeout(), tier => erllama_cache_host:tier()}) ->
+    ok | miss | {error, term()}.
+fetch(TierSrv, Key, Options) when
+    is_atom(TierSrv), is_binary(Key), byte_size(Key) =:= 32, is_map(Options)
+->
+    #{timeout := Timeout, tier := Tier} =
+        erllama_cache_config:load_options(Options, #{timeout => infinity, tier => disk}),
+    Borrower = case erllama_cache_store:find_borrower(TierSrv) of
+        error -> erllama_cache_peer_tier:borrower(TierSrv, Tier);
+        Found -> Found
+    end,
+    case Borrower of
+        {ok, Whose} -> erllama_cache_peers:fetch_file(Whose, Key, Timeout);
+        {error, _} = Error -> Error
     end.
 
 load_by_host(Wait, TierSrv, Key, Timeout) ->

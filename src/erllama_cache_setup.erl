@@ -19,6 +19,8 @@
     slow_save_ms := pos_integer(),
     write_behind := off | erllama_cache_config:write_behind(),
     drain_ms := non_neg_integer(),
+    %% The tier servers of its host, as those who lend and borrow: see erllama_cache_peer_tier.
+    borrower := none | tuple(),
     %% For one save: it has been asked for already.
     root => {file:name_all(), erllama_cache_nif:root()},
     atom() => term()

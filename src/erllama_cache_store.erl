@@ -16,7 +16,7 @@
 
 -export([start_link/2, child_spec/2]).
 -export([load/2, load/3, load_file/3, delete/2, info/1, key/1, key/2, longest_prefix/2]).
--export([find_keyed_by/1]).
+-export([find_keyed_by/1, find_borrower/1]).
 -export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 -export_type([name/0, options/0, file_info/0, info/0]).
 
@@ -203,7 +203,8 @@ load(Name, Key, Timeout, Peers) when
     end.
 
 load_from_peer(Config, Key, Deadline) ->
-    case erllama_cache_peers:fetch_file(Config, Key, left(Deadline)) of
+    #config{borrower = Borrower} = Config,
+    case erllama_cache_peers:fetch_file(Borrower, Key, left(Deadline)) of
         ok -> load_file(Config, Key, left(Deadline));
         miss -> miss;
         {error, timeout} = Error -> Error;
@@ -420,6 +421,15 @@ find_keyed_by(Name) ->
         _ -> error
     end.
 
+%% @private
+%% Who takes files from peers for the store of this name, if it runs here.
+-spec find_borrower(atom()) -> {ok, none | #borrower{}} | error.
+find_borrower(Name) ->
+    case erllama_cache_index:find_config(Name) of
+        {ok, #config{borrower = Borrower}} -> {ok, Borrower};
+        _ -> error
+    end.
+
 enumerate(List) ->
     lists:zip(lists:seq(1, length(List)), List).
 
@@ -482,5 +492,10 @@ cancel(Name, Key, Token) ->
 %% @private
 count(Name, {saved, _Reason}) -> count_one(config(Name), ?SAVES);
 count(Name, duplicate_dropped) -> count_one(config(Name), ?DUPLICATES);
+count(Name, {fetched, Bytes}) ->
+    #config{counters = Counters} = Config = config(Name),
+    ok = count_one(Config, ?FETCHED),
+    counters:add(Counters, ?FETCHED_BYTES, Bytes);
+count(Name, fetch_failed) -> count_one(config(Name), ?FETCH_FAILURES);
 %% The writer counts those of all stores.
 count(_Name, dropped) -> ok.

@@ -1,5 +1,7 @@
 %% Shared by a store's API and its server. The rows are in erllama_cache_index.hrl.
 
+-include("erllama_cache_peers.hrl").
+
 %% The constant part of a store's state. The index has a copy, so that callers need not ask the
 %% server.
 -record(config, {
@@ -11,12 +13,7 @@
     keyed_by :: erllama_cache_host:keyed_by(),
     max_bytes :: pos_integer() | infinity,
     secret :: none | erllama_cache_nif:secret(),
-    %% The group whose stores it borrows from and lends to, and milliseconds to wait for their
-    %% answers.
-    peers :: none | atom(),
-    peer_timeout :: pos_integer(),
-    peer_transport :: tcp | distribution,
-    flights :: ets:table(),
+    borrower :: none | #borrower{},
     counters :: counters:counters_ref(),
     %% Which directory the root was at the last scan: see root_generation/1 of the library. One
     %% number, written by the server.

@@ -55,7 +55,7 @@ root_unreadable(#config{name = Name, root = Root}, Reason) ->
                  ?LOG_META).
 
 %% A peer that had a file could not send it, or sent something else.
--spec fetch_failed(#config{}, erllama_cache_nif:key(), node(), term()) -> ok.
-fetch_failed(#config{name = Name, root = Root}, Key, Node, Reason) ->
+-spec fetch_failed(#borrower{}, erllama_cache_nif:key(), node(), term()) -> ok.
+fetch_failed(#borrower{name = Name, root = Root}, Key, Node, Reason) ->
     ?LOG_WARNING(#{event => fetch_failed, store => Name, peer => Node, reason => Reason,
                    file => erllama_cache_path:final(Root, Key)}, ?LOG_META).

@@ -41,16 +41,17 @@ init({Name, Path, Options}) ->
     end.
 
 open(Name, Path, Options, Secret) ->
-    #{root := Root, tier := Tier, max_bytes := MaxBytes, keyed_by := KeyedBy, peers := Peers,
-      peer_timeout := PeerTimeout, peer_transport := PeerTransport} = Options,
+    #{root := Root, tier := Tier, max_bytes := MaxBytes, keyed_by := KeyedBy} = Options,
     ok = erllama_cache_io_limit:setup(),
     ok = erllama_cache_lend:setup(),
     ok = erllama_cache_counts:setup(),
     Config = #config{
         name = Name, server = self(), path = Path, root = Root, tier = Tier, max_bytes = MaxBytes,
-        keyed_by = KeyedBy, secret = Secret, peers = Peers, peer_timeout = PeerTimeout,
-        peer_transport = PeerTransport,
-        flights = ets:new(flights, [public]), generation = atomics:new(1, []),
+        keyed_by = KeyedBy, secret = Secret, generation = atomics:new(1, []),
+        borrower = erllama_cache_peer_group:borrower(Options, #borrower{
+            host = erllama_cache_store, name = Name, tier = Tier, root = Root, path = Path,
+            secret = Secret
+        }),
         counters = counters:new(length(?COUNTERS), [write_concurrency])
     },
     case erllama_cache_index:new(Name, Config) of
@@ -81,7 +82,7 @@ start_scanned({error, no_links}, _Took, #state{config = #config{name = Name}}) -
 start_scanned(TakesUnnamed, Took, #state{config = Config} = State) ->
     ok = erllama_cache_store_log:started(Config, TakesUnnamed, Took),
     {_, Roomy} = make_room(0, State),
-    ok = erllama_cache_peer_group:join(Config#config.peers, self()),
+    ok = erllama_cache_peer_group:join(Config#config.borrower),
     {ok, Roomy}.
 
 %% Adds the root's files to the index. A row that a save or a load has added meanwhile is newer.

@@ -102,11 +102,13 @@ open(#{max_concurrent := Limit, max_inflight_bytes := MaxBytes} = Config, Secret
     Semaphore = semaphore(),
     ok = erllama_cache_io_limit:setup(),
     ok = erllama_cache_counts:setup(),
+    ok = erllama_cache_lend:setup(),
     {ok, Hostname} = inet:gethostname(),
     SaveOptions = erllama_cache_config:save_options(Config, Secret),
     ok = erllama_cache_setup:put(maps:merge(SaveOptions, Config#{
         semaphore => Semaphore,
         secret => Secret,
+        borrower => erllama_cache_peer_tier:setup(Config, Secret),
         defaults => #{hostname => unicode:characters_to_binary(Hostname)}
     })),
     ok = erllama_cache_nif:semaphore_open(Semaphore, Limit, MaxBytes),

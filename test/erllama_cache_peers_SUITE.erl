@@ -73,7 +73,7 @@ start_store(Node, Root, Options) ->
 know_each_other(Nodes) ->
     [
         eventually(fun() ->
-            Members = erpc:call(Node, pg, get_members, [erllama_cache_peers, ?GROUP]),
+            Members = erpc:call(Node, pg, get_members, [erllama_cache_peers, {stores, ?GROUP}]),
             length(Members) =:= length(Nodes)
         end)
      || {_, Node} <- Nodes
@@ -252,7 +252,7 @@ a_partition_is_a_miss(Config) ->
     ?assertEqual(miss, peer:call(PeerB, erllama_cache_store, load, [?STORE, Key])),
     true = peer:call(PeerA, net_kernel, connect_node, [B]),
     eventually(fun() ->
-        length(peer:call(PeerB, pg, get_members, [erllama_cache_peers, ?GROUP])) =:= 2
+        length(peer:call(PeerB, pg, get_members, [erllama_cache_peers, {stores, ?GROUP}])) =:= 2
     end),
     ?assertMatch({ok, _, <<"payload">>},
                  peer:call(PeerB, erllama_cache_store, load, [?STORE, Key])).

@@ -8,7 +8,7 @@ use crate::atoms;
 use crate::error::error_term;
 use crate::live_count::Kind;
 use crate::meta;
-use crate::save::{outcome_atom, save_options};
+use crate::save::save_options;
 use crate::semaphore::Guard;
 use crate::slices::{InSlices, in_turn, open_root, progress_atom};
 
@@ -96,9 +96,13 @@ fn import_publish<'a>(env: Env<'a>, turn: &'a Guard, import: &'a Importing) -> N
                     let Some(prefix) = import.prefix() else {
                         return (None, Ok(error_term(env, &Error::OutOfTurn)));
                     };
-                    let length = meta::key_length(env, prefix.header().version, prefix.key_len());
-                    let outcome = outcome_atom(published.outcome);
-                    let term = (atoms::ok(), outcome, published.file_len, length).encode(env);
+                    let content = (
+                        meta::keyed_by(prefix.header().version),
+                        meta::binary(env, prefix.tokens()),
+                        prefix.prompt_text().len(),
+                    );
+                    let header = meta::binary(env, &published.header);
+                    let term = (atoms::ok(), published.file_len, header, content).encode(env);
                     (None, Ok(term))
                 }
                 Err(error) => (None, Ok(error_term(env, &error))),

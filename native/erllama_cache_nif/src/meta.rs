@@ -55,11 +55,15 @@ pub(crate) fn version(keyed_by: Atom) -> NifResult<Version> {
 
 /// What a key is made of, and of how much of it: `{tokens, Count}` or `{text, Bytes}`.
 pub(crate) fn key_length(env: Env<'_>, version: Version, len: impl Encoder) -> Term<'_> {
-    let keyed_by = match version {
+    (keyed_by(version), len).encode(env)
+}
+
+/// What the keys of files of this version are made of.
+pub(crate) fn keyed_by(version: Version) -> Atom {
+    match version {
         Version::Tokens => atoms::tokens(),
         Version::Text => atoms::text(),
-    };
-    (keyed_by, len).encode(env)
+    }
 }
 
 /// Encodes the prefix of a file from a map that `erllama_cache_meta` has completed. `Ok(Err(_))`

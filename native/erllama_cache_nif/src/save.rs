@@ -252,7 +252,7 @@ fn encode_error_term<'a>(env: Env<'a>, error: EncodeError) -> Term<'a> {
     (atoms::error(), reason).encode(env)
 }
 
-pub(crate) fn outcome_atom(outcome: Outcome) -> Atom {
+fn outcome_atom(outcome: Outcome) -> Atom {
     match outcome {
         Outcome::Linked => atoms::linked(),
         Outcome::Adopted => atoms::adopted(),

@@ -19,6 +19,9 @@
 -export([main/0]).
 
 -define(STORE, faults_store).
+%% What it fetches from: a peer on the same node.
+-define(LENDER, faults_lender).
+-define(GROUP, faults_group).
 -define(DEADLINE, 20000).
 -define(SLOTS, 4).
 
@@ -41,7 +44,7 @@
 -define(LARGE_FOR_CRASHES, (1200 bsl 10)).
 
 -record(case_, {
-    op :: save | load | evict | scan | delete | check | present,
+    op :: save | fetch | load | evict | scan | delete | check | present,
     size = small :: small | large | holes,
     way = plain :: way(),
     %% `text' has keys made of text, and files of version 2.
@@ -108,7 +111,7 @@ cases(quick) ->
         [saving(large, plain, text)] ++
         [behind(small, Way, disk) || Way <- [plain, adopt, replace]] ++
         [behind(large, plain, disk), behind(small, plain, text)] ++
-        [#case_{op = load, size = Size} || Size <- [small, large]] ++
+        [#case_{op = Op, size = Size} || Op <- [load, fetch], Size <- [small, large]] ++
         [#case_{op = Op} || Op <- [evict, scan, delete, check, present]] ++
         [#case_{op = Op, variant = text} || Op <- [load, evict, scan]];
 cases(full) ->
@@ -123,8 +126,8 @@ cases(full) ->
         [behind(large, Way, disk) || Way <- [plain, adopt, replace, named_replace]] ++
         [behind(large, plain, text)] ++
         [
-            #case_{op = load, size = Size, variant = Variant}
-         || Size <- [small, large], Variant <- [disk, ram_file, keyed, text]
+            #case_{op = Op, size = Size, variant = Variant}
+         || Op <- [load, fetch], Size <- [small, large], Variant <- [disk, ram_file, keyed, text]
         ] ++
         [#case_{op = load, size = holes}] ++
         [
@@ -144,7 +147,7 @@ is_enough(_Way, keyed) -> false.
 crash_cases(quick) ->
     [saving(small, plain, disk), saving(small, named_replace, disk)] ++
         [saving(small, replace, text), behind(small, plain, disk)] ++
-        [#case_{op = Op} || Op <- [evict, scan]];
+        [#case_{op = Op} || Op <- [fetch, evict, scan]];
 crash_cases(full) ->
     [saving(small, Way, disk) || Way <- ways()] ++
         [saving(large, Way, disk) || Way <- ways(), is_enough(Way, disk)] ++
@@ -153,8 +156,9 @@ crash_cases(full) ->
         [saving(large, plain, text)] ++
         [behind(small, Way, disk) || Way <- [plain, adopt, replace, named_replace]] ++
         [behind(small, replace, text), behind(large, plain, disk)] ++
+        [#case_{op = fetch, size = Size} || Size <- [small, large]] ++
         [#case_{op = Op} || Op <- [evict, scan, delete]] ++
-        [#case_{op = Op, variant = text} || Op <- [evict, scan]].
+        [#case_{op = Op, variant = text} || Op <- [fetch, evict, scan]].
 
 saving(Size, Way, Variant) ->
     #case_{op = save, size = Size, way = Way, variant = Variant}.
@@ -280,11 +284,22 @@ setup(#case_{op = Op, size = Size} = Case, Root, Large) ->
     Complete = World#world{good = maps:from_list(Good)},
     case Op of
         scan -> stop_store();
+        fetch -> ok = start_lender(Complete);
         _ -> ok
     end,
     Complete.
 
+%% It has the file that is fetched.
+start_lender(#world{root = Root, key = Key, good = #{ours := Ours}} = World) ->
+    stop(?LENDER),
+    Lent = filename:join(filename:dirname(Root), "lent_" ++ filename:basename(Root)),
+    ok = file:make_dir(Lent),
+    write(Lent, file_name(Key), Ours),
+    {ok, _} = erllama_cache_store:start_link(?LENDER, (store_options(World))#{root => Lent}),
+    ok.
+
 teardown() ->
+    stop(?LENDER),
     stop_store(),
     stop_writer().
 
@@ -305,14 +320,18 @@ writer_config(#case_{variant = Variant, behind = Behind}) ->
 secret() ->
     binary:copy(<<7>>, 32).
 
-start_store(#world{root = Root, case_ = #case_{op = Op, variant = Variant}}) ->
-    erllama_cache_store:start_link(?STORE, maps:merge(
+start_store(World) ->
+    erllama_cache_store:start_link(?STORE, store_options(World)).
+
+store_options(#world{root = Root, case_ = #case_{op = Op, variant = Variant}}) ->
+    maps:merge(
         #{root => Root, tier => tier(Variant), keyed_by => keyed_by(Variant)},
         maps:from_list(
             [{mac_key, fun secret/0} || Variant =:= keyed] ++
-                [{max_bytes, 3 * 4096 + 3 * 512} || Op =:= evict]
+                [{max_bytes, 3 * 4096 + 3 * 512} || Op =:= evict] ++
+                [{peers, ?GROUP} || Op =:= fetch] ++ [{peer_timeout, 5000} || Op =:= fetch]
         )
-    )).
+    ).
 
 tier(ram_file) -> ram_file;
 tier(_) -> disk.
@@ -469,6 +488,8 @@ prepare(#world{case_ = #case_{op = save, way = Way}} = World) ->
     end,
     _ = [write(Root, file_name(Key), Before) || Before =/= none],
     World#world{before = Before};
+prepare(#world{case_ = #case_{op = fetch}} = World) ->
+    World;
 prepare(#world{case_ = #case_{op = evict}} = World) ->
     _ = [{ok, _} = save(World, meta(N), World#world.ours) || N <- [2, 3, 4]],
     World;
@@ -501,6 +522,7 @@ perform(#world{case_ = #case_{op = Op, behind = Behind}, key = Key, ours = Ours}
             save -> save(World, meta(1), Ours);
             evict -> save(World, meta(1), Ours);
             present -> save(World, meta(1), Ours);
+            fetch -> fetch(Key);
             load -> erllama_cache_store:load(?STORE, Key);
             delete -> erllama_cache_store:delete(?STORE, Key);
             check -> check(World);
@@ -508,6 +530,14 @@ perform(#world{case_ = #case_{op = Op, behind = Behind}, key = Key, ours = Ours}
         end
     catch
         Class:Reason:Stack -> {raised, Class, Reason, Stack}
+    end.
+
+%% A peer's file that does not arrive is a miss, whatever the reason: the next peer is asked.
+fetch(Key) ->
+    case erllama_cache_peers:fetch(?STORE, Key) of
+        ok -> {ok, Key};
+        miss -> {error, miss};
+        {error, _} = Error -> Error
     end.
 
 %% As the store's server does when a saving process has died.
@@ -602,6 +632,8 @@ expected(#case_{op = save, way = Way}, "pread", garbled) ->
         nothing -> error;
         _ -> either
     end;
+%% Where nothing has come yet there is nothing to garble.
+expected(_Case, "recv", garbled) -> either;
 expected(_Case, _Kind, garbled) -> error;
 expected(_Case, Kind, _Error) when
     Kind =:= "close"; Kind =:= "closedir";
@@ -648,7 +680,9 @@ judge(World, #fault{action = Action} = Fault, Report, Result, Before, After) ->
         seen(World, Hit andalso Action, Result, Before, After).
 
 %% What stands in the root, and under which names.
-seen(#world{case_ = #case_{op = save, way = Way}} = World, Action, Result, Before, After) ->
+seen(#world{case_ = #case_{op = Op, way = Way}} = World, Action, Result, Before, After) when
+    Op =:= save; Op =:= fetch
+->
     #world{root = Root, key = Key, before = There} = World,
     Final = file_name(Key),
     case Result of
@@ -753,7 +787,9 @@ works(#world{case_ = #case_{op = evict} = Case, ours = Ours} = World, Ok, How) -
 works(#world{case_ = #case_{op = delete}, ours = Ours} = World, Ok, How) ->
     Allowed = [miss || Ok orelse How =:= dead] ++ [{ok, Ours} || not Ok orelse How =:= dead],
     after_load(World, Allowed) ++ resaved(World) ++ delete_all([1], World);
-works(#world{case_ = #case_{op = save, way = Way}} = World, Ok, How) ->
+works(#world{case_ = #case_{op = Op, way = Way}} = World, Ok, How) when
+    Op =:= save; Op =:= fetch
+->
     Ours = {ok, World#world.ours},
     Before = case finds(Way) of
         nothing -> [miss];
@@ -773,8 +809,9 @@ works(#world{case_ = #case_{size = holes}, key = Key, ours = Ours} = World, _Ok,
 works(#world{ours = Ours} = World, _Ok, _How) ->
     after_load(World, [{ok, Ours}]) ++ resaved(World) ++ delete_all([1], World).
 
+%% From the disk, not from a peer.
 load(Key) ->
-    case erllama_cache_store:load(?STORE, Key) of
+    case erllama_cache_store:load(?STORE, Key, #{peers => false}) of
         {ok, _Info, Payload} -> {ok, Payload};
         miss -> miss;
         {error, {corrupt, _}} -> corrupt;
@@ -876,7 +913,7 @@ fail_each(Base, Case, Amount) ->
     Kinds = [{Kind, N} || {Kind, _} <- kinds(), N <- [maps:get(Kind, Counts)], N > 0],
     Again = fun() -> again(World, Base) end,
     Tried = lists:sum([
-        fail_kind(Again, Kind, N, Action, thorough(Amount, Case))
+        fail_kind(Again, Case, Kind, N, Action, thorough(Amount, Case))
      || {Kind, N} <- Kinds, Action <- actions(Kind, Amount, Case)
     ]),
     Dead = lists:sum([
@@ -914,7 +951,7 @@ actions(Kind, Amount, #case_{op = Op, size = Size}) ->
     [Error || Error <- Errors, Error =/= eintr orelse is_interruptible(Kind)] ++
         [
             Action
-         || lists:member(Kind, ["read", "pread", "write", "writev", "pwrite", "pwritev"]),
+         || lists:member(Kind, ["read", "pread", "recv", "write", "writev", "pwrite", "pwritev"]),
             Action <- [short || Size =/= holes] ++ [garbled || Op =/= scan]
         ].
 
@@ -931,11 +968,11 @@ some(Total, quick) when Total =< 8 -> lists:seq(1, Total);
 some(Total, quick) -> lists:seq(1, 4) ++ lists:seq(Total - 3, Total).
 
 %% As often as the call is reached; `N' is how often it was without a fault.
-fail_kind(Again, Kind, N, Action, full) ->
-    fail_until(Again, Kind, 1, N, Action);
-fail_kind(Again, Kind, N, Action, quick) ->
+fail_kind(Again, Case, Kind, N, Action, full) ->
+    fail_until(Again, Case, Kind, 1, N, Action);
+fail_kind(Again, Case, Kind, N, Action, quick) ->
     lists:sum([
-        case fail(Again(), Kind, M, Action) of true -> 1; false -> missed(Kind, M) end
+        case fail(Again(), Kind, M, Action) of true -> 1; false -> missed(Case, Kind, M) end
      || M <- some(N, quick)
     ]).
 
@@ -943,16 +980,18 @@ fail_kind(Again, Kind, N, Action, quick) ->
 thorough(_Amount, #case_{size = holes}) -> quick;
 thorough(Amount, _Case) -> Amount.
 
-fail_until(Again, Kind, M, N, Action) ->
+fail_until(Again, Case, Kind, M, N, Action) ->
     case fail(Again(), Kind, M, Action) of
-        true -> 1 + fail_until(Again, Kind, M + 1, N, Action);
+        true -> 1 + fail_until(Again, Case, Kind, M + 1, N, Action);
         false when M > N -> 0;
-        false -> missed(Kind, M)
+        false -> missed(Case, Kind, M)
     end.
 
 %% The kernel is asked once to begin with the disk, and not again while it is at that.
-missed("sync_file_range_start", M) when M > 1 -> 0;
-missed(Kind, M) -> error({not_reached, Kind, M}).
+missed(_Case, "sync_file_range_start", M) when M > 1 -> 0;
+%% In how many pieces a file comes depends on the other side.
+missed(#case_{op = fetch}, _Kind, M) when M > 1 -> 0;
+missed(_Case, Kind, M) -> error({not_reached, Kind, M}).
 
 fail(#world{case_ = Case} = World, Kind, M, Action) ->
     Fault = #fault{kind = Kind, first = M, last = M, action = Action},
@@ -1122,8 +1161,11 @@ crash_each(Base, Case, Amount) ->
         {Root, N, Action, spawn_victim(Root, Case, N, Action)}
     end,
     lists:foreach(fun({Root, N, Action, Ended}) ->
-        {?CRASHED, #{hit_kind := Kind}} = Ended,
-        check_crash(Judge, Root, N, Action, Kind)
+        case Ended of
+            {?CRASHED, #{hit_kind := Kind}} -> check_crash(Judge, Root, N, Action, Kind);
+            %% It came in fewer pieces.
+            {0, #{hits := 0}} when Case#case_.op =:= fetch -> ok
+        end
     end, in_parallel(Run, Points)),
     remember_good(World),
     teardown(),

@@ -29,6 +29,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/uio.h>
@@ -46,7 +47,7 @@
     X(ftruncate) X(sync_file_range_start) X(sync_file_range_wait) X(fdatasync) X(fsync) X(link) \
     X(linkat) X(rename) X(renameat) X(renameat2) X(unlink) X(unlinkat) X(fstat) X(fstatat) \
     X(fstatfs) X(fchmod) X(flock) X(fcntl) X(posix_fadvise) X(fdopendir) X(readdir) X(closedir) \
-    X(close)
+    X(close) X(recv)
 
 enum kind {
     NONE,
@@ -312,6 +313,7 @@ static void *garbled(const void *bytes, size_t length)
 INSTEAD_READING(read, read, (int fd, void *buf, size_t n), (fd, buf, n))
 INSTEAD_READING(pread, pread, (int fd, void *buf, size_t n, off_t at), (fd, buf, n, at))
 INSTEAD_READING(pread, pread64, (int fd, void *buf, size_t n, off64_t at), (fd, buf, n, at))
+INSTEAD_READING(recv, recv, (int fd, void *buf, size_t n, int flags), (fd, buf, n, flags))
 INSTEAD_WRITING(write, write, (int fd, const void *buf, size_t n), (fd, buf, n))
 INSTEAD_WRITING(pwrite, pwrite, (int fd, const void *buf, size_t n, off_t at), (fd, buf, n, at))
 INSTEAD_WRITING(pwrite, pwrite64, (int fd, const void *buf, size_t n, off64_t at), (fd, buf, n, at))

@@ -75,6 +75,31 @@ erlang() { # SESSION COMMAND...
         ! grep -qE '^(.*> )?\* |\*\* ' "$work/session"
 }
 
+# The first node stays until the second has ended. Both are started as the page says.
+two_nodes() { # COMMAND
+    page=$guides/several-machines.md
+    mkfifo "$work/until"
+    {
+        fence "$page" erl 1
+        echo 'saved.'
+        cat "$work/until"
+        echo 'halt().'
+    } | $(echo "$1" | sed 's/ two / one /') >"$work/one" 2>&1 &
+    one=$!
+    exec 3>"$work/until"
+    tries=0
+    until grep -q '^\(.*> \)\?saved$' "$work/one"; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 100 ] || { cat "$work/one"; return 1; }
+        sleep 0.2
+    done
+    # shellcheck disable=SC2086  # a command in words
+    erlang "$(fence "$page" erl 2; fence "$page" erl 3)" $1
+    exec 3>&-
+    wait "$one"
+    ! grep -qE '\*\* ' "$work/one"
+}
+
 in_mix_project() { # COMMAND...
     mkdir -p "$work/mix/config"
     fence "$guides/elixir.md" elixir 1 | sed "s|\"../erllama_cache_nif\"|\"$copy\"|" >"$work/deps"
@@ -147,6 +172,9 @@ do_it() { # COMMAND
             erlang "$(sed -n 's/^ *1> //p' "$work/blocks")" $1
             grep -q 'Payload :: binary()' "$work/session" || fail "the shell shows no documentation"
             ;;
+        "mkdir -p /tmp/kv/one /tmp/kv/two") mkdir -p "$work/kv/one" "$work/kv/two" ;;
+        "erl -sname one "*) elsewhere "with the other node" ;;
+        "erl -sname two "*) two_nodes "$1" ;;
         "mix run save.exs") in_mix_project mix run save.exs ;;
         "erl +SDio N") erl +SDio 4 -noinput -eval 'halt().' ;;
         "head -c 32 /dev/urandom > secret && chmod 600 secret")

@@ -26,7 +26,7 @@ MUSL := x86_64-unknown-linux-musl
 export FILE
 
 .PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom musl \
-  soak-semaphore soak-store cluster faults crash kill disks fuzz soak sanitize valgrind readme dropin \
+  soak-semaphore soak-store cluster fresh faults crash kill disks fuzz soak sanitize valgrind readme dropin \
   chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-fetch bench-host \
   bench-peers \
   bench-build edoc clean distclean
@@ -128,6 +128,9 @@ musl: setup ## The tests of the core and of kvc, linked statically with musl
 
 cluster: setup all ## Share a root on GlusterFS while parts of it fail, as root: CLUSTER_KEYS=40
 	proofs/cluster/run.sh
+
+fresh: ## From a clone to passing tests on bare Debian roots, as root: RELEASES=trixie
+	proofs/fresh/run.sh $(RELEASES)
 
 matrix: setup ## The Erlang and Elixir tests on other OTP releases, as root: RELEASES=forky
 	proofs/matrix/run.sh $(RELEASES)

@@ -1,7 +1,10 @@
 #!/bin/sh
-# Installs what building and testing need, where apt can (Debian, Ubuntu; as root or with sudo).
-# Elsewhere it names what is missing and where to get it. With everything there it says so and
-# touches nothing, so `make test` and `make demo` run it every time.
+# Installs what building and testing need, Rust included, where apt can (Debian, Ubuntu; as root or
+# with sudo). Elsewhere it names what is missing and where to get it. With everything there it says so
+# and touches nothing, so `make test` and `make demo` run it every time. Nor does it with SETUP=no, or
+# where sudo would have to ask somebody who is not there: without a terminal, or in CI.
+#
+# A Rust that is there, rustup's or another, is left alone, however old it is.
 #
 #     tools/setup.sh [WORD...]
 #
@@ -41,6 +44,7 @@ missing() {
     for tool in make cc python3 rebar3 elixir; do
         has "$tool" || printf '%s ' "$tool"
     done
+    has_cargo || printf 'cargo '
     if has erl; then
         missing_apps
     else
@@ -58,6 +62,41 @@ is_there() {
         linux.uml) has "$1" && [ -d /usr/lib/uml/modules ] ;;
         *) has "$1" ;;
     esac
+}
+
+# Whether there is any Rust: of one that is too old c_src/Makefile tells.
+has_cargo() {
+    has cargo || [ -n "$(versioned_rust)" ]
+}
+
+# Ubuntu's versioned packages put theirs where no PATH has it; c_src/Makefile looks there, too.
+versioned_rust() {
+    for bin in /usr/lib/rust-*/bin; do
+        [ ! -x "$bin/cargo" ] || echo "$bin"
+    done
+}
+
+# The packages of the first Rust of apt's that is new enough. Debian has a newer one beside that of the
+# release, for its browsers.
+rust_packages() {
+    wanted=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' "$here/native/Cargo.toml")
+    newest=$(apt-cache pkgnames cargo-1. 2>/dev/null | sort -V | tail -n 1)
+    for cargo in cargo cargo-web $newest; do
+        has_version=$(apt-cache policy "$cargo" 2>/dev/null | awk '$1 == "Candidate:" { print $2 }')
+        case $has_version in
+            "" | "(none)") continue ;;
+        esac
+        if dpkg --compare-versions "$has_version" ge "$wanted"; then
+            echo "$cargo" "$(echo "$cargo" | sed 's/^cargo/rustc/')"
+            return
+        fi
+    done
+}
+
+# Whether there is somebody to ask, where somebody has to be asked.
+may_install() {
+    [ "${SETUP:-}" != no ] && has apt-get || return 1
+    is_root || { has sudo && [ -t 0 ] && [ -z "${CI:-}" ]; }
 }
 
 # Whether Rust has its standard library for this target, from rustup or from elsewhere.
@@ -96,6 +135,7 @@ packages() {
     for word in "$@"; do
         case $word in
             target:* | toolchain:* | component:* | cargo-*) ;;
+            cargo) rust_packages ;;
             libasan.so) ! has gcc || echo "libgcc-$(gcc -dumpversion)-dev" ;;
             gnuplot) echo gnuplot-nox ;;
             mkfs.ext4) echo e2fsprogs ;;
@@ -128,6 +168,10 @@ erlang_is_from_apt() {
 
 advise() {
     echo "setup: missing: $*" >&2
+    if has apt-get; then
+        by_apt=$(packages "$@" | tr ' ' '\n' | sort -u | tr '\n' ' ')
+        [ -z "$by_apt" ] || echo "  root can install it: apt-get install $by_apt" >&2
+    fi
     for word in "$@"; do
         case $word in
             make) echo "  make: on macOS \`xcode-select --install\`, else your package manager" ;;
@@ -136,6 +180,7 @@ advise() {
             erl) echo "  erl, Erlang/OTP 25 or later: brew install erlang, asdf install erlang, https://www.erlang.org" ;;
             rebar3) echo "  rebar3: brew install rebar3, asdf install rebar, https://rebar3.org" ;;
             elixir) echo "  elixir 1.14 or later: brew install elixir, asdf install elixir, https://elixir-lang.org/install.html" ;;
+            cargo) echo "  cargo and rustc, Rust 1.91 or later: https://rustup.rs installs it" ;;
             target:*) echo "  Rust's target ${word#target:}: rustup target add ${word#target:}; https://rustup.rs" ;;
             toolchain:*) echo "  Rust's toolchain ${word#toolchain:}: rustup toolchain install ${word#toolchain:}; https://rustup.rs" ;;
             component:*) echo "  ${word#component:}: rustup component add ${word#component:} --toolchain nightly" ;;
@@ -151,17 +196,20 @@ advise() {
     done >&2
 }
 
+install_by_apt() { # PACKAGE...
+    [ $# -gt 0 ] || return 0
+    echo "setup: installing by apt, to build and test: $*"
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install "$@"
+}
+
 absent=$(missing "$@")
 if [ -n "$absent" ]; then
     echo "setup: missing: $absent"
     install_rust $absent
-    wanted=$(packages $absent | tr ' ' '\n' | sort -u | tr '\n' ' ')
-    if [ -n "$wanted" ] && has apt-get && { [ "$(id -u)" = 0 ] || has sudo; } &&
-        { [ $# -gt 0 ] || erlang_is_from_apt; }; then
-        echo "setup: installing by apt: $wanted"
+    if may_install && { [ $# -gt 0 ] || erlang_is_from_apt; }; then
+        # Which Rust there is, apt knows after this only.
         as_root apt-get -q update
-        as_root env DEBIAN_FRONTEND=noninteractive \
-            apt-get -q -y --no-install-recommends install $wanted
+        install_by_apt $(packages $absent | tr ' ' '\n' | sort -u)
     fi
     absent=$(missing "$@")
     if [ -n "$absent" ]; then
@@ -171,7 +219,6 @@ if [ -n "$absent" ]; then
 fi
 [ $# -eq 0 ] || exit 0
 
-# cargo is never installed from here: its usual installer is a script from the network, and that
-# is for you to run. The Makefile that builds with it says what is wrong.
+# The Makefile that builds with it says what is wrong with a Rust that is there.
 make -s -C "$here/c_src" check-cargo || exit 1
 echo "setup: everything is there"

@@ -15,6 +15,7 @@ set -eu
 
 here=$(cd "$(dirname "$0")/../.." && pwd)
 . "$here/proofs/lib.sh"
+. "$here/proofs/debian.sh"
 roots=${MATRIX_DIR:-$here/_build/matrix}
 target=${MATRIX_TARGET:-test-beam}
 roots_only=
@@ -28,43 +29,14 @@ rustup_home=${RUSTUP_HOME:-$HOME/.rustup}
 
 is_root || fail "has to run as root, for chroot"
 
-# The address of Debian's archive, as apt knows it: not that of security updates.
-mirror() {
-    # shellcheck disable=SC2016  # apt expands it
-    apt-get indextargets --format '$(REPO_URI) $(COMPONENT)' 'Created-By: Packages' |
-        awk '$2 == "main" && $1 !~ /security/ { print $1; exit }'
-}
-
-create() { # RELEASE ROOT
-    need debootstrap
-    from=$(mirror)
-    [ -n "$from" ] || fail "apt does not know where its packages come from"
-    rm -rf "$2"
-    mkdir -p "$2"
-    # An older debootstrap has not heard of a newer release, which is made like all of them.
-    scripts=/usr/share/debootstrap/scripts
-    script=$scripts/$1
-    [ -e "$script" ] || script=$scripts/sid
-    debootstrap --variant=minbase --include=ca-certificates "$1" "$2" "$from" "$script" \
-        >"$2.log" 2>&1 ||
-        { tail -n 20 "$2.log" >&2; fail "no root of $1"; }
-    # A mirror may be behind, and these roots serve nothing but this.
-    printf '%s\n' 'APT::Install-Recommends "false";' 'Acquire::Check-Valid-Until "false";' \
-        >"$2/etc/apt/apt.conf.d/90matrix"
-    touch "$2/.complete"
-}
-
 # What runs in namespaces of its own, so that nothing stays mounted or goes on running, however it
 # ends: not even an epmd, which has a port of its own here, so that nobody else comes to rely on it.
 inside() { # ROOT COMMANDS
-    mount --bind "$1" "$1"
-    mount -t proc proc "$1/proc"
-    mount --rbind /dev "$1/dev"
+    mount_root "$1"
     for dir in "$cargo_home" "$rustup_home"; do
         mkdir -p "$1$dir"
         mount --bind "$dir" "$1$dir"
     done
-    cp /etc/resolv.conf "$1/etc/resolv.conf"
     chroot "$1" env -i HOME="$HOME" CARGO_HOME="$cargo_home" RUSTUP_HOME="$rustup_home" \
         PATH="$cargo_home/bin:/usr/sbin:/usr/bin:/sbin:/bin" LC_ALL=C.UTF-8 CI=true \
         ERL_EPMD_PORT=14369 ${PROPER_SEQUENCES:+PROPER_SEQUENCES="$PROPER_SEQUENCES"} \
@@ -89,7 +61,7 @@ for release in $releases; do
     root=$roots/$release
     begun=$(now)
     echo "==== $release ===="
-    [ -e "$root/.complete" ] || create "$release" "$root"
+    [ -e "$root/.complete" ] || create_root "$release" "$root"
     # What git knows, as it is here now, and nothing that it knew the last time. What was built there
     # stays, for the next time.
     mkdir -p "$root/src"

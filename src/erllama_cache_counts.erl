@@ -58,8 +58,10 @@
 %% A histogram takes a cell for each bound, one for what is above all, and one for the sum.
 -define(HISTOGRAM_SIZE, 18).
 
-%% The cells, and for each metric of this module the place of its first one.
+%% The cells, and for each metric of this module the place of its first one. And whether anybody
+%% else counts.
 setup() ->
+    ok = erllama_cache_telemetry:setup(),
     case persistent_term:get(?MODULE, undefined) of
         undefined ->
             {Places, Size} = places(?METRICS, #{}, 1),

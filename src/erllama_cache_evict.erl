@@ -58,6 +58,9 @@ evict(#row{key = Key} = Row, #config{name = Name, path = Path, counters = Counte
             case erllama_cache_index:remove(Name, Row) of
                 true ->
                     ok = counters:add(Counters, ?EVICTIONS, 1),
+                    ok = erllama_cache_telemetry:event(evict, stop, fun() ->
+                        {#{bytes => Row#row.size}, #{name => Name, key => Key}}
+                    end),
                     evicted;
                 false ->
                     kept

@@ -149,8 +149,7 @@ land(Flights, Flight, Pid) ->
 from_first(_Borrower, _Key, [], Sofar) ->
     Sofar;
 from_first(Borrower, Key, [{Node, Name, [{Key, _Size}]} | Others], Sofar) ->
-    Holder = {Node, Name},
-    case is_reachable(Borrower, Node) andalso erllama_cache_borrow:run(Borrower, Key, Holder) of
+    case is_reachable(Borrower, Node) andalso borrowed(Borrower, Key, Node, Name) of
         false ->
             from_first(Borrower, Key, Others, Sofar);
         {ok, Size} ->
@@ -171,6 +170,14 @@ from_first(Borrower, Key, [{Node, Name, [{Key, _Size}]} | Others], Sofar) ->
 %% What no store answers.
 from_first(Borrower, Key, [_ | Others], Sofar) ->
     from_first(Borrower, Key, Others, Sofar).
+
+borrowed(#borrower{name = Here} = Borrower, Key, Node, Name) ->
+    Borrow = fun() -> erllama_cache_borrow:run(Borrower, Key, {Node, Name}) end,
+    erllama_cache_telemetry:span(fetch, #{name => Here, key => Key, peer => Node}, {Borrow, fun
+        ({ok, Size}) -> {#{bytes => Size}, #{result => ok}};
+        ({_Whose, Reason}) -> {#{}, #{result => Reason}};
+        (already_present) -> {#{}, #{result => already_present}}
+    end}).
 
 count(#borrower{host = Host, name = Name}, Event) ->
     Host:count(Name, Event).

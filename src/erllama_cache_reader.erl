@@ -99,6 +99,11 @@ fetch(TierSrv, Key, Options) when
     end.
 
 load_by_host(Wait, TierSrv, Key, Timeout) ->
+    Load = fun() -> load_in_tier(Wait, TierSrv, Key, Timeout) end,
+    erllama_cache_telemetry:span(load, #{name => TierSrv, key => Key},
+                                 {Load, fun erllama_cache_load:described/1}).
+
+load_in_tier(Wait, TierSrv, Key, Timeout) ->
     #{host := Host} = erllama_cache_setup:get(?MODULE, load, [TierSrv, Key]),
     case Wait of
         none ->

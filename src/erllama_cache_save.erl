@@ -205,11 +205,17 @@ info(#save{plan = {_Key, KeyedBy, Meta, QuantByte, Tokens, _Options}, size = Siz
 -spec counted(fun(() -> Result), {erllama_cache_host:tier_srv(), Bytes :: non_neg_integer()},
               Begun :: integer(), Granted :: integer()) -> Result when
     Result :: {ok, erllama_cache_writer:key()} | {error, term()}.
-counted(Save, Subject, Begun, Granted) ->
-    Result = erllama_cache_counts:counting_raised(Save),
+counted(Save, {TierSrv, Bytes} = Subject, Begun, Granted) ->
+    Counted = fun() -> erllama_cache_counts:counting_raised(Save) end,
+    Result = erllama_cache_telemetry:span(save, #{name => TierSrv}, {Counted, fun(Ended) ->
+        {#{bytes => Bytes, wait => Granted - Begun}, described(Ended)}
+    end}),
     ok = ended(Result, Subject, microseconds(Granted - Begun),
                microseconds(erlang:monotonic_time() - Granted)),
     Result.
+
+described({ok, Key}) -> #{result => ok, key => Key};
+described({error, Reason}) -> #{result => Reason}.
 
 ended(Result, {TierSrv, Bytes}, Waited, Took) ->
     ok = erllama_cache_counts:save_ended(Result, Bytes, Waited, Took),

@@ -29,7 +29,7 @@
     mac_key => {file, file:name_all()} | fun(() -> <<_:256>>),
     peers => none | atom(),
     peer_timeout => pos_integer(),
-    peer_transport => tcp | distribution
+    peer_transport => tcp | tls | distribution
 }.
 %% <ul>
 %% <li>`root': the directory, which must exist;</li>
@@ -43,8 +43,9 @@
 %%   erllama_cache_peers} (default: `none');</li>
 %% <li>`peer_timeout': milliseconds for which a load that misses waits for their answers (default:
 %%   50);</li>
-%% <li>`peer_transport': how their files come: over a connection of their own (default: `tcp'), or
-%%   through the channel of Erlang's distribution, where no other port may be opened.</li>
+%% <li>`peer_transport': how their files come: over a connection of their own (default: `tcp'), the
+%%   same over TLS (`tls') with the certificates of `-ssl_dist_optfile', or through the channel of
+%%   Erlang's distribution (`distribution'), where no other port may be opened.</li>
 %% </ul>
 
 -type file_info() :: #{
@@ -189,6 +190,11 @@ load(Name, Key, Timeout) ->
 load(Name, Key, Timeout, Peers) when
     is_atom(Name), ?IS_KEY(Key), ?IS_TIMEOUT(Timeout), is_boolean(Peers)
 ->
+    Load = fun() -> load_from_anywhere(Name, Key, Timeout, Peers) end,
+    erllama_cache_telemetry:span(load, #{name => Name, key => Key},
+                                 {Load, fun erllama_cache_load:described/1}).
+
+load_from_anywhere(Name, Key, Timeout, Peers) ->
     Config = config(Name),
     case erllama_cache_pending:find(erllama_cache_pending:scope(?MODULE, Name), Key) of
         {ok, Info, Payload, _Owner} ->

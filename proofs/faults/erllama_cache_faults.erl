@@ -34,6 +34,8 @@
 -define(FOREVER, 16#ffffffffffffffff).
 
 -define(ERRORS, [{eio, 5}, {eintr, 4}, {emfile, 24}, {enospc, 28}, {erofs, 30}, {edquot, 122}]).
+%% Where a file is looked for once more: a distributed file system has lost it.
+-define(STALE, {estale, 116}).
 
 %% Up to 64 KiB a save is one call of the library, up to 256 KiB one write; this is written in
 %% blocks and pieces, after its space has been reserved.
@@ -237,7 +239,7 @@ action(short) -> {2, 0};
 action(exit_before) -> {3, 0};
 action(exit_after) -> {4, 0};
 action(garbled) -> {5, 0};
-action(Error) -> {1, proplists:get_value(Error, ?ERRORS)}.
+action(Error) -> {1, proplists:get_value(Error, [?STALE | ?ERRORS])}.
 
 %% Ends the fault, and tells what came of it.
 disarm() ->
@@ -641,6 +643,7 @@ expected(_Case, Kind, _Error) when
 ->
     ok;
 expected(_Case, _Kind, eintr) -> ok;
+expected(#case_{op = load}, _Kind, estale) -> ok;
 %% Another file is evicted, where it is not the root that has failed.
 expected(#case_{op = evict}, Kind, _Error) when
     Kind =:= "open"; Kind =:= "fstat"; Kind =:= "fstatfs"; Kind =:= "unlinkat"
@@ -949,6 +952,7 @@ actions(Kind, Amount, #case_{op = Op, size = Size}) ->
         {full, _} -> [Error || {Error, _} <- ?ERRORS]
     end,
     [Error || Error <- Errors, Error =/= eintr orelse is_interruptible(Kind)] ++
+        [element(1, ?STALE) || Op =:= load, Size =/= holes] ++
         [
             Action
          || lists:member(Kind, ["read", "pread", "recv", "write", "writev", "pwrite", "pwritev"]),

@@ -4,8 +4,8 @@
 %% The bytes have a connection of their own: in the distribution channel, a full buffer would
 %% suspend whoever sends tokens. They go from the system's buffers into the file without coming into
 %% this node's memory. What the peer gets by the distribution channel is a ticket that is good for
-%% one connection. Where no second port may be opened, the bytes do come by the distribution
-%% channel, two pieces at a time, which fill no buffer.
+%% one connection. Over TLS they come in pieces, for the VM decrypts them. Where no second port may
+%% be opened, they do come by the distribution channel, two pieces at a time, which fill no buffer.
 %%
 %% @private
 -module(erllama_cache_borrow).
@@ -18,6 +18,8 @@
 -define(PATIENCE, 2000).
 %% All of a file has so long besides, at this many bytes a millisecond: 4 MiB a second.
 -define(SLOWEST, 4194).
+%% How much is decrypted at a time.
+-define(PIECE, 262144).
 %% How many pieces are on the way through the distribution channel.
 -define(CREDIT, 2).
 -define(TICKET_BYTES, 32).
@@ -40,13 +42,22 @@
     {ok, Size :: pos_integer()} | already_present | {failed, term()} | {error, term()}.
 run(#borrower{transport = tcp} = Borrower, Key, {Node, Store}) ->
     Ticket = crypto:strong_rand_bytes(?TICKET_BYTES),
-    case offer(Node, offer, [Store, Key, Ticket, self()]) of
+    case offer(Node, offer, [tcp, Store, Key, Ticket, self()]) of
         {ok, Size, Address, Port} ->
             Connect = fun() -> connect(Address, Port, Ticket) end,
             reserved(Borrower, Key, Size, Connect, fun socket:close/1);
         %% Distribution is not over plain TCP.
         {failed, no_address} ->
             run(Borrower#borrower{transport = distribution}, Key, {Node, Store});
+        {failed, _} = Failed ->
+            Failed
+    end;
+run(#borrower{transport = tls} = Borrower, Key, {Node, Store}) ->
+    Ticket = crypto:strong_rand_bytes(?TICKET_BYTES),
+    case offer(Node, offer, [tls, Store, Key, Ticket, self()]) of
+        {ok, Size, Address, Port} ->
+            Connect = fun() -> connect_securely(Node, Address, Port, Ticket) end,
+            reserved(Borrower, Key, Size, Connect, fun({tls, Socket}) -> ssl:close(Socket) end);
         {failed, _} = Failed ->
             Failed
     end;
@@ -134,6 +145,26 @@ show_ticket(Socket, Peer, Ticket) ->
         _Class:Reason -> {error, Reason}
     end.
 
+connect_securely(Node, Address, Port, Ticket) ->
+    Options = [binary, {active, false}, {packet, raw}, {nodelay, true}],
+    try gen_tcp:connect(Address, Port, Options, ?PATIENCE) of
+        {ok, Socket} ->
+            case erllama_cache_peer_tls:connect(Socket, Node, ?PATIENCE) of
+                {ok, Secure} ->
+                    case ssl:send(Secure, Ticket) of
+                        ok -> {ok, {tls, Secure}};
+                        {error, _} = Error -> ok = gen_tcp:close(Socket), Error
+                    end;
+                {error, _} = Error ->
+                    ok = gen_tcp:close(Socket),
+                    Error
+            end;
+        {error, _} = Error ->
+            Error
+    catch
+        _Class:Reason -> {error, Reason}
+    end.
+
 import(#borrower{path = Path} = Borrower, Key, Size, Token, Source) ->
     Options = save_options(Borrower),
     Begin = fun(Turn) -> erllama_cache_nif:import_begin(Turn, Path, Key, Size, Options) end,
@@ -156,6 +187,8 @@ import(#borrower{path = Path} = Borrower, Key, Size, Token, Source) ->
 from(Sender, Loan, Size) when is_pid(Sender) ->
     ok = give_credit(Sender, ?CREDIT),
     pieces(Sender, Loan, Size);
+from({tls, _} = Source, Loan, Size) ->
+    pieces(Source, Loan, Size);
 from(Socket, Loan, _Size) ->
     {ok, Number} = socket:getopt(Socket, {otp, fd}),
     case erllama_cache_nif:import_source(Loan#loan.import, Number) of
@@ -189,16 +222,16 @@ next_bytes(Socket, Patience) ->
         {error, _} = Error -> Error
     end.
 
-%% What comes by the distribution channel.
-pieces(_Sender, Loan, 0) ->
+%% What comes by the distribution channel, or is decrypted here.
+pieces(_Source, Loan, 0) ->
     publish(Loan);
-pieces(Sender, #loan{import = Import} = Loan, Left) ->
-    case next_piece(Sender, Left, patience(Loan)) of
+pieces(Source, #loan{import = Import} = Loan, Left) ->
+    case next_piece(Source, Left, patience(Loan)) of
         {ok, Piece} ->
-            ok = give_credit(Sender, 1),
+            ok = give_credit(Source, 1),
             Write = fun(Turn) -> erllama_cache_nif:import_write(Turn, Import, Piece) end,
             case in_slices(Write, Loan) of
-                {ok, Renewed} -> pieces(Sender, Renewed, Left - byte_size(Piece));
+                {ok, Renewed} -> pieces(Source, Renewed, Left - byte_size(Piece));
                 {Failure, _} -> blame(Failure)
             end;
         {error, Reason} ->
@@ -210,8 +243,10 @@ pieces(Sender, #loan{import = Import} = Loan, Left) ->
 patience(#loan{deadline = Deadline}) ->
     min(?PATIENCE, Deadline - now_ms()).
 
-next_piece(_Sender, _Left, Patience) when Patience =< 0 ->
+next_piece(_Source, _Left, Patience) when Patience =< 0 ->
     {error, timeout};
+next_piece({tls, Socket}, Left, Patience) ->
+    ssl:recv(Socket, min(Left, ?PIECE), Patience);
 next_piece(Sender, Left, Patience) ->
     receive
         {Sender, piece, <<_, _/binary>> = Piece} when byte_size(Piece) =< Left -> {ok, Piece};
@@ -220,8 +255,10 @@ next_piece(Sender, Left, Patience) ->
         {error, timeout}
     end.
 
-give_credit(Sender, Pieces) ->
+give_credit(Sender, Pieces) when is_pid(Sender) ->
     Sender ! {self(), credit, Pieces},
+    ok;
+give_credit({tls, _}, _Pieces) ->
     ok.
 
 publish(#loan{import = Import} = Loan) ->

@@ -33,7 +33,7 @@
     drain_ms => non_neg_integer(),
     peers => none | atom(),
     peer_timeout => pos_integer(),
-    peer_transport => tcp | distribution
+    peer_transport => tcp | tls | distribution
 }.
 %% The writer's configuration.
 %% <ul>
@@ -247,6 +247,7 @@ is_valid(tier, Tier) -> Tier =:= disk orelse Tier =:= ram_file;
 is_valid(timeout, Timeout) -> ?IS_TIMEOUT(Timeout);
 is_valid(wait, Timeout) -> ?IS_TIMEOUT(Timeout);
 is_valid(peers, Group) -> is_atom(Group);
+is_valid(peer_transport, tls) -> erllama_cache_peer_tls:is_configured();
 is_valid(peer_transport, Transport) -> Transport =:= tcp orelse Transport =:= distribution;
 is_valid(peer_timeout, Ms) -> is_integer(Ms) andalso Ms > 0 andalso ?IS_TIMEOUT(Ms);
 is_valid(keyed_by, KeyedBy) -> KeyedBy =:= tokens orelse KeyedBy =:= text;

@@ -1,5 +1,5 @@
 %% Lends one file to a peer: offers a connection that is good for a ticket, once, and sends the file
-%% by the system's `sendfile', without bringing it into this node's memory.
+%% by the system's `sendfile', without bringing it into this node's memory; or over TLS, in pieces.
 %%
 %% Lending is bounded: a node that is asked for more at a time says so, and its peer tries another.
 %%
@@ -9,7 +9,7 @@
 -include_lib("kernel/include/file.hrl").
 -include("erllama_cache_store.hrl").
 
--export([offer/4, offer_pieces/3, setup/0]).
+-export([offer/5, offer_pieces/3, setup/0]).
 
 %% Files that are lent at a time.
 -define(MAX_LENT, 8).
@@ -31,13 +31,15 @@ setup() ->
 
 %% Called by a peer. The file stays open, whatever becomes of its name. Errors: `gone', `busy', and
 %% POSIX reasons.
--spec offer(erllama_cache_host:tier_srv(), erllama_cache_nif:key(), Ticket :: binary(), pid()) ->
+-spec offer(tcp | tls, erllama_cache_host:tier_srv(), erllama_cache_nif:key(), Ticket :: binary(),
+            pid()) ->
     {ok, Size :: pos_integer(), inet:ip_address(), inet:port_number()} | {error, term()}.
-offer(Store, Key, Ticket, Borrower) ->
+offer(Transport, Store, Key, Ticket, Borrower) ->
     answer_of(fun(Asker) ->
         Borrowing = monitor(process, Borrower),
         Watcher = self(),
-        Sender = spawn_link(fun() -> lend(Watcher, Store, Key, Ticket, node(Borrower)) end),
+        Loan = {Transport, Store, Key, Ticket, node(Borrower)},
+        Sender = spawn_link(fun() -> lend(Watcher, Loan) end),
         watch(Sender, Asker, Borrowing)
     end).
 
@@ -75,20 +77,20 @@ stop(Sender) ->
     true = exit(Sender, kill).
 
 %% File and sockets belong to the process that opened them, and end with it.
-lend(Watcher, Store, Key, Ticket, Node) ->
-    case prepare(Store, Key, Node) of
+lend(Watcher, {Transport, Store, Key, Ticket, Node}) ->
+    case prepare(Transport, Store, Key, Node) of
         {ok, File, Size, Listen, {Address, Port}} ->
             Watcher ! {self(), offered, {ok, Size, Address, Port}},
-            _ = serve(Watcher, Listen, File, Size, Ticket),
+            _ = serve(Watcher, {Transport, Listen}, File, Size, Ticket),
             Watcher ! {self(), done};
         {error, _} = Error ->
             Watcher ! {self(), offered, Error},
             Watcher ! {self(), done}
     end.
 
-prepare(Store, Key, Node) ->
+prepare(Transport, Store, Key, Node) ->
     case take(Store, Key) of
-        {ok, File, Size} -> listen(Node, File, Size);
+        {ok, File, Size} -> listen(address_towards(Transport, Node), File, Size);
         {error, _} = Error -> Error
     end.
 
@@ -170,28 +172,27 @@ open(Name) ->
     end.
 
 %% On the address by which the borrower's node is connected with this one.
-listen(Node, File, Size) ->
-    case address_towards(Node) of
-        {ok, Address} ->
-            Options = [
-                binary, {active, false}, {packet, raw}, {ip, Address}, {backlog, 1},
-                {nodelay, true}, {send_timeout, ?PATIENCE}, {send_timeout_close, true}
-                | [inet6 || tuple_size(Address) =:= 8]
-            ],
-            case gen_tcp:listen(0, Options) of
-                {ok, Listen} ->
-                    {ok, Place} = inet:sockname(Listen),
-                    {ok, File, Size, Listen, Place};
-                {error, _} = Error ->
-                    Error
-            end;
+listen({ok, Address}, File, Size) ->
+    Options = [
+        binary, {active, false}, {packet, raw}, {ip, Address}, {backlog, 1},
+        {nodelay, true}, {send_timeout, ?PATIENCE}, {send_timeout_close, true}
+        | [inet6 || tuple_size(Address) =:= 8]
+    ],
+    case gen_tcp:listen(0, Options) of
+        {ok, Listen} ->
+            {ok, Place} = inet:sockname(Listen),
+            {ok, File, Size, Listen, Place};
         {error, _} = Error ->
             Error
-    end.
+    end;
+listen({error, _} = Error, _File, _Size) ->
+    Error.
 
-address_towards(Node) when Node =:= node() ->
+address_towards(_Transport, Node) when Node =:= node() ->
     {ok, {127, 0, 0, 1}};
-address_towards(Node) ->
+address_towards(tls, Node) ->
+    erllama_cache_peer_tls:address_towards(Node);
+address_towards(tcp, Node) ->
     case lists:keyfind(Node, 1, erlang:system_info(dist_ctrl)) of
         {Node, Port} when is_port(Port) ->
             case inet:sockname(Port) of
@@ -203,52 +204,82 @@ address_towards(Node) ->
             {error, no_address}
     end.
 
-serve(Watcher, Listen, File, Size, Ticket) ->
+serve(Watcher, {_Transport, Listen} = Door, File, Size, Ticket) ->
     Deadline = erlang:monotonic_time(millisecond) + ?PATIENCE,
-    case accept(Listen, Ticket, Deadline) of
-        {ok, Socket} ->
+    case accept(Door, Ticket, Deadline) of
+        {ok, Connection} ->
             ok = gen_tcp:close(Listen),
             Watcher ! {self(), went_on},
-            send(Watcher, File, Socket, 0, Size);
+            send(Watcher, File, Connection, 0, Size);
         {error, _} = Error ->
             Error
     end.
 
 %% Whoever has no ticket is refused, and costs no more than the time that is left.
-accept(Listen, Ticket, Deadline) ->
+accept({Transport, Listen} = Door, Ticket, Deadline) ->
     case gen_tcp:accept(Listen, left(Deadline)) of
         {ok, Socket} ->
-            Patience = min(?PATIENCE_WITH_ONE, left(Deadline)),
-            case gen_tcp:recv(Socket, byte_size(Ticket), Patience) of
-                {ok, Shown} ->
-                    case crypto:hash_equals(Shown, Ticket) of
-                        true -> {ok, Socket};
-                        false -> refuse(Socket, Listen, Ticket, Deadline)
-                    end;
-                {error, _} ->
-                    refuse(Socket, Listen, Ticket, Deadline)
+            case shows_ticket(Transport, Socket, Ticket, min(?PATIENCE_WITH_ONE, left(Deadline))) of
+                {true, Connection} ->
+                    {ok, Connection};
+                false ->
+                    ok = gen_tcp:close(Socket),
+                    accept(Door, Ticket, Deadline)
             end;
         {error, _} = Error ->
             Error
     end.
 
-refuse(Socket, Listen, Ticket, Deadline) ->
-    ok = gen_tcp:close(Socket),
-    accept(Listen, Ticket, Deadline).
+shows_ticket(tcp, Socket, Ticket, Patience) ->
+    is_ticket(gen_tcp:recv(Socket, byte_size(Ticket), Patience), Ticket, Socket);
+shows_ticket(tls, Socket, Ticket, Patience) ->
+    case erllama_cache_peer_tls:accept(Socket, Patience) of
+        {ok, Secure} ->
+            is_ticket(ssl:recv(Secure, byte_size(Ticket), Patience), Ticket, {tls, Secure});
+        {error, _} ->
+            false
+    end.
+
+is_ticket({ok, Shown}, Ticket, Connection) ->
+    case crypto:hash_equals(Shown, Ticket) of
+        true -> {true, Connection};
+        false -> false
+    end;
+is_ticket({error, _}, _Ticket, _Connection) ->
+    false.
 
 left(Deadline) ->
     max(0, Deadline - erlang:monotonic_time(millisecond)).
 
-send(_Watcher, _File, _Socket, Size, Size) ->
-    ok;
-send(Watcher, File, Socket, Sent, Size) ->
-    case file:sendfile(File, Socket, Sent, min(?PIECE, Size - Sent), []) of
+send(_Watcher, _File, Connection, Size, Size) ->
+    finish(Connection);
+send(Watcher, File, Connection, Sent, Size) ->
+    case send_piece(File, Connection, Sent, Size - Sent) of
         {ok, Bytes} when Bytes > 0 ->
             Watcher ! {self(), went_on},
-            send(Watcher, File, Socket, Sent + Bytes, Size);
+            send(Watcher, File, Connection, Sent + Bytes, Size);
         %% Shorter than it was.
         {ok, 0} ->
             {error, eof};
         {error, _} = Error ->
             Error
     end.
+
+send_piece(File, {tls, Secure}, Sent, Left) ->
+    case file:pread(File, Sent, min(?MESSAGE, Left)) of
+        {ok, Piece} ->
+            case ssl:send(Secure, Piece) of
+                ok -> {ok, byte_size(Piece)};
+                {error, _} = Error -> Error
+            end;
+        eof ->
+            {ok, 0};
+        {error, _} = Error ->
+            Error
+    end;
+send_piece(File, Socket, Sent, Left) ->
+    file:sendfile(File, Socket, Sent, min(?PIECE, Left), []).
+
+%% What is in the VM's buffers is sent before it is closed; the system has all of the other kind.
+finish({tls, Secure}) -> ssl:close(Secure);
+finish(_Socket) -> ok.

@@ -13,7 +13,7 @@
     server :: pid() | undefined,
     %% Milliseconds to wait for the others' answers.
     timeout = 0 :: non_neg_integer(),
-    transport = tcp :: tcp | distribution,
+    transport = tcp :: tcp | tls | distribution,
     %% The fetches that run, and the nodes that are not asked for now.
     flights :: ets:table() | undefined
 }).

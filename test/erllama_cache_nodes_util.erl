@@ -1,7 +1,7 @@
 %% Other nodes of this machine, for suites that need several.
 -module(erllama_cache_nodes_util).
 
--export([distribute/1, start/0, stop/1, start_store/3, unlinked/4]).
+-export([distribute/1, start/0, start_apart/1, stop/1, start_store/3, unlinked/4]).
 
 -export_type([started/0]).
 
@@ -29,6 +29,15 @@ start() ->
         args => ["-setcookie", atom_to_list(erlang:get_cookie()) | paths()]
     }),
     true = net_kernel:connect_node(Node),
+    {Peer, Node}.
+
+%% A node with these arguments that is connected with no other: it is asked by peer:call/4.
+-spec start_apart([string()]) -> started().
+start_apart(Args) ->
+    {ok, Peer, Node} = peer:start(#{
+        name => peer:random_name(), connection => standard_io,
+        args => ["-setcookie", "of_nodes_apart" | Args] ++ paths()
+    }),
     {Peer, Node}.
 
 %% A node that the test has killed has stopped already.

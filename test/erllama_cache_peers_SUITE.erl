@@ -14,7 +14,8 @@
          a_borrower_that_dies_leaves_nothing/1, no_room_is_a_miss/1,
          a_node_lends_so_many_at_a_time/1, a_scope_that_ends_is_joined_again/1,
          a_file_that_is_gone_is_a_miss/1, through_the_distribution_channel/1, who_holds_what/1,
-         a_store_that_ends_is_no_store/1]).
+         a_store_that_ends_is_no_store/1, whoever_is_killed_at_any_piece/1]).
+-export([await_import/1, kill_borrower/1, kill_lenders/0, lenders/0]).
 
 -import(erllama_cache_test_util, [file_of/2, eventually/1]).
 
@@ -30,7 +31,7 @@ all() ->
      a_ticket_is_good_for_one_connection, a_borrower_that_dies_leaves_nothing, no_room_is_a_miss,
      a_node_lends_so_many_at_a_time, a_scope_that_ends_is_joined_again,
      a_file_that_is_gone_is_a_miss, through_the_distribution_channel, who_holds_what,
-     a_store_that_ends_is_no_store].
+     a_store_that_ends_is_no_store, whoever_is_killed_at_any_piece].
 
 init_per_testcase(Case, Config) ->
     ok = erllama_cache_nodes_util:distribute(Case),
@@ -54,6 +55,7 @@ end_per_testcase(_Case, Config) ->
 nodes_for(the_longest_is_found_wherever_it_is) -> 3;
 nodes_for(the_next_peer_is_tried) -> 3;
 nodes_for(who_holds_what) -> 3;
+nodes_for(whoever_is_killed_at_any_piece) -> 3;
 nodes_for(_) -> 2.
 
 enumerate(List) ->
@@ -219,7 +221,7 @@ an_evicted_file_still_arrives(Config) ->
     ?assertEqual(miss, load(B, Key)).
 
 offer(Node, Key, Ticket, Borrower) ->
-    erpc:call(Node, erllama_cache_lend, offer, [?STORE, Key, Ticket, Borrower]).
+    erpc:call(Node, erllama_cache_lend, offer, [tcp, ?STORE, Key, Ticket, Borrower]).
 
 received(Address, Port, Ticket, Size) ->
     {ok, Socket} = gen_tcp:connect(Address, Port, [binary, {active, false}]),
@@ -448,3 +450,112 @@ a_store_that_ends_is_no_store(Config) ->
     ok = erpc:call(B, gen_server, stop, [?STORE]),
     ?assertExit({exception, {noproc, _}}, load(B, Key)),
     ?assertExit({exception, {noproc, _}}, erpc:call(B, erllama_cache_peers, fetch, [?STORE, Key])).
+
+%% A lender's process, the borrower's, or a lender's whole node, at some piece of the file: so
+%% often, or as often as $PEER_KILLS says.
+whoever_is_killed_at_any_piece(Config) ->
+    Payload = rand:bytes(16 bsl 20),
+    [LenderA, LenderB, {_, C}] = ?config(nodes, Config),
+    Key = save(element(2, LenderA), 1, Payload),
+    Key = save(element(2, LenderB), 1, Payload),
+    Kills = list_to_integer(os:getenv("PEER_KILLS", "20")),
+    Ended = lists:foldl(
+        fun(N, {Lender, Results}) ->
+            {Next, Result} = killed(N, Lender, LenderB, C, Key, Payload, Config),
+            {Next, [Result | Results]}
+        end,
+        {LenderA, []},
+        lists:seq(1, Kills)
+    ),
+    {Last, Results} = Ended,
+    ct:pal("of ~b fetches ~b were a miss", [Kills, length([miss || miss <- Results])]),
+    erllama_cache_nodes_util:stop(Last).
+
+killed(N, {_, A} = Lender, {_, B}, C, Key, Payload, Config) ->
+    [RootA, _, RootC] = ?config(roots, Config),
+    Request = erpc:send_request(C, erllama_cache_store, load, [?STORE, Key]),
+    Microseconds = rand:uniform(30000),
+    case N rem 10 of
+        0 -> after_import(C, Microseconds, fun() -> erllama_cache_nodes_util:stop(Lender) end);
+        Odd when Odd rem 2 =:= 1 -> ok = erpc:call(C, ?MODULE, kill_borrower, [Microseconds]);
+        _ ->
+            after_import(C, Microseconds, fun() ->
+                [erpc:call(Node, ?MODULE, kill_lenders, []) || Node <- [A, B]]
+            end)
+    end,
+    Result = case erpc:receive_response(Request, 20000) of
+        {ok, _, Payload} -> ok;
+        miss -> miss
+    end,
+    %% A borrower may be killed when the file has its name already.
+    Left = case names(RootC) of
+        [] when Result =:= miss ->
+            [];
+        [Name] ->
+            ?assertEqual(Name, filename:basename(file_of(RootC, Key))),
+            Loaded = erpc:call(C, erllama_cache_store, load, [?STORE, Key, #{peers => false}]),
+            ?assertMatch({ok, _, Payload}, Loaded),
+            [Name]
+    end,
+    assert_nothing_left(C, RootC, Left),
+    ok = erpc:call(C, erllama_cache_store, delete, [?STORE, Key]),
+    Next = case N rem 10 of
+        0 -> start_again(RootA);
+        _ -> Lender
+    end,
+    eventually(fun() ->
+        lists:append([erpc:call(Node, ?MODULE, lenders, []) || {_, Node} <- [Next, {b, B}]]) =:= []
+    end),
+    ok = know_each_other([Next, {b, B}, {c, C}]),
+    {Next, Result}.
+
+start_again(Root) ->
+    {_, Node} = Started = erllama_cache_nodes_util:start(),
+    ok = start_store(Node, Root, #{}),
+    Args = [#{host => erllama_cache_store}],
+    {ok, _} = erllama_cache_nodes_util:unlinked(Node, ?WRITER, start_link, Args),
+    Started.
+
+%% When a fetch has begun on that node, and somewhat later.
+after_import(Node, Microseconds, Fun) ->
+    ok = erpc:call(Node, ?MODULE, await_import, [Microseconds]),
+    Fun().
+
+%% Without a pause: a fetch takes some milliseconds.
+await_import(Microseconds) ->
+    Deadline = erlang:monotonic_time(millisecond) + 5000,
+    ok = await_import_until(Deadline),
+    spin_until(erlang:monotonic_time(microsecond) + Microseconds).
+
+await_import_until(Deadline) ->
+    case maps:get(import, erllama_cache_nif:live_objects()) of
+        0 ->
+            case erlang:monotonic_time(millisecond) < Deadline of
+                true -> await_import_until(Deadline);
+                %% It was quicker than this.
+                false -> ok
+            end;
+        _ ->
+            ok
+    end.
+
+spin_until(Time) ->
+    case erlang:monotonic_time(microsecond) < Time of
+        true -> spin_until(Time);
+        false -> ok
+    end.
+
+kill_borrower(Microseconds) ->
+    ok = await_import(Microseconds),
+    [exit(Pid, kill) || Table <- ets:all(), ets:info(Table, name) =:= flights,
+                        {_, Pid} <- ets:tab2list(Table), is_pid(Pid)],
+    ok.
+
+kill_lenders() ->
+    [exit(Pid, kill) || Pid <- lenders()],
+    ok.
+
+%% The processes that have a file open which they lend, with their slot.
+lenders() ->
+    [Pid || Pid <- processes(), {dictionary, Words} <- [process_info(Pid, dictionary)],
+            lists:keymember(erllama_cache_lend, 1, Words)].

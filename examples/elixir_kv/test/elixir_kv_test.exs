@@ -63,4 +63,17 @@ defmodule ElixirKVTest do
     assert_raise ElixirKV.Error, words, fn -> raise error end
     assert {:error, ^error} = ElixirKV.load(wrong, @tokens)
   end
+
+  test "what takes long is logged by an event", %{model: model} do
+    :ok = ElixirKV.Telemetry.attach(slow_ms: 0)
+
+    log =
+      ExUnit.CaptureLog.capture_log(fn ->
+        :ok = ElixirKV.save(model, @tokens, "the model's state")
+        {:ok, _state} = ElixirKV.load(model, @tokens)
+      end)
+
+    assert log =~ ~r/save of kv took \d+ ms: :ok/
+    assert log =~ ~r/load of kv took \d+ ms: :ok/
+  end
 end

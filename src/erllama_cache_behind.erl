@@ -118,7 +118,8 @@ dropped(Reason, Save) ->
     ok = erllama_cache_counts:count(dropped),
     {TierSrv, Key, SaveReason} = erllama_cache_save:subject(Save),
     ?LOG_ERROR(#{
-        event => save_dropped, tier_srv => TierSrv, key => Key, save_reason => SaveReason,
+        event => save_dropped, tier_srv => TierSrv, key => erllama_cache_log:hex(Key),
+        save_reason => SaveReason,
         payload_bytes => byte_size(erllama_cache_save:payload(Save)), reason => Reason
     }, ?LOG_META),
     %% The host may be what has failed.

@@ -223,8 +223,8 @@ ended(Result, {TierSrv, Bytes}, Waited, Took) ->
     case Result of
         {ok, Key} when Took > Slow * 1000 ->
             ?LOG_WARNING(#{
-                event => slow_save, tier_srv => TierSrv, key => Key, payload_bytes => Bytes,
-                save_ms => Took div 1000, waited_ms => Waited div 1000
+                event => slow_save, tier_srv => TierSrv, key => erllama_cache_log:hex(Key),
+                payload_bytes => Bytes, save_ms => Took div 1000, waited_ms => Waited div 1000
             }, ?LOG_META);
         _ ->
             ok
@@ -237,7 +237,7 @@ microseconds(Native) ->
 host(TierSrv, #{host := Host, keyed_by := KeyedBy}) when
     Host =:= erllama_cache_host_erllama; Host =:= erllama_cache_store
 ->
-    case erllama_cache_store:find_keyed_by(TierSrv) of
+    case erllama_cache_store_lookup:keyed_by(TierSrv) of
         {ok, KeyedByOfStore} -> {erllama_cache_store, KeyedByOfStore};
         error -> {Host, KeyedBy}
     end;

@@ -111,7 +111,7 @@ a_save_has_ended_when_its_failure_is_counted(_Config) ->
     _ = restart_writer(?CONFIG),
     Driver = self(),
     Wait = fun(_Args) -> at_the_point(Driver) end,
-    [#{event := save_dropped, key := Key}] = logged(fun() ->
+    [#{event := save_dropped, key := Hex}] = logged(fun() ->
         ok = ?WRITER:acquire(0),
         {ok, _} = save(meta([1]), ?PAYLOAD),
         eventually(fun() -> length(?WRITER:waiters()) =:= 1 end),
@@ -126,6 +126,7 @@ a_save_has_ended_when_its_failure_is_counted(_Config) ->
     ?assertEqual(#{20 => 1}, erllama_cache_counters:all()),
     ok = ?WRITER:release(),
     {ok, Key} = save(meta([1]), ?PAYLOAD),
+    ?assertEqual(erllama_cache_log:hex(Key), Hex),
     ok = ?WRITER:flush(infinity).
 
 %% The caller of a save that has failed finds its place free.
@@ -440,8 +441,9 @@ told_of(Fate, Told, Key, Reports, #{writer := Writer, host := Host}) ->
                  {slot(5, HostNow) - slot(5, Host), slot(20, HostNow) - slot(20, Host)}),
     ok.
 
-reason(#{event := save_dropped, tier_srv := ?TIER, key := Key, save_reason := continued,
+reason(#{event := save_dropped, tier_srv := ?TIER, key := Hex, save_reason := continued,
          reason := Reason}, Key) ->
+    ?assertEqual(erllama_cache_log:hex(Key), Hex),
     case Reason of
         {raised, exit, {noproc, _}, _Stack} -> raised;
         _ -> Reason

@@ -36,9 +36,10 @@ a_slow_save_is_logged(Root) ->
         {ok, Saved} = save(1, binary:copy(<<7>>, 64 bsl 20)),
         Saved
     end),
+    Hex = erllama_cache_log:hex(Key),
     #{save_ms := Took} = logged(slow_save, warning, fun(Event) ->
         ?assertMatch(
-            #{tier_srv := ?STORE, key := Key, payload_bytes := 67108864, waited_ms := _}, Event
+            #{tier_srv := ?STORE, key := Hex, payload_bytes := 67108864, waited_ms := _}, Event
         )
     end),
     ?assert(Took >= 1),
@@ -175,7 +176,11 @@ every_event_from_warning_up_is_printed() ->
          || Event <- ["corrupt_file_removed", "file_skipped", "slow_save", "root_changed"],
             string:find(Printed, Event) =:= nomatch
         ]}),
-        ?assertEqual(nomatch, string:find(Printed, "store_scanned"))
+        ?assertEqual(nomatch, string:find(Printed, "store_scanned")),
+        %% In words, with the key as its file is called.
+        {ok, Key} = erllama_cache_store:key(meta()),
+        Hex = binary_to_list(erllama_cache_log:hex(Key)),
+        ?assertNotEqual(nomatch, string:find(Printed, "key " ++ Hex ++ ", payload bytes 134217728"))
     after
         ok = file:del_dir_r(Root)
     end.

@@ -424,8 +424,8 @@ save_behind(Save) ->
 %% The keys and reasons of the saves that were logged as failed.
 failures() ->
     receive
-        {logged, error, #{event := save_dropped, key := Key, reason := Reason}} ->
-            [{Key, Reason} | failures()];
+        {logged, error, #{event := save_dropped, key := Hex, reason := Reason}} ->
+            [{binary:decode_hex(Hex), Reason} | failures()];
         {logged, _Level, _Report} ->
             failures()
     after 0 ->

@@ -542,10 +542,10 @@ is_no_drop(#{msg := {report, #{event := save_dropped}}}, none) -> stop;
 is_no_drop(Event, none) -> Event.
 
 %% As a handler of the logger: it runs in the process that answers for the save.
-log(#{msg := {report, #{event := save_dropped, key := Key, reason := Reason} = Report}}, _Config) ->
+log(#{msg := {report, #{event := save_dropped, key := Hex, reason := Reason} = Report}}, _Config) ->
     count(dropped),
     is_cause(Reason) orelse ets:insert(?OUTCOMES, {{no_cause, make_ref()}, Report}),
-    outcome(Key);
+    outcome(binary:decode_hex(Hex));
 log(_Event, _Config) ->
     ok.
 

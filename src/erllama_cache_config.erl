@@ -18,7 +18,7 @@
 -define(PEERS, [peers, peer_timeout, peer_transport]).
 -define(WRITE_BEHIND, [reasons, max, max_bytes, save_bytes, slot_ms, share]).
 -define(APPLICATION, [stores, start_writer]).
--define(OPTIONS, [root, tier, max_bytes, mac_key, keyed_by | ?PEERS]).
+-define(OPTIONS, [root, create, tier, max_bytes, mac_key, keyed_by | ?PEERS]).
 
 -type config() :: #{
     max_concurrent => pos_integer(),
@@ -191,8 +191,8 @@ complete_options(Options) ->
     Complete.
 
 default_options() ->
-    Defaults = #{tier => disk, max_bytes => infinity, keyed_by => tokens, peers => none,
-                 peer_timeout => 50, peer_transport => tcp},
+    Defaults = #{create => false, tier => disk, max_bytes => infinity, keyed_by => tokens,
+                 peers => none, peer_timeout => 50, peer_transport => tcp},
     case application:get_env(erllama_cache_nif, mac_key) of
         {ok, Source} -> Defaults#{mac_key => Source};
         undefined -> Defaults
@@ -243,6 +243,7 @@ is_valid(write_behind, WriteBehind) -> WriteBehind =:= off orelse is_map(WriteBe
 is_valid(drain_ms, Ms) -> is_integer(Ms) andalso ?IS_TIMEOUT(Ms);
 %% Whether it is a path, its encoding and the system say.
 is_valid(root, _Root) -> true;
+is_valid(create, Create) -> is_boolean(Create);
 is_valid(tier, Tier) -> Tier =:= disk orelse Tier =:= ram_file;
 is_valid(timeout, Timeout) -> ?IS_TIMEOUT(Timeout);
 is_valid(wait, Timeout) -> ?IS_TIMEOUT(Timeout);

@@ -4,6 +4,16 @@
 -module(erllama_cache_error).
 
 -export([format/1]).
+-export_type([save_error/0]).
+
+-type save_error() ::
+    max_concurrent | already_present | conflict | expired | tier_busy | cancelled
+    | {missing_key, atom()} | {invalid_meta, atom()} | {unknown_quant_byte, byte()}
+    | prefix_too_long | {read_back, atom()} | no_links | out_of_turn
+    | {wrong_tier, erllama_cache_host:tier()} | exceeds_max_bytes | no_room
+    | erllama_cache_path:unusable() | file:posix() | {errno, integer()}
+    | {raised, error | exit | throw, term(), list()} | {saver_died, term()}.
+%% Why a save fails in erllama or in the built-in store. Another host may have reasons of its own.
 
 %% Accepts the reasons of erllama_cache_writer and erllama_cache_store, with or without `{error, _}'
 %% around them.

@@ -21,7 +21,7 @@
     publish/3, abort/1, secret_new/1, sync_failures/0, live_objects/0,
     import_begin/5, import_write/3, import_source/2, import_receive/2, import_publish/2,
     import_abort/1,
-    load/4, load_more/2, load_abort/1, note_use/4, check/4, check_more/2,
+    load/4, load_more/2, describe/4, load_abort/1, note_use/4, check/4, check_more/2,
     remove_corrupt/4, remove_corrupt_more/2,
     takes_unnamed/2, root_generation/1, exists/3, delete/3, scan/4, scan_more/2
 ]).
@@ -290,6 +290,11 @@ import_publish(_Turn, _Import) -> ?NOT_LOADED.
 %% Drops what has come, if it is not published.
 -spec import_abort(reference()) -> ok.
 import_abort(_Import) -> ?NOT_LOADED.
+
+%% What describes a key's payload, as its file has it. Only a load checks it.
+-spec describe(turn(), root(), key(), none | secret()) ->
+    {ok, erllama_cache_store:file_info()} | miss | failure().
+describe(_Turn, _Root, _Key, _Secret) -> ?NOT_LOADED.
 
 %% Queues a note in the key's file that it was used `Hits' more times and last at that unix second.
 %% Another thread writes it later, or never where the write would block or copy the file. A hint.

@@ -52,7 +52,7 @@ children(Stores) when is_list(Stores) ->
 children(Other) ->
     error({invalid_config, stores, Other}).
 
-store({Name, Options}) when is_atom(Name), is_map(Options) ->
+store({Name, Options}) when is_atom(Name), is_map(Options) orelse is_list(Options) ->
     #{start := Start} = erllama_cache_store:child_spec(Name, Options),
     erllama_cache_keeper:child_spec(Name, Start);
 store(Other) ->

@@ -48,7 +48,7 @@ load(TierSrv, Key, Options) when
 ->
     #{timeout := Timeout, wait := Wait} =
         erllama_cache_config:load_options(Options, #{timeout => infinity, wait => none}),
-    case erllama_cache_store:find_keyed_by(TierSrv) of
+    case erllama_cache_store_lookup:keyed_by(TierSrv) of
         {ok, _KeyedBy} when Wait =:= none -> erllama_cache_store:load(TierSrv, Key, Timeout);
         {ok, _KeyedBy} -> load_after(Wait, erllama_cache_store, TierSrv, Key, Timeout);
         error -> load_by_host(Wait, TierSrv, Key, Timeout)
@@ -89,7 +89,7 @@ fetch(TierSrv, Key, Options) when
 ->
     #{timeout := Timeout, tier := Tier} =
         erllama_cache_config:load_options(Options, #{timeout => infinity, tier => disk}),
-    Borrower = case erllama_cache_store:find_borrower(TierSrv) of
+    Borrower = case erllama_cache_store_lookup:borrower(TierSrv) of
         error -> erllama_cache_peer_tier:borrower(TierSrv, Tier);
         Found -> Found
     end,
@@ -131,7 +131,7 @@ load_after(Wait, Host, TierSrv, Key, Timeout) ->
     end.
 
 load_file(erllama_cache_store, Store, Key, Timeout) ->
-    erllama_cache_store:load_file(Store, Key, Timeout);
+    erllama_cache_store_load:load_file(Store, Key, Timeout);
 load_file(Host, TierSrv, Key, Timeout) ->
     #{secret := Secret} = erllama_cache_setup:get(?MODULE, load, [TierSrv, Key]),
     case native(Host:root(TierSrv)) of

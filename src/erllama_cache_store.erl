@@ -14,15 +14,17 @@
 -include("erllama_cache_limits.hrl").
 -include("erllama_cache_store.hrl").
 
--export([start_link/2, child_spec/2]).
--export([load/2, load/3, load_file/3, delete/2, info/1, key/1, key/2, longest_prefix/2]).
--export([find_keyed_by/1, find_borrower/1]).
+-export([start_link/2, child_spec/1, child_spec/2]).
+-export([save/3, save/4, save_async/3, save_async/4]).
+-export([load/2, load/3, delete/2, member/2, info/2]).
+-export([info/1, fold/3, key/1, key/2, longest_prefix/2]).
 -export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 -export_type([name/0, options/0, file_info/0, info/0]).
 
 -type name() :: atom().
 -type options() :: #{
     root := file:name_all(),
+    create => boolean(),
     tier => erllama_cache_host:tier(),
     max_bytes => pos_integer() | infinity,
     keyed_by => erllama_cache_host:keyed_by(),
@@ -32,7 +34,8 @@
     peer_transport => tcp | tls | distribution
 }.
 %% <ul>
-%% <li>`root': the directory, which must exist;</li>
+%% <li>`root': the directory, which must exist, or with
+%%   `create' (default: `false') is made with all above it, for its owner alone;</li>
 %% <li>`tier': the kind of store (default: `disk');</li>
 %% <li>`max_bytes': how many bytes its files may take together (default: `infinity');</li>
 %% <li>`keyed_by': what keys are made of: `tokens' (default; files of version 1) or `text', the
@@ -93,9 +96,6 @@
     fetch_failures := non_neg_integer()
 }.
 
-%% Seconds between two notes of use in one file.
--define(NOTE_EVERY, 3600).
-
 %% Of a token, in a file and in what a key is made of.
 -define(TOKEN_BYTES, 4).
 
@@ -113,20 +113,54 @@
 %%                                                      max_bytes => 100 bsl 30}).
 %% '''
 %%
-%% A relative root is resolved against the current directory at this moment, and stays the same when
-%% that changes.
+%% Options may be a map or a list of pairs. A relative root is resolved against the current
+%% directory at this moment, and stays the same when that changes.
 %%
 %% Errors: a POSIX reason, `badarg' or `{unencodable, Encoding}', of the root. Raises
 %% `{missing_option, root}', `{invalid_option, Key, Value}' and `{unknown_option, Key, Nearest}'.
--spec start_link(name(), options()) -> {ok, pid()} | {error, term()}.
+-spec start_link(name(), options() | [{atom(), term()}]) -> {ok, pid()} | {error, term()}.
+start_link(Name, Options) when is_list(Options) ->
+    start_link(Name, maps:from_list(Options));
 start_link(Name, Options) when is_atom(Name), is_map(Options) ->
-    #{root := Root} = Complete = erllama_cache_config:complete_options(Options),
+    #{root := Root, create := Create} = Complete = erllama_cache_config:complete_options(Options),
     case erllama_cache_path:absolute(Root) of
         {ok, Absolute, Path} ->
-            erllama_cache_store_server:start_link(Name, Path, Complete#{root := Absolute});
+            Fixed = Complete#{root := Absolute},
+            case ensure_root(Absolute, Create) of
+                ok -> erllama_cache_store_server:start_link(Name, Path, Fixed);
+                {error, _} = Error -> Error
+            end;
         {error, _} = Error ->
             Error
     end.
+
+%% The states hold people's prompts.
+ensure_root(_Root, false) ->
+    ok;
+ensure_root(Root, true) ->
+    case filelib:is_dir(Root) of
+        true ->
+            ok;
+        false ->
+            case filelib:ensure_path(Root) of
+                ok -> file:change_mode(Root, 8#700);
+                {error, _} = Error -> Error
+            end
+    end.
+
+%% @doc Returns a child specification from one argument, as supervisors of Elixir want it: the
+%% options with `name'.
+%%
+%% ```
+%% #{id := {erllama_cache_store, my_store}} =
+%%     erllama_cache_store:child_spec([{name, my_store}, {root, "/var/cache/kv"}]).
+%% '''
+-spec child_spec(#{name := name(), atom() => term()} | [{atom(), term()}]) ->
+    supervisor:child_spec().
+child_spec(Options) when is_list(Options) ->
+    child_spec(maps:from_list(Options));
+child_spec(#{name := Name} = Options) ->
+    child_spec(Name, maps:remove(name, Options)).
 
 %% @doc Returns a child specification for your own supervisor.
 %%
@@ -134,7 +168,9 @@ start_link(Name, Options) when is_atom(Name), is_map(Options) ->
 %% #{start := {erllama_cache_store, start_link, _}} =
 %%     erllama_cache_store:child_spec(my_store, #{root => "/var/cache/kv"}).
 %% '''
--spec child_spec(name(), options()) -> supervisor:child_spec().
+-spec child_spec(name(), options() | [{atom(), term()}]) -> supervisor:child_spec().
+child_spec(Name, Options) when is_list(Options) ->
+    child_spec(Name, maps:from_list(Options));
 child_spec(Name, Options) when is_map(Options), not is_map_key(root, Options) ->
     #{id => {?MODULE, Name}, start => {?MODULE, start_link, [Name, Options]}};
 child_spec(Name, #{root := Root} = Options) ->
@@ -145,6 +181,48 @@ child_spec(Name, #{root := Root} = Options) ->
         {error, _} -> Options
     end,
     #{id => {?MODULE, Name}, start => {?MODULE, start_link, [Name, Fixed]}}.
+
+%%% Saving
+
+%% @doc Saves as {@link save/4}, and waits up to 30 seconds for a slot.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_store:save(my_store, Meta, Payload).
+%% '''
+-spec save(name(), erllama_cache_meta:build_meta(), Payload :: binary()) ->
+    {ok, erllama_cache_writer:key()} | {error, erllama_cache_writer:save_error()}.
+save(Name, Meta, Payload) ->
+    erllama_cache_writer:save(Name, tier(Name), Meta, Payload).
+
+%% @doc Saves as {@link erllama_cache_writer:save/5} does, in the store's own tier.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_store:save(my_store, Meta, Payload, 5000).
+%% '''
+-spec save(name(), erllama_cache_meta:build_meta(), Payload :: binary(), timeout()) ->
+    {ok, erllama_cache_writer:key()} | {error, erllama_cache_writer:save_error()}.
+save(Name, Meta, Payload, Timeout) ->
+    erllama_cache_writer:save(Name, tier(Name), Meta, Payload, Timeout).
+
+%% @doc Saves as {@link save_async/4}, with its defaults.
+-spec save_async(name(), erllama_cache_meta:build_meta(), Payload :: binary()) ->
+    {ok, reference()}.
+save_async(Name, Meta, Payload) ->
+    save_async(Name, Meta, Payload, #{}).
+
+%% @doc Saves in another process, as {@link erllama_cache_writer:save_async/5} does.
+%%
+%% ```
+%% {ok, Ref} = erllama_cache_store:save_async(my_store, Meta, Payload, #{detach => true}),
+%% {ok, _Key} = receive {erllama_cache_writer, Ref, Result} -> Result end.
+%% '''
+-spec save_async(name(), erllama_cache_meta:build_meta(), Payload :: binary(),
+                 erllama_cache_writer:async_opts()) -> {ok, reference()}.
+save_async(Name, Meta, Payload, Options) ->
+    erllama_cache_writer:save_async(Name, tier(Name), Meta, Payload, Options).
+
+tier(Name) when is_atom(Name) ->
+    (config(Name))#config.tier.
 
 %%% Loading, deleting, looking
 
@@ -190,116 +268,9 @@ load(Name, Key, Timeout) ->
 load(Name, Key, Timeout, Peers) when
     is_atom(Name), ?IS_KEY(Key), ?IS_TIMEOUT(Timeout), is_boolean(Peers)
 ->
-    Load = fun() -> load_from_anywhere(Name, Key, Timeout, Peers) end,
+    Load = fun() -> erllama_cache_store_load:run(Name, Key, Timeout, Peers) end,
     erllama_cache_telemetry:span(load, #{name => Name, key => Key},
                                  {Load, fun erllama_cache_load:described/1}).
-
-load_from_anywhere(Name, Key, Timeout, Peers) ->
-    Config = config(Name),
-    case erllama_cache_pending:find(erllama_cache_pending:scope(?MODULE, Name), Key) of
-        {ok, Info, Payload, _Owner} ->
-            count_one(Config, ?HITS),
-            {ok, Info, Payload};
-        none ->
-            Deadline = deadline(Timeout),
-            case load_file(Config, Key, Timeout) of
-                miss when Peers -> load_from_peer(Config, Key, Deadline);
-                Result -> Result
-            end
-    end.
-
-load_from_peer(Config, Key, Deadline) ->
-    #config{borrower = Borrower} = Config,
-    case erllama_cache_peers:fetch_file(Borrower, Key, left(Deadline)) of
-        ok -> load_file(Config, Key, left(Deadline));
-        miss -> miss;
-        {error, timeout} = Error -> Error;
-        %% Why it cannot be here: no room, or a disk that fails. A save would say it, too.
-        {error, _} -> miss
-    end.
-
-deadline(infinity) -> infinity;
-deadline(Timeout) -> erlang:monotonic_time(millisecond) + Timeout.
-
-left(infinity) -> infinity;
-left(Deadline) -> max(0, Deadline - erlang:monotonic_time(millisecond)).
-
-%% @private
-%% The same from the disk alone.
--spec load_file(name() | #config{}, erllama_cache_writer:key(), timeout()) ->
-    {ok, file_info(), Payload :: binary()} | miss | {error, term()}.
-load_file(Name, Key, Timeout) when is_atom(Name) ->
-    load_file(config(Name), Key, Timeout);
-load_file(#config{name = Name, path = Path, secret = Secret} = Config, Key, Timeout) ->
-    %% Only this row may be removed: a save may end while the load finds no file.
-    Known = erllama_cache_index:row(Name, Key),
-    Result = erllama_cache_load:run(Path, Key, Secret, Timeout),
-    ok = erllama_cache_store_claim:notice_other_root(Config),
-    case Result of
-        {ok, Info, _Payload} ->
-            count_one(Config, ?HITS),
-            used(Config, Key, Info, Known);
-        miss ->
-            count_one(Config, ?MISSES),
-            gone(Config, Known);
-        {error, Reason} when Reason =:= unauthenticated; element(1, Reason) =:= corrupt ->
-            %% A save of this key finds the file and replaces it.
-            count_one(Config, ?REFUSED),
-            erllama_cache_index:refuse(Name, Known);
-        {error, _} ->
-            ok
-    end,
-    Result.
-
-used(#config{name = Name} = Config, Key, Info, Known) ->
-    #{file_size := Size, last_used_time := InFile} = Info,
-    Now = now_ms(),
-    ok = erllama_cache_index:accept(Name, Known, length_of(Info)),
-    case erllama_cache_index:use(Name, Key, Now) of
-        {Uses, Noted} -> note_in_file(Config, Key, Uses, [Noted, InFile], Now div 1000);
-        %% Saved by another node on the same root.
-        false when Known =:= none -> found(Config, Key, length_of(Info), Size, Now);
-        %% Deleted since.
-        false -> ok
-    end.
-
-%% The order of eviction after a restart needs no more than an hour's precision, and each backup
-%% would resend a file that changes with each load. A note an hour in the future was written by a
-%% wrong clock, and would make the file look just used at each start until then.
-note_in_file(#config{name = Name, path = Path}, Key, Uses, Notes, Now) ->
-    IsDue = lists:all(fun(Note) -> abs(Now - Note) >= ?NOTE_EVERY end, Notes),
-    case IsDue andalso Uses > 0 of
-        true ->
-            ok = erllama_cache_nif:note_use(Path, Key, min(Uses, 16#ffffffff), Now),
-            erllama_cache_index:noted(Name, Key, Uses, Now);
-        false ->
-            ok
-    end.
-
-%% A file that the index does not know.
-found(#config{max_bytes = infinity, name = Name}, Key, Length, Size, LastUsed) ->
-    Row = erllama_cache_index:file(Key, Length, Size, LastUsed, make_ref()),
-    _ = erllama_cache_index:add(Name, Row),
-    ok;
-found(#config{name = Name}, Key, Length, Size, LastUsed) ->
-    gen_server:cast(Name, {found, Key, Length, Size, LastUsed}).
-
-%% What the key of a loaded file is made of.
-length_of(#{version := 1, tokens := Tokens}) -> {tokens, byte_size(Tokens) div ?TOKEN_BYTES};
-length_of(#{version := 2, prompt_text := Text}) -> {text, byte_size(Text)}.
-
-%% The file of this row is gone.
-gone(_Config, none) ->
-    ok;
-gone(_Config, #row{state = reserved}) ->
-    ok;
-gone(#config{max_bytes = infinity, name = Name}, Row) ->
-    _ = erllama_cache_index:remove(Name, Row),
-    ok;
-gone(#config{name = Name}, Row) ->
-    %% Nobody is to find it before the server has removed the row.
-    ok = erllama_cache_index:refuse(Name, Row),
-    gen_server:cast(Name, {gone, Row}).
 
 %% @doc Deletes what is stored under a key; `ok' also when nothing is. Errors: a POSIX reason.
 %%
@@ -312,9 +283,61 @@ delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     Known = erllama_cache_index:row(Name, Key),
     case erllama_cache_io_limit:run(fun(Turn) -> erllama_cache_nif:delete(Turn, Path, Key) end) of
         %% Whether there was one.
-        Existed when is_boolean(Existed) -> gone(Config, Known);
+        Existed when is_boolean(Existed) -> erllama_cache_store_load:gone(Config, Known);
         {error, _} = Error -> Error
     end.
+
+%% @doc Whether there is a file under a key: what the index says, or else the disk, where another
+%% node may have saved it. Nobody has read the file: only a load tells whether it is sound. Errors:
+%% a POSIX reason.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_store:save(my_store, Meta, Payload),
+%% true = erllama_cache_store:member(my_store, Key),
+%% false = erllama_cache_store:member(my_store, <<1:256>>).
+%% '''
+-spec member(name(), erllama_cache_writer:key()) -> boolean() | {error, term()}.
+member(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
+    #config{path = Path} = config(Name),
+    case erllama_cache_index:row(Name, Key) of
+        #row{state = present} ->
+            true;
+        _ ->
+            erllama_cache_io_limit:run(fun(Turn) -> erllama_cache_nif:exists(Turn, Path, Key) end)
+    end.
+
+%% @doc Returns what describes the payload under a key, without the payload. It is what the file
+%% says of itself: only a load checks it.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_store:save(my_store, Meta, Payload),
+%% {ok, #{context_size := 4096, save_reason := cold}} = erllama_cache_store:info(my_store, Key).
+%% '''
+%%
+%% Errors as of {@link load/2}.
+-spec info(name(), erllama_cache_writer:key()) -> {ok, file_info()} | miss | {error, term()}.
+info(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
+    #config{path = Path, secret = Secret} = config(Name),
+    erllama_cache_io_limit:run(fun(Turn) ->
+        erllama_cache_nif:describe(Turn, Path, Key, Secret)
+    end).
+
+%% @doc Calls `Fun' for each file that the index knows, in no order: with its key, its size in
+%% bytes, and when it was used last, in milliseconds of system time. Files that come and go
+%% meanwhile may be left out.
+%%
+%% ```
+%% Bytes = erllama_cache_store:fold(my_store, fun(_Key, #{size := Size}, Sum) -> Size + Sum end, 0).
+%% '''
+-spec fold(name(), fun((erllama_cache_writer:key(), Row, Acc) -> Acc), Acc) -> Acc when
+    Row :: #{size := pos_integer(), last_used := integer()}.
+fold(Name, Fun, Acc) when is_atom(Name), is_function(Fun, 3) ->
+    erllama_cache_index:fold(Name, fun
+        (#row{state = present, key = Key, size = Size, last_used = LastUsed}, Sofar) ->
+            Fun(Key, #{size => Size, last_used => LastUsed}, Sofar);
+        (_RefusedOrReserved, Sofar) ->
+            Sofar
+    end, Acc).
 
 %% @doc Returns the key of a save with this map in a store that is keyed by tokens: 32 bytes, made
 %% from `fingerprint', `quant_type', `ctx_params_hash' and `tokens'. Other fields are ignored.
@@ -418,24 +441,6 @@ info(Name) when is_atom(Name) ->
         maps:from_list(Done)
     ).
 
-%% @private
-%% What the keys of the store of this name are made of, if it runs here.
--spec find_keyed_by(atom()) -> {ok, erllama_cache_host:keyed_by()} | error.
-find_keyed_by(Name) ->
-    case erllama_cache_index:find_config(Name) of
-        {ok, #config{keyed_by = KeyedBy}} -> {ok, KeyedBy};
-        _ -> error
-    end.
-
-%% @private
-%% Who takes files from peers for the store of this name, if it runs here.
--spec find_borrower(atom()) -> {ok, none | #borrower{}} | error.
-find_borrower(Name) ->
-    case erllama_cache_index:find_config(Name) of
-        {ok, #config{borrower = Borrower}} -> {ok, Borrower};
-        _ -> error
-    end.
-
 enumerate(List) ->
     lists:zip(lists:seq(1, length(List)), List).
 
@@ -444,9 +449,6 @@ config(Name) ->
 
 count_one(#config{counters = Counters}, Index) ->
     counters:add(Counters, Index, 1).
-
-now_ms() ->
-    erlang:system_time(millisecond).
 
 %%% For the writer
 

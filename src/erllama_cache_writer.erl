@@ -16,12 +16,13 @@
 -export([current/0, max_concurrent/0, set_max_concurrent/1, set_max_inflight_bytes/1]).
 -export([info/0, holders/0, waiters/0]).
 -export([init/1, handle_call/3, handle_cast/2, handle_info/2, terminate/2]).
--export_type([config/0, key/0, slot_opts/0, async_opts/0, info/0, slot_row/0]).
+-export_type([config/0, key/0, slot_opts/0, async_opts/0, save_error/0, info/0, slot_row/0]).
 
 %% So that a pair of acquire and release costs little more than its two NIF calls.
 -compile({inline, [take/3, take/4, try_take/3, guard/0]}).
 
 -type key() :: <<_:256>>.
+-type save_error() :: erllama_cache_error:save_error().
 -type config() :: erllama_cache_config:config().
 -type async_opts() :: #{timeout => timeout(), detach => boolean()}.
 %% Milliseconds to wait for a slot (default: 30,000); whether the save goes on when the caller dies
@@ -221,9 +222,9 @@ release() ->
 %% is released when `Fun' ends, however it ends.
 %%
 %% ```
-%% 42 = erllama_cache_writer:with_slot(5000, fun() -> 6 * 7 end).
+%% {ok, 42} = erllama_cache_writer:with_slot(5000, fun() -> 6 * 7 end).
 %% '''
--spec with_slot(timeout(), fun(() -> Result)) -> Result | {error, max_concurrent}.
+-spec with_slot(timeout(), fun(() -> Result)) -> {ok, Result} | {error, max_concurrent}.
 with_slot(Timeout, Fun) when ?IS_TIMEOUT(Timeout), is_function(Fun, 0) ->
     case take(1, 0, Timeout) of
         {error, _} = Error ->
@@ -232,7 +233,7 @@ with_slot(Timeout, Fun) when ?IS_TIMEOUT(Timeout), is_function(Fun, 0) ->
             exit_noproc(with_slot, [Timeout, Fun]);
         Guard ->
             try
-                Fun()
+                {ok, Fun()}
             after
                 %% Not release/0: `Fun' may have erased the process's dictionary.
                 erllama_cache_nif:release(Guard)
@@ -355,7 +356,7 @@ info() ->
 %% write runs.
 %%
 %% ```
-%% [#{pid := Pid, weight := 1, bytes := 0, ms := Ms, behind := false}] =
+%% {ok, [#{pid := Pid, weight := 1, bytes := 0, ms := Ms, behind := false}]} =
 %%     erllama_cache_writer:with_slot(0, fun erllama_cache_writer:holders/0).
 %% '''
 -spec holders() -> [slot_row()].

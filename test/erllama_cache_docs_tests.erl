@@ -166,13 +166,14 @@ guide_test_() ->
 guide() ->
     with_root(fun(Root) ->
         %% In the order of a reader.
-        [SysConfig, Session, Prefix, AndLoad, ByHand, Async, WithSlot] = fenced(?GUIDE, "erlang"),
+        [SysConfig, Session, Prefix, AndLoad, ByHand, Async, OwnNames, WithSlot] =
+            fenced(?GUIDE, "erlang"),
         [{erllama_cache_nif, Environment}] = term(in(Root, SysConfig)),
         with_environment(Environment, fun() ->
             Bound = lists:foldl(fun evaluate/2, #{}, [in(Root, Session), Prefix, AndLoad]),
             ok = application:stop(erllama_cache_nif),
             Rebound = evaluate(in(Root, ByHand), Bound),
-            lists:foldl(fun evaluate/2, Rebound, [Async, WithSlot])
+            lists:foldl(fun evaluate/2, Rebound, [Async, OwnNames, WithSlot])
         end)
     end).
 

@@ -42,7 +42,7 @@ a_killed_server_is_restarted_alone(Root) ->
     ],
     [
         begin
-            eventually(fun() -> erllama_cache_store:find_keyed_by(Store) =/= error end),
+            eventually(fun() -> erllama_cache_store_lookup:keyed_by(Store) =/= error end),
             ?assertMatch({ok, _}, erllama_cache_writer:save(Store, disk, meta(1), ?PAYLOAD))
         end
      || Store <- [store_a, store_b]
@@ -51,10 +51,10 @@ a_killed_server_is_restarted_alone(Root) ->
     ok = file:rename(A, A ++ ".away"),
     kill(whereis(store_a)),
     kill(whereis(store_b)),
-    eventually(fun() -> erllama_cache_store:find_keyed_by(store_b) =/= error end),
+    eventually(fun() -> erllama_cache_store_lookup:keyed_by(store_b) =/= error end),
     ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(store_b, key(1))),
     ?assertExit({noproc, _}, erllama_cache_store:load(store_a, key(1))),
     ok = file:rename(A ++ ".away", A),
     %% The pauses between the tries have grown.
-    eventually(fun() -> erllama_cache_store:find_keyed_by(store_a) =/= error end, 60000),
+    eventually(fun() -> erllama_cache_store_lookup:keyed_by(store_a) =/= error end, 60000),
     ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(store_a, key(1))).

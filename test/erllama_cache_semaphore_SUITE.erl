@@ -816,10 +816,10 @@ erased_dictionary_keeps_no_slot(_Config) ->
         _ = erase(),
         erased
     end,
-    erased = ask(Owner, fun() -> ?WRITER:with_slot(0, Erase) end),
+    {ok, erased} = ask(Owner, fun() -> ?WRITER:with_slot(0, Erase) end),
     ?assertEqual(0, ?WRITER:current()),
     %% A guard of its own for what is acquired after that, and both come back.
-    erased = ask(Owner, fun() ->
+    {ok, erased} = ask(Owner, fun() ->
         ?WRITER:with_slot(0, fun() ->
             erased = Erase(),
             {error, max_concurrent} = ?WRITER:acquire(0),
@@ -857,7 +857,7 @@ suspended_owner_is_killed(_Config) ->
 nested_slots_come_back(_Config) ->
     ok = ?WRITER:set_max_concurrent(6),
     Owner = actor(),
-    ok = ask(Owner, fun() ->
+    {ok, done} = ask(Owner, fun() ->
         ok = ?WRITER:acquire(0, #{weight => 3}),
         ?WRITER:with_slot(0, fun() ->
             ok = ?WRITER:acquire(0, #{weight => 2}),
@@ -865,7 +865,7 @@ nested_slots_come_back(_Config) ->
             {error, max_concurrent} = ?WRITER:acquire(0),
             ok = ?WRITER:release(),
             4 = ?WRITER:current(),
-            ok
+            done
         end)
     end),
     3 = ?WRITER:current(),
@@ -922,7 +922,7 @@ makes_one_dictionary_entry(_Config) ->
             fun(_) ->
                 ok = ?WRITER:acquire(infinity),
                 ok = ?WRITER:release(),
-                ok = ?WRITER:with_slot(0, fun() -> ok end)
+                {ok, done} = ?WRITER:with_slot(0, fun() -> done end)
             end,
             lists:seq(1, 1000)
         )

@@ -20,6 +20,11 @@ store_test_() ->
         fun a_name_is_taken_once/1,
         fun the_name_of_a_foreign_table_is_refused/1,
         fun child_spec_starts_a_store/1,
+        fun a_root_is_made_if_wanted/1,
+        fun a_store_saves_in_its_tier/1,
+        fun member_says_whether_there_is_a_file/1,
+        fun info_of_a_key_is_what_its_file_says/1,
+        fun fold_visits_each_file/1,
         fun two_stores_are_independent/1,
         fun a_store_has_one_tier/1,
         fun without_a_store_calls_exit/1,
@@ -41,6 +46,76 @@ store_test_() ->
         fun a_load_finds_what_another_node_saved/1,
         fun a_save_adopts_what_another_node_saved/1
     ]).
+
+%%% Its own names for what the writer does, and what it has
+
+a_root_is_made_if_wanted(Root) ->
+    process_flag(trap_exit, true),
+    New = filename:join([Root, "a", "b"]),
+    ?assertEqual({error, enoent}, erllama_cache_store:start_link(?STORE, [{root, New}])),
+    {ok, Store} = erllama_cache_store:start_link(?STORE, [{root, New}, {create, true}]),
+    ?assertEqual(8#700, mode(New)),
+    ok = gen_server:stop(Store),
+    ok = file:change_mode(New, 8#750),
+    with_store(#{root => New, create => true}, fun(_) -> ?assertEqual(8#750, mode(New)) end),
+    File = filename:join(Root, "file"),
+    ok = file:write_file(File, <<>>),
+    Options = #{root => File, create => true},
+    ?assertMatch({error, _}, erllama_cache_store:start_link(?STORE, Options)).
+
+a_store_saves_in_its_tier(Root) ->
+    with_store(#{root => Root, tier => ram_file}, fun(_) ->
+        {ok, Key} = erllama_cache_store:save(?STORE, meta(1), ?PAYLOAD),
+        ?assertMatch({ok, _, ?PAYLOAD}, erllama_cache_store:load(?STORE, Key)),
+        ?assertMatch({ok, _}, erllama_cache_store:save(?STORE, meta(2), ?PAYLOAD, 5000)),
+        {ok, Ref} = erllama_cache_store:save_async(?STORE, meta(3), ?PAYLOAD),
+        receive {erllama_cache_writer, Ref, First} -> ?assertMatch({ok, _}, First) end,
+        Options = #{timeout => 5000},
+        {ok, Other} = erllama_cache_store:save_async(?STORE, meta(3), ?PAYLOAD, Options),
+        receive
+            {erllama_cache_writer, Other, Then} -> ?assertEqual({error, already_present}, Then)
+        end
+    end).
+
+member_says_whether_there_is_a_file(Root) ->
+    with_store(#{root => Root}, fun(_) ->
+        {ok, Key} = erllama_cache_store:key(meta(1)),
+        ?assertNot(erllama_cache_store:member(?STORE, Key)),
+        Key = save(?STORE, 1),
+        ?assert(erllama_cache_store:member(?STORE, Key)),
+        %% As another node does.
+        {ok, Bytes} = file:read_file(file_of(Root, Key)),
+        ok = erllama_cache_store:delete(?STORE, Key),
+        ?assertNot(erllama_cache_store:member(?STORE, Key)),
+        ok = file:write_file(file_of(Root, Key), Bytes),
+        ?assert(erllama_cache_store:member(?STORE, Key))
+    end).
+
+info_of_a_key_is_what_its_file_says(Root) ->
+    with_store(#{root => Root}, fun(_) ->
+        Key = save(?STORE, 1),
+        {ok, Info, _} = erllama_cache_store:load(?STORE, Key),
+        ?assertEqual({ok, Info}, erllama_cache_store:info(?STORE, Key)),
+        ?assertEqual(miss, erllama_cache_store:info(?STORE, <<1:256>>)),
+        ok = file:write_file(file_of(Root, Key), <<"not a state">>),
+        ?assertMatch({error, {corrupt, _}}, erllama_cache_store:info(?STORE, Key))
+    end).
+
+fold_visits_each_file(Root) ->
+    with_store(#{root => Root}, fun(_) ->
+        Keys = [save(?STORE, N) || N <- [1, 2, 3]],
+        {ok, Reserved} = erllama_cache_store:key(meta(4)),
+        {ok, Token} = reserve(?STORE, Reserved),
+        Fold = fun(Key, #{size := Size, last_used := Used}, Sofar) ->
+            [{Key, Size, Used} | Sofar]
+        end,
+        Visited = erllama_cache_store:fold(?STORE, Fold, []),
+        ?assertEqual(lists:sort(Keys), lists:sort([Key || {Key, _, _} <- Visited])),
+        ?assertEqual(lists:sum([Size || {_, Size, _} <- Visited]), bytes_in(Root)),
+        Now = erlang:system_time(millisecond),
+        ok = erllama_cache_store:cancel(?STORE, Reserved, Token),
+        ?assert(lists:all(fun({_, _, Used}) -> abs(Now - Used) < 60000 end, Visited))
+    end).
 
 %%% Starting
 
@@ -144,11 +219,15 @@ the_name_of_a_foreign_table_is_refused(Root) ->
     ?assertEqual(
         {error, {name_taken, ?STORE}}, erllama_cache_store:start_link(?STORE, #{root => Root})
     ),
-    ?assertEqual(error, erllama_cache_store:find_keyed_by(?STORE)),
+    ?assertEqual(error, erllama_cache_store_lookup:keyed_by(?STORE)),
     true = ets:delete(Table).
 
 child_spec_starts_a_store(Root) ->
-    Specs = [erllama_cache_store:child_spec(Name, #{root => Root}) || Name <- [one, two]],
+    Specs = [
+        erllama_cache_store:child_spec(one, #{root => Root}),
+        erllama_cache_store:child_spec([{name, two}, {root, Root}])
+    ],
+    ?assertEqual(hd(Specs), erllama_cache_store:child_spec(#{name => one, root => Root})),
     ?assertEqual(ok, supervisor:check_childspecs(Specs)),
     [#{start := {Module, Function, Args}} | _] = Specs,
     {ok, Pid} = apply(Module, Function, Args),

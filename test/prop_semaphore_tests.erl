@@ -594,6 +594,8 @@ take_last(Weight, Bytes, Timeout, How) ->
 
 enter(To, Fun) ->
     case attempt(Fun) of
+        %% Returned, or thrown.
+        {ok, {left, Leaver}} -> answer_to(Leaver, left);
         {left, Leaver} -> answer_to(Leaver, left);
         {error, {left, Leaver}} -> answer_to(Leaver, left);
         Refused -> answer_to(To, Refused)

@@ -44,6 +44,26 @@ fn load<'a>(
     })
 }
 
+/// What stands before the payload, which nothing has checked but the header's own plausibility.
+#[rustler::nif(schedule = "DirtyIo")]
+fn describe<'a>(
+    env: Env<'a>,
+    turn: &'a Guard,
+    path: Binary<'a>,
+    key: Binary<'a>,
+    secret: Term<'a>,
+) -> NifResult<Term<'a>> {
+    in_turn(env, turn, |_slice| {
+        let key = meta::key(key)?;
+        let secret = secret::optional(secret)?;
+        match open_root(path)?.and_then(|root| Loader::open(&root, &key, secret)) {
+            Ok(Some(loader)) => Ok((atoms::ok(), meta::info(env, loader.prefix())?).encode(env)),
+            Ok(None) => Ok(atoms::miss().encode(env)),
+            Err(error) => Ok(error_term(env, &error)),
+        }
+    })
+}
+
 #[rustler::nif(schedule = "DirtyIo")]
 fn load_more<'a>(env: Env<'a>, turn: &'a Guard, load: &'a Load) -> NifResult<Term<'a>> {
     in_turn(env, turn, |slice| {

@@ -26,7 +26,7 @@ MUSL := x86_64-unknown-linux-musl
 export FILE
 
 .PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom musl \
-  soak-semaphore soak-store cluster fresh faults crash kill disks fuzz soak sanitize valgrind readme dropin \
+  soak-semaphore soak-store cluster fresh faults crash kill disks fuzz soak sanitize valgrind readme rules dropin \
   chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-fetch bench-host \
   bench-peers \
   bench-build edoc clean distclean
@@ -108,6 +108,9 @@ check: setup ## Formatting, lints, warnings, xref, dialyzer, documentation, lice
 # COVER=--cover make test, then rebar3 cover: the same beside the other tests.
 cover: ## Run the Erlang tests with coverage; the report is in _build/test/cover
 	rebar3 do eunit --cover, ct --cover, cover --verbose
+
+rules: ## Check the alert rules of dashboards/ with promtool
+	tools/rules.sh
 
 readme: setup all ## Run the commands that the pages show, in a clean copy
 	tools/readme.sh

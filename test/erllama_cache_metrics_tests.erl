@@ -5,7 +5,7 @@
 -include_lib("eunit/include/eunit.hrl").
 
 -import(erllama_cache_test_util, [
-    temporary_dir/1, meta/1, file_of/2, page_tables_names/2, run_command/2
+    temporary_dir/1, meta/1, file_of/2, page_tables_names/2, run_command/2, in_project/1, matches/2
 ]).
 -import(erllama_cache_store_util, [running_tests/2, with_store/3]).
 
@@ -19,7 +19,8 @@ metrics_test_() ->
         fun a_save_that_raises_is_counted/1,
         fun histograms_add_up/1,
         fun text_for_prometheus/1,
-        fun the_pages_metrics_are_there/1
+        fun the_pages_metrics_are_there/1,
+        fun the_dashboards_metrics_are_there/1
     ]).
 
 save(N, Payload) ->
@@ -108,6 +109,24 @@ the_pages_metrics_are_there(_Root) ->
                      {Name, re:run(Text, ["^# TYPE erllama_cache_", Name, " "],
                                    [multiline, {capture, none}])})
      || Name <- Named
+    ].
+
+%% What dashboard and alerts ask for, too.
+the_dashboards_metrics_are_there(_Root) ->
+    Text = iolist_to_binary(erllama_cache_metrics:format([?STORE])),
+    [
+        begin
+            {ok, Json} = file:read_file(in_project(filename:join("dashboards", File))),
+            Named = lists:usort([Name || [Name] <- matches("(erllama_cache_[a-z0-9_]+)", Json)]),
+            ?assert(length(Named) >= Least),
+            Histograms = [re:replace(Name, "_bucket$", "", [{return, binary}]) || Name <- Named],
+            ?assertEqual([], [
+                Name
+             || Name <- Histograms,
+                re:run(Text, ["^# TYPE ", Name, " "], [multiline, {capture, none}]) =:= nomatch
+            ])
+        end
+     || {File, Least} <- [{"grafana.json", 20}, {"alerts.yml", 8}]
     ].
 
 %% In a node of its own, whose disk fails: that is, functions that are found before the C library's.

@@ -80,10 +80,11 @@ test: setup ## Run all tests: Rust, EUnit, Common Test, Elixir
 	cd $(NATIVE) && cargo test --locked -p erllama_cache_core -p kvc
 	$(MAKE) test-beam
 
+# SUITES=test/a_SUITE,test/b_SUITE: of Common Test only these.
 test-beam: ## Run those of them that need Erlang or Elixir
 	rebar3 as check compile
 	rebar3 eunit $(COVER)
-	rebar3 ct $(COVER)
+	rebar3 ct $(COVER) $(if $(SUITES),--suite $(SUITES))
 	rebar3 compile
 	ELIXIR_ERL_OPTIONS="+fnu" elixir -pa "$(EBIN)" test/elixir_check.exs
 	$(MAKE) elixir

@@ -50,7 +50,10 @@ fetches(Root) ->
     {ok, _} = start_store(?STORE, sub(Root, "borrower"), #{peers => ?GROUP}),
     {ok, _} = start_store(?SAVER, sub(Root, "saver"), #{}),
     ok = meet(Node),
-    Rows = [{bench_turns:mib(Mib), rounds(Node, Lent, Mib, Rounds)} || {Mib, Rounds} <- ?SIZES],
+    Rows = [
+        {bench_turns:mib(Mib), rounds(Node, Lent, Mib, bench_report:rounds(Rounds))}
+     || {Mib, Rounds} <- ?SIZES
+    ],
     peer:stop(Peer),
     [ok = gen_server:stop(Store) || Store <- [?STORE, ?SAVER]],
     io:format("~nfetch, beside what it is made of (milliseconds: p50; the longest of all rounds; "

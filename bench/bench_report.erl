@@ -1,7 +1,7 @@
 %% Figures: percentiles, a table that says which bounds are met, and JSON.
 -module(bench_report).
 
--export([main/2, large/1, summary/1, median/1]).
+-export([main/2, large/1, rounds/1, summary/1, median/1]).
 -export_type([summary/0, values/0]).
 
 -type summary() :: #{p50 := number(), p99 := number(), max := number(), n := pos_integer()}.
@@ -38,6 +38,14 @@ large(Count) ->
     case is_quick() of
         true -> max(1, Count div 16);
         false -> Count
+    end.
+
+%% How often something is measured: with BENCH_QUICK=yes twice, or once where it is once.
+-spec rounds(pos_integer()) -> pos_integer().
+rounds(Rounds) ->
+    case is_quick() of
+        true -> min(2, Rounds);
+        false -> Rounds
     end.
 
 is_quick() ->

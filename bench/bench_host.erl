@@ -32,8 +32,11 @@ run() ->
     Took = [nanoseconds(fun() -> bench_host_model:work(Work) end) || _ <- lists:seq(1, 200)],
     #{p50 := P50, p99 := P99} = bench_report:summary(Took),
     io:format("~na token's work: p50 ~.2f  p99 ~.2f ms~n", [P50 / 1.0e6, P99 / 1.0e6]),
-    Kinds = [{Kind, of_kind(Kind, Work)} || Kind <- [tokens, text]],
-    [{_, {Values, _}}, {_, {Others, _}}] = Kinds,
+    %% A quick run shows that it runs, by one of them.
+    Wanted = lists:sublist([tokens, text], bench_report:rounds(3) - 1),
+    Kinds = [{Kind, of_kind(Kind, Work)} || Kind <- Wanted],
+    [{_, {Values, _}} | _] = Kinds,
+    {_, {Others, _}} = lists:last(Kinds),
     {
         [{Id, worse(Id, Value, proplists:get_value(Id, Others))} || {Id, Value} <- Values],
         maps:from_list([{Kind, Figures} || {Kind, {_, Figures}} <- Kinds])

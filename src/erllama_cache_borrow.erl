@@ -31,15 +31,15 @@
     borrower :: #borrower{},
     key :: erllama_cache_nif:key(),
     token :: erllama_cache_host:token(),
-    import :: reference(),
+    import :: reference() | undefined,
     %% Monotonic milliseconds: of the whole, and of the next renewal of the reservation.
     deadline :: integer(),
     renew_at :: integer()
 }).
 
-%% `failed' is the peer's fault, or that of the way to it; `error' is this node's.
+%% `failed' is the peer's fault; `unreachable', that of the way to it; `error' is this node's.
 -spec run(#borrower{}, erllama_cache_nif:key(), {node(), erllama_cache_host:tier_srv()}) ->
-    {ok, Size :: pos_integer()} | already_present | {failed, term()} | {error, term()}.
+    {ok, Size :: pos_integer()} | already_present | {failed | unreachable | error, term()}.
 run(#borrower{transport = tcp} = Borrower, Key, {Node, Store}) ->
     Ticket = crypto:strong_rand_bytes(?TICKET_BYTES),
     case offer(Node, offer, [tcp, Store, Key, Ticket, self()]) of
@@ -49,7 +49,7 @@ run(#borrower{transport = tcp} = Borrower, Key, {Node, Store}) ->
         %% Distribution is not over plain TCP.
         {failed, no_address} ->
             run(Borrower#borrower{transport = distribution}, Key, {Node, Store});
-        {failed, _} = Failed ->
+        {_, _} = Failed ->
             Failed
     end;
 run(#borrower{transport = tls} = Borrower, Key, {Node, Store}) ->
@@ -58,7 +58,7 @@ run(#borrower{transport = tls} = Borrower, Key, {Node, Store}) ->
         {ok, Size, Address, Port} ->
             Connect = fun() -> connect_securely(Node, Address, Port, Ticket) end,
             reserved(Borrower, Key, Size, Connect, fun({tls, Socket}) -> ssl:close(Socket) end);
-        {failed, _} = Failed ->
+        {_, _} = Failed ->
             Failed
     end;
 run(#borrower{transport = distribution} = Borrower, Key, {Node, Store}) ->
@@ -66,7 +66,7 @@ run(#borrower{transport = distribution} = Borrower, Key, {Node, Store}) ->
         {ok, Size, Sender, pieces} when is_pid(Sender) ->
             Connect = fun() -> {ok, Sender} end,
             reserved(Borrower, Key, Size, Connect, fun(_) -> ok end);
-        {failed, _} = Failed ->
+        {_, _} = Failed ->
             Failed;
         _ ->
             {failed, bad_answer}
@@ -79,7 +79,7 @@ offer(Node, Function, Args) ->
         {error, Reason} -> {failed, Reason};
         _ -> {failed, bad_answer}
     catch
-        _Class:Reason -> {failed, Reason}
+        _Class:Reason -> {unreachable, Reason}
     end.
 
 %% Only now: room is made for what is offered.
@@ -87,19 +87,38 @@ reserved(#borrower{host = Host, name = Name, tier = Tier} = Borrower, Key, Size,
     case Host:reserve(Name, Tier, Key, Size) of
         {ok, Token} ->
             try received(Borrower, Key, Size, Token, Connect, Close) of
-                ok ->
-                    {ok, Size};
+                %% From here on nothing is to be undone, whatever the host says or raises.
+                {published, What} -> announced(Borrower, Key, Token, What);
                 Failure ->
                     ok = Host:cancel(Name, Key, Token),
                     Failure
             catch
                 Class:Reason:Stack ->
-                    ok = Host:cancel(Name, Key, Token),
+                    ok = cancel_after_exception(Borrower, Key, Token),
                     erlang:raise(Class, Reason, Stack)
             end;
         %% Somebody has saved it since.
         {error, already_present} ->
             already_present;
+        {error, _} = Error ->
+            Error
+    end.
+
+%% The caller has to see the first exception.
+cancel_after_exception(#borrower{host = Host, name = Name}, Key, Token) ->
+    try
+        Host:cancel(Name, Key, Token)
+    catch
+        _:_ -> ok
+    end.
+
+announced(#borrower{host = Host, name = Name, root = Root}, Key, Token, {Size, Header, Content}) ->
+    case Host:mark_published(Name, Key, Token, Root) of
+        ok ->
+            case Host:announce(Name, Key, Token, Size, Header, Content) of
+                ok -> {ok, Size};
+                {error, _} = Error -> Error
+            end;
         {error, _} = Error ->
             Error
     end.
@@ -112,8 +131,10 @@ received(Borrower, Key, Size, Token, Connect, Close) ->
             after
                 Close(Source)
             end;
+        {error, Reason} when Reason =:= emfile; Reason =:= enfile; Reason =:= enobufs ->
+            {error, Reason};
         {error, Reason} ->
-            {failed, Reason}
+            {unreachable, Reason}
     end.
 
 connect(Address, Port, Ticket) ->
@@ -167,20 +188,21 @@ connect_securely(Node, Address, Port, Ticket) ->
 
 import(#borrower{path = Path} = Borrower, Key, Size, Token, Source) ->
     Options = save_options(Borrower),
+    Begun = now_ms(),
+    Loan = #loan{
+        borrower = Borrower, key = Key, token = Token,
+        deadline = Begun + ?PATIENCE + Size div ?SLOWEST, renew_at = renew_at()
+    },
     Begin = fun(Turn) -> erllama_cache_nif:import_begin(Turn, Path, Key, Size, Options) end,
-    case erllama_cache_io_limit:run(Begin) of
-        {ok, Import} ->
-            Loan = #loan{
-                borrower = Borrower, key = Key, token = Token, import = Import,
-                deadline = now_ms() + ?PATIENCE + Size div ?SLOWEST, renew_at = renew_at()
-            },
+    case in_slices(Begin, Loan) of
+        {{ok, Import}, Renewed} ->
             try
-                from(Source, Loan, Size)
+                from(Source, Renewed#loan{import = Import}, Size)
             after
                 %% Drops nothing that is published.
                 ok = erllama_cache_nif:import_abort(Import)
             end;
-        {error, _} = Error ->
+        {{error, _} = Error, _} ->
             Error
     end.
 
@@ -263,40 +285,39 @@ give_credit({tls, _}, _Pieces) ->
 
 publish(#loan{import = Import} = Loan) ->
     case in_slices(fun(Turn) -> erllama_cache_nif:import_publish(Turn, Import) end, Loan) of
-        {{ok, Size, Header, Content}, _} -> announce(Loan, Size, Header, Content);
+        {{ok, Size, Header, Content}, _} -> {published, {Size, Header, Content}};
         {Failure, _} -> blame(Failure)
     end.
 
-%% Whoever has taken the reservation by now finds the file.
-announce(#loan{borrower = Borrower, key = Key, token = Token}, Size, Header, Content) ->
-    #borrower{host = Host, name = Name, root = Root} = Borrower,
-    case Host:mark_published(Name, Key, Token, Root) of
-        ok ->
-            _ = Host:announce(Name, Key, Token, Size, Header, Content),
-            ok;
-        {error, expired} ->
-            ok
-    end.
+%% The reservation is renewed in time, however long the disk takes or the turn is waited for. The
+%% peer's time does not run meanwhile.
+in_slices(Slice, #loan{deadline = Deadline} = Loan) ->
+    Begun = now_ms(),
+    {Result, Renewed} = sliced(Slice, Loan),
+    {Result, Renewed#loan{deadline = Deadline + now_ms() - Begun}}.
 
-%% The reservation is renewed in time, however long the disk takes.
-in_slices(Slice, Loan) ->
+sliced(Slice, Loan) ->
     case renewed(Loan) of
         {ok, Renewed} ->
-            case erllama_cache_io_limit:run(Slice) of
-                more -> in_slices(Slice, Renewed);
+            Check = fun() -> check(Renewed) end,
+            case erllama_cache_io_limit:run(Slice, erllama_cache_host:renew_every(), Check) of
+                more -> sliced(Slice, Renewed);
+                {gave_up, Lost} -> {Lost, Renewed};
                 Result -> {Result, Renewed}
             end;
         {error, _} = Error ->
             {Error, Loan}
     end.
 
-renewed(#loan{borrower = Borrower, key = Key, token = Token, renew_at = At} = Loan) ->
-    #borrower{host = Host, name = Name} = Borrower,
-    case now_ms() < At orelse Host:check(Name, Key, Token) of
+renewed(#loan{renew_at = At} = Loan) ->
+    case now_ms() < At orelse check(Loan) of
         true -> {ok, Loan};
         ok -> {ok, Loan#loan{renew_at = renew_at()}};
         {error, _} = Error -> Error
     end.
+
+check(#loan{borrower = #borrower{host = Host, name = Name}, key = Key, token = Token}) ->
+    Host:check(Name, Key, Token).
 
 %% What came is not what it should be: the peer's fault. Everything else is this node's.
 blame({error, {corrupt, _} = Reason}) -> {failed, Reason};

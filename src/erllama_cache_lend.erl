@@ -7,7 +7,7 @@
 -module(erllama_cache_lend).
 
 -include_lib("kernel/include/file.hrl").
--include("erllama_cache_store.hrl").
+-include("erllama_cache_peers.hrl").
 
 -export([offer/5, offer_pieces/3, setup/0]).
 
@@ -29,8 +29,8 @@ setup() ->
     New = fun() -> erllama_cache_nif:semaphore_new(?MAX_LENT) end,
     persistent_term:put(?MODULE, erllama_cache_successor:inherit(Before, New)).
 
-%% Called by a peer. The file stays open, whatever becomes of its name. Errors: `gone', `busy', and
-%% POSIX reasons.
+%% Called by a peer. The file stays open, whatever becomes of its name. Errors: `gone', `busy',
+%% `transport', this node lends in another way only, and POSIX reasons.
 -spec offer(tcp | tls, erllama_cache_host:tier_srv(), erllama_cache_nif:key(), Ticket :: binary(),
             pid()) ->
     {ok, Size :: pos_integer(), inet:ip_address(), inet:port_number()} | {error, term()}.
@@ -89,18 +89,35 @@ lend(Watcher, {Transport, Store, Key, Ticket, Node}) ->
     end.
 
 prepare(Transport, Store, Key, Node) ->
-    case take(Store, Key) of
+    case take(Transport, Store, Key) of
         {ok, File, Size} -> listen(address_towards(Transport, Node), File, Size);
         {error, _} = Error -> Error
     end.
 
 %% The file, and the slot, for as long as this process lives.
-take(Store, Key) ->
+take(Transport, Store, Key) ->
+    case lender(Store) of
+        #borrower{path = Path, transport = Own} ->
+            case is_agreed(Transport, Own) of
+                true -> take(Path, Key);
+                false -> {error, transport}
+            end;
+        none ->
+            {error, gone}
+    end.
+
+%% What goes over TLS by this node's configuration does not leave it in the clear because a peer
+%% asks so. Through the channel of distribution it does not either, if that is over TLS.
+is_agreed(tls, _Own) -> erllama_cache_peer_tls:is_configured();
+is_agreed(_InTheClear, tls) -> false;
+is_agreed(_InTheClear, _Own) -> true.
+
+take(Path, Key) ->
     Guard = erllama_cache_nif:guard_new(persistent_term:get(?MODULE)),
     %% A guard that nobody refers to is collected, and its slot with it.
     _ = put(?MODULE, Guard),
     case erllama_cache_nif:try_acquire(Guard) of
-        ok -> open(Store, Key);
+        ok -> open(Path, Key);
         busy -> {error, busy}
     end.
 
@@ -111,7 +128,7 @@ take(Store, Key) ->
 offer_pieces(Store, Key, Borrower) ->
     answer_of(fun(Asker) ->
         Borrowing = monitor(process, Borrower),
-        case take(Store, Key) of
+        case take(distribution, Store, Key) of
             {ok, File, Size} ->
                 Asker ! {self(), {ok, Size, self(), pieces}},
                 send_pieces(File, Borrower, Borrowing, 0);
@@ -138,25 +155,21 @@ send_pieces(File, Borrower, Borrowing, Credit) ->
             Error
     end.
 
-open(Store, Key) ->
-    case path(Store) of
-        {ok, Path} ->
-            Name = erllama_cache_path:final(Path, Key),
-            %% Opening what is not a file can take for ever.
-            case file:read_link_info(Name, [raw]) of
-                {ok, #file_info{type = regular}} -> open(Name);
-                {ok, _} -> {error, gone};
-                {error, enoent} -> {error, gone};
-                {error, _} = Error -> Error
-            end;
-        error ->
-            {error, gone}
+open(Path, Key) ->
+    Name = erllama_cache_path:final(Path, Key),
+    %% Opening what is not a file can take for ever.
+    case file:read_link_info(Name, [raw]) of
+        {ok, #file_info{type = regular}} -> open(Name);
+        {ok, _} -> {error, gone};
+        {error, enoent} -> {error, gone};
+        {error, _} = Error -> Error
     end.
 
-path(Store) ->
-    case erllama_cache_index:find_config(Store) of
-        {ok, #config{path = Path}} -> {ok, Path};
-        _ -> erllama_cache_peer_tier:path(Store)
+%% The store of this name, or the tier server, if it lends.
+lender(Store) ->
+    case erllama_cache_store_lookup:borrower(Store) of
+        {ok, Borrower} -> Borrower;
+        error -> erllama_cache_peer_tier:lender(Store)
     end.
 
 open(Name) ->
@@ -219,7 +232,7 @@ serve(Watcher, {_Transport, Listen} = Door, File, Size, Ticket) ->
 accept({Transport, Listen} = Door, Ticket, Deadline) ->
     case gen_tcp:accept(Listen, left(Deadline)) of
         {ok, Socket} ->
-            case shows_ticket(Transport, Socket, Ticket, min(?PATIENCE_WITH_ONE, left(Deadline))) of
+            case shows_ticket(Transport, Socket, Ticket, Deadline) of
                 {true, Connection} ->
                     {ok, Connection};
                 false ->
@@ -230,15 +243,20 @@ accept({Transport, Listen} = Door, Ticket, Deadline) ->
             Error
     end.
 
-shows_ticket(tcp, Socket, Ticket, Patience) ->
-    is_ticket(gen_tcp:recv(Socket, byte_size(Ticket), Patience), Ticket, Socket);
-shows_ticket(tls, Socket, Ticket, Patience) ->
-    case erllama_cache_peer_tls:accept(Socket, Patience) of
+shows_ticket(tcp, Socket, Ticket, Deadline) ->
+    is_ticket(gen_tcp:recv(Socket, byte_size(Ticket), with_one(Deadline)), Ticket, Socket);
+%% The handshake has twice the time.
+shows_ticket(tls, Socket, Ticket, Deadline) ->
+    case erllama_cache_peer_tls:accept(Socket, min(2 * ?PATIENCE_WITH_ONE, left(Deadline))) of
         {ok, Secure} ->
-            is_ticket(ssl:recv(Secure, byte_size(Ticket), Patience), Ticket, {tls, Secure});
+            Shown = ssl:recv(Secure, byte_size(Ticket), with_one(Deadline)),
+            is_ticket(Shown, Ticket, {tls, Secure});
         {error, _} ->
             false
     end.
+
+with_one(Deadline) ->
+    min(?PATIENCE_WITH_ONE, left(Deadline)).
 
 is_ticket({ok, Shown}, Ticket, Connection) ->
     case crypto:hash_equals(Shown, Ticket) of

@@ -17,10 +17,15 @@ text(#{event := Event} = Report) ->
 words(Name) ->
     string:replace(atom_to_list(Name), "_", " ", all).
 
-value(reason, Reason) -> erllama_cache_error:format(Reason);
-value(Name, Path) when Name =:= root; Name =:= file -> io_lib:format("~ts", [Path]);
+%% As the pages name it, and in words.
+value(reason, Reason) -> io_lib:format("~0tp (~ts)", [Reason, erllama_cache_error:format(Reason)]);
 value(key, Hex) -> Hex;
-value(_Name, Value) -> io_lib:format("~tp", [Value]).
+value(Name, Path) when Name =:= root; Name =:= file ->
+    case unicode:characters_to_list(Path) of
+        Characters when is_list(Characters) -> Characters;
+        _RawBytes -> io_lib:format("~0tp", [Path])
+    end;
+value(_Name, Value) -> io_lib:format("~0tp", [Value]).
 
 %% A key as it is printed, and as its file is called.
 -spec hex(erllama_cache_nif:key()) -> binary().

@@ -9,7 +9,7 @@
 -include_lib("kernel/include/file.hrl").
 -include("erllama_cache_peers.hrl").
 
--export([setup/2, borrower/2, look/4, path/1]).
+-export([setup/2, borrower/2, look/4, lender/1]).
 
 %% What a writer's configuration says of peers, for any of its host's tier servers. The calling
 %% process is the member.
@@ -55,9 +55,11 @@ root(Host, TierSrv) ->
            [erllama_cache_nif:key()], Asker :: pid()) ->
     [erllama_cache_peer_group:found()].
 look(_Group, TierSrv, Keys, _Asker) ->
-    case path(TierSrv) of
-        {ok, Path} -> [{TierSrv, [{Key, Size} || Key <- Keys, {ok, Size} <- [size(Path, Key)]]}];
-        error -> []
+    case lender(TierSrv) of
+        #borrower{path = Path} ->
+            [{TierSrv, [{Key, Size} || Key <- Keys, {ok, Size} <- [size(Path, Key)]]}];
+        none ->
+            []
     end.
 
 size(Path, Key) ->
@@ -66,13 +68,13 @@ size(Path, Key) ->
         _ -> none
     end.
 
-%% The root of a tier server whose files are lent.
--spec path(erllama_cache_host:tier_srv()) -> {ok, erllama_cache_nif:root()} | error.
-path(TierSrv) ->
+%% The tier server of this name, if its files are lent.
+-spec lender(erllama_cache_host:tier_srv()) -> none | #borrower{}.
+lender(TierSrv) ->
     try borrower(TierSrv, disk) of
-        {ok, #borrower{path = Path}} -> {ok, Path};
-        _ -> error
+        {ok, Borrower} -> Borrower;
+        {error, _} -> none
     catch
         %% Neither it nor a writer runs here.
-        exit:_ -> error
+        exit:_ -> none
     end.

@@ -21,8 +21,8 @@ accept(Socket, Timeout) ->
         Options -> ssl:handshake(Socket, Options, Timeout)
     end.
 
-%% The same on the other side. The certificate has to be of the host that the node's name has, as
-%% distribution asks for it.
+%% The same on the other side. The certificate has to be of the host that the node's name has,
+%% unless the options name another one, as distribution asks for it.
 -spec connect(gen_tcp:socket(), node(), timeout()) -> {ok, ssl:sslsocket()} | {error, term()}.
 connect(Socket, Node, Timeout) ->
     case options(client) of
@@ -30,8 +30,10 @@ connect(Socket, Node, Timeout) ->
             {error, no_certificates};
         Options ->
             [_, Host] = string:split(atom_to_list(Node), "@"),
-            Named = lists:keystore(server_name_indication, 1, Options,
-                                   {server_name_indication, Host}),
+            Named = case lists:keymember(server_name_indication, 1, Options) of
+                true -> Options;
+                false -> [{server_name_indication, Host} | Options]
+            end,
             ssl:connect(Socket, Named, Timeout)
     end.
 
@@ -42,13 +44,32 @@ options(Role) ->
             case file:consult(File) of
                 {ok, [Roles]} when is_list(Roles) ->
                     {ok, _} = application:ensure_all_started(ssl),
-                    proplists:get_value(Role, Roles, none);
+                    as_ssl_has_them(proplists:get_value(Role, Roles, none));
                 _ ->
                     none
             end;
         _ ->
             none
     end.
+
+%% Of the options, those that mean something to distribution alone are converted, or left out;
+%% without what verifies a peer there is no connection.
+as_ssl_has_them(Options) when is_list(Options) ->
+    case proplists:get_value(verify_fun, Options) of
+        {inet_tls_dist, _, _} -> none;
+        {Fun, _} when is_function(Fun) ->
+            case erlang:fun_info(Fun, module) of
+                {module, inet_tls_dist} -> none;
+                _ -> proplists:delete(ktls, Options)
+            end;
+        {Module, Function, State} ->
+            Fun = {verify_fun, {fun Module:Function/3, State}},
+            lists:keystore(verify_fun, 1, proplists:delete(ktls, Options), Fun);
+        undefined ->
+            proplists:delete(ktls, Options)
+    end;
+as_ssl_has_them(_None) ->
+    none.
 
 %% This machine's address on the way to that node, whatever carries distribution: that of a socket
 %% which is connected with it, by which nothing is sent.

@@ -65,8 +65,8 @@ first([], _Found) ->
 %% '''
 %%
 %% `miss' when no peer has it, or none that has it could send it. Errors: those of a reservation in
-%% this store, such as `no_room'; a POSIX reason of its root. Exits with `{noproc, _}' when the
-%% store does not run.
+%% this store, such as `no_room'; `{fetch_died, Reason}'; a POSIX reason of its root. Exits with
+%% `{noproc, _}' when the store does not run.
 -spec fetch(erllama_cache_store:name(), erllama_cache_writer:key()) ->
     ok | miss | {error, term()}.
 fetch(Store, Key) when is_atom(Store), byte_size(Key) =:= 32 ->
@@ -113,7 +113,9 @@ arrival(Pid, Monitor, Timeout) ->
     receive
         {'DOWN', Monitor, process, Pid, {shutdown, {arrived, Result}}} -> Result;
         {'DOWN', Monitor, process, Pid, noproc} -> noproc;
-        {'DOWN', Monitor, process, Pid, _Killed} -> miss
+        {'DOWN', Monitor, process, Pid, killed} -> miss;
+        %% The host has raised.
+        {'DOWN', Monitor, process, Pid, Reason} -> {error, {fetch_died, Reason}}
     after Timeout ->
         true = demonitor(Monitor, [flush]),
         {error, timeout}
@@ -127,7 +129,7 @@ flight(#borrower{name = Name, flights = Flights} = Borrower, Key) ->
     Result = try ets:insert_new(Flights, {Flight, self()}) of
         true ->
             Holders = erllama_cache_peer_group:ask(Borrower, [Key]),
-            Fetched = from_first(Borrower, Key, Holders, miss),
+            Fetched = from_first(Borrower, Key, Holders),
             ok = land(Flights, Flight, self()),
             Fetched;
         false ->
@@ -145,31 +147,38 @@ land(Flights, Flight, Pid) ->
         error:badarg -> ok
     end.
 
-%% The first that sends it. `Sofar' is what kept the file of another one from coming here.
-from_first(_Borrower, _Key, [], Sofar) ->
-    Sofar;
-from_first(Borrower, Key, [{Node, Name, [{Key, _Size}]} | Others], Sofar) ->
+%% The first that sends it.
+from_first(_Borrower, _Key, []) ->
+    miss;
+from_first(Borrower, Key, [{Node, Name, [{Key, _Size}]} | Others]) ->
     case is_reachable(Borrower, Node) andalso borrowed(Borrower, Key, Node, Name) of
         false ->
-            from_first(Borrower, Key, Others, Sofar);
+            from_first(Borrower, Key, Others);
         {ok, Size} ->
             count(Borrower, {fetched, Size});
         already_present ->
             ok;
-        %% The peer's, or of the way: the next one may be better.
+        %% The next one may be better.
         {failed, busy} ->
-            from_first(Borrower, Key, Others, Sofar);
+            from_first(Borrower, Key, Others);
         {failed, Reason} ->
-            ok = count(Borrower, fetch_failed),
-            ok = avoid(Borrower, Node, Reason),
-            ok = erllama_cache_store_log:fetch_failed(Borrower, Key, Node, Reason),
-            from_first(Borrower, Key, Others, Sofar);
+            ok = failed(Borrower, Key, Node, Reason),
+            from_first(Borrower, Key, Others);
+        {unreachable, Reason} ->
+            ok = failed(Borrower, Key, Node, Reason),
+            ok = avoid(Borrower, Node),
+            from_first(Borrower, Key, Others);
+        %% Nobody else's file would do better here.
         {error, _} = Error ->
-            from_first(Borrower, Key, Others, Error)
+            Error
     end;
 %% What no store answers.
-from_first(Borrower, Key, [_ | Others], Sofar) ->
-    from_first(Borrower, Key, Others, Sofar).
+from_first(Borrower, Key, [_ | Others]) ->
+    from_first(Borrower, Key, Others).
+
+failed(Borrower, Key, Node, Reason) ->
+    ok = count(Borrower, fetch_failed),
+    erllama_cache_store_log:fetch_failed(Borrower, Key, Node, Reason).
 
 borrowed(#borrower{name = Here} = Borrower, Key, Node, Name) ->
     Borrow = fun() -> erllama_cache_borrow:run(Borrower, Key, {Node, Name}) end,
@@ -183,14 +192,9 @@ count(#borrower{host = Host, name = Name}, Event) ->
     Host:count(Name, Event).
 
 %% A node behind a firewall costs its time once in a while, not at each load.
-avoid(#borrower{flights = Flights}, Node, Reason) ->
-    case lists:member(Reason, [timeout, etimedout, ehostunreach, econnrefused, einval]) of
-        true ->
-            true = ets:insert(Flights, {{avoided, Node}, now_ms() + ?AVOIDED_FOR}),
-            ok;
-        false ->
-            ok
-    end.
+avoid(#borrower{flights = Flights}, Node) ->
+    true = ets:insert(Flights, {{avoided, Node}, now_ms() + ?AVOIDED_FOR}),
+    ok.
 
 is_reachable(#borrower{flights = Flights}, Node) ->
     case ets:lookup(Flights, {avoided, Node}) of

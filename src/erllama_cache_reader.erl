@@ -50,9 +50,17 @@ load(TierSrv, Key, Options) when
         erllama_cache_config:load_options(Options, #{timeout => infinity, wait => none}),
     case erllama_cache_store_lookup:keyed_by(TierSrv) of
         {ok, _KeyedBy} when Wait =:= none -> erllama_cache_store:load(TierSrv, Key, Timeout);
-        {ok, _KeyedBy} -> load_after(Wait, erllama_cache_store, TierSrv, Key, Timeout);
-        error -> load_by_host(Wait, TierSrv, Key, Timeout)
+        {ok, _KeyedBy} ->
+            told(TierSrv, Key, fun() ->
+                load_after(Wait, erllama_cache_store, TierSrv, Key, Timeout)
+            end);
+        error ->
+            told(TierSrv, Key, fun() -> load_by_host(Wait, TierSrv, Key, Timeout) end)
     end.
+
+told(TierSrv, Key, Load) ->
+    erllama_cache_telemetry:span(load, #{name => TierSrv, key => Key},
+                                 {Load, fun erllama_cache_load:described/1}).
 
 %% @doc Fetches as {@link fetch/3}, into a tier `disk', however long it takes.
 %%
@@ -79,8 +87,10 @@ fetch(TierSrv, Key) ->
 %% server (default: `disk').
 %%
 %% Errors: `timeout'; those of a reservation, such as `conflict', when a save of the key runs;
-%% `tier_busy'; a POSIX reason. Exits with `{noproc, _}' when there is neither a store nor a tier
-%% server of that name, or no writer has been started.
+%% `expired', the file is on the disk, but the reservation was lost, and the host may not know of
+%% it; `tier_busy'; `{fetch_died, Reason}', the host has raised; a POSIX reason. Exits with
+%% `{noproc, _}' when there is neither a store nor a tier server of that name, or no writer has
+%% been started.
 -spec fetch(erllama_cache_host:tier_srv(), erllama_cache_writer:key(),
             #{timeout => timeout(), tier => erllama_cache_host:tier()}) ->
     ok | miss | {error, term()}.
@@ -99,11 +109,6 @@ fetch(TierSrv, Key, Options) when
     end.
 
 load_by_host(Wait, TierSrv, Key, Timeout) ->
-    Load = fun() -> load_in_tier(Wait, TierSrv, Key, Timeout) end,
-    erllama_cache_telemetry:span(load, #{name => TierSrv, key => Key},
-                                 {Load, fun erllama_cache_load:described/1}).
-
-load_in_tier(Wait, TierSrv, Key, Timeout) ->
     #{host := Host} = erllama_cache_setup:get(?MODULE, load, [TierSrv, Key]),
     case Wait of
         none ->

@@ -287,9 +287,9 @@ delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
         {error, _} = Error -> Error
     end.
 
-%% @doc Whether there is a file under a key: what the index says, or else the disk, where another
-%% node may have saved it. Nobody has read the file: only a load tells whether it is sound. Errors:
-%% a POSIX reason.
+%% @doc Whether there is a state under a key: in a save that is pending, in the index, or on the
+%% disk, where another node may have saved it. Nobody has read the file: only a load tells whether
+%% it is sound. Errors: a POSIX reason.
 %%
 %% ```
 %% {ok, Key} = erllama_cache_store:save(my_store, Meta, Payload),
@@ -299,12 +299,17 @@ delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
 -spec member(name(), erllama_cache_writer:key()) -> boolean() | {error, term()}.
 member(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     #config{path = Path} = config(Name),
-    case erllama_cache_index:row(Name, Key) of
-        #row{state = present} ->
+    case {erllama_cache_index:row(Name, Key), pending(Name, Key)} of
+        {#row{state = present}, _} ->
+            true;
+        {_, {ok, _Info, _Payload, _Owner}} ->
             true;
         _ ->
             erllama_cache_io_limit:run(fun(Turn) -> erllama_cache_nif:exists(Turn, Path, Key) end)
     end.
+
+pending(Name, Key) ->
+    erllama_cache_pending:find(erllama_cache_pending:scope(?MODULE, Name), Key).
 
 %% @doc Returns what describes the payload under a key, without the payload. It is what the file
 %% says of itself: only a load checks it.
@@ -318,9 +323,14 @@ member(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
 -spec info(name(), erllama_cache_writer:key()) -> {ok, file_info()} | miss | {error, term()}.
 info(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
     #config{path = Path, secret = Secret} = config(Name),
-    erllama_cache_io_limit:run(fun(Turn) ->
-        erllama_cache_nif:describe(Turn, Path, Key, Secret)
-    end).
+    case pending(Name, Key) of
+        {ok, Info, _Payload, _Owner} ->
+            {ok, Info};
+        none ->
+            erllama_cache_io_limit:run(fun(Turn) ->
+                erllama_cache_nif:describe(Turn, Path, Key, Secret)
+            end)
+    end.
 
 %% @doc Calls `Fun' for each file that the index knows, in no order: with its key, its size in
 %% bytes, and when it was used last, in milliseconds of system time. Files that come and go
@@ -332,12 +342,14 @@ info(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
 -spec fold(name(), fun((erllama_cache_writer:key(), Row, Acc) -> Acc), Acc) -> Acc when
     Row :: #{size := pos_integer(), last_used := integer()}.
 fold(Name, Fun, Acc) when is_atom(Name), is_function(Fun, 3) ->
-    erllama_cache_index:fold(Name, fun
+    %% The caller's own function is called when the table has been read: it may take long, or raise.
+    Files = erllama_cache_index:fold(Name, fun
         (#row{state = present, key = Key, size = Size, last_used = LastUsed}, Sofar) ->
-            Fun(Key, #{size => Size, last_used => LastUsed}, Sofar);
+            [{Key, #{size => Size, last_used => LastUsed}} | Sofar];
         (_RefusedOrReserved, Sofar) ->
             Sofar
-    end, Acc).
+    end, []),
+    lists:foldl(fun({Key, File}, Sofar) -> Fun(Key, File, Sofar) end, Acc, Files).
 
 %% @doc Returns the key of a save with this map in a store that is keyed by tokens: 32 bytes, made
 %% from `fingerprint', `quant_type', `ctx_params_hash' and `tokens'. Other fields are ignored.

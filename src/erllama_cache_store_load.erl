@@ -36,6 +36,8 @@ load_from_peer(Config, Key, Deadline) ->
     #config{borrower = Borrower} = Config,
     case erllama_cache_peers:fetch_file(Borrower, Key, left(Deadline)) of
         ok -> load_file(Config, Key, left(Deadline));
+        %% It is there, under somebody else's reservation.
+        {error, expired} -> load_file(Config, Key, left(Deadline));
         miss -> miss;
         {error, timeout} = Error -> Error;
         %% Why it cannot be here: no room, or a disk that fails. A save would say it, too.

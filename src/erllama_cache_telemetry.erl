@@ -50,8 +50,14 @@ event(What, Suffix, Details) ->
         none ->
             ok;
         Module ->
-            {Measurements, Metadata} = Details(),
-            Module:execute([erllama_cache, What, Suffix], Measurements, Metadata)
+            %% The library raises where its application does not run, and what has been done is not
+            %% to fail by that.
+            try
+                {Measurements, Metadata} = Details(),
+                Module:execute([erllama_cache, What, Suffix], Measurements, Metadata)
+            catch
+                _:_ -> ok
+            end
     end.
 
 %% Runs `Fun' and says how long it took; `Describe' makes measurements and metadata of its result.
@@ -68,8 +74,8 @@ measured(What, Metadata, Fun, Describe) ->
     try Fun() of
         Result ->
             Duration = erlang:monotonic_time() - Begun,
-            {Measurements, More} = Describe(Result),
             ok = event(What, stop, fun() ->
+                {Measurements, More} = Describe(Result),
                 {Measurements#{duration => Duration}, maps:merge(Metadata, More)}
             end),
             Result

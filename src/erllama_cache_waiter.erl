@@ -21,7 +21,7 @@
 wait(Guard, Weight, Bytes, Timeout, Stop) ->
     Ref = make_ref(),
     Attempt = erllama_cache_nif:acquire_or_queue(Guard, Weight, Bytes, Ref),
-    decided(Attempt, Weight, fun() -> await(Guard, Ref, Timeout, Stop) end).
+    decided(Attempt, measured(Weight, fun() -> await(Guard, Ref, Timeout, Stop) end)).
 
 %% Waits for so many slots and bytes for as long as it takes, and runs `Meanwhile' every so many
 %% milliseconds until it is decided. Unless the answer is `granted', the process holds nothing of
@@ -32,7 +32,7 @@ wait(Guard, Weight, Bytes, Timeout, Stop) ->
 wait_meanwhile(Guard, Weight, Bytes, Every, Meanwhile) ->
     Ref = make_ref(),
     Attempt = erllama_cache_nif:acquire_or_queue(Guard, Weight, Bytes, Ref),
-    decided(Attempt, Weight, fun() -> await_decision(Guard, Ref, Every, Meanwhile) end).
+    decided(Attempt, fun() -> await_decision(Guard, Ref, Every, Meanwhile) end).
 
 %% The same in the last lane: after all that wait in the usual one.
 -spec wait_last(erllama_cache_nif:guard(), pos_integer(), non_neg_integer(), timeout(),
@@ -41,16 +41,22 @@ wait_meanwhile(Guard, Weight, Bytes, Every, Meanwhile) ->
 wait_last(Guard, Weight, Bytes, Every, Meanwhile) ->
     Ref = make_ref(),
     Attempt = erllama_cache_nif:acquire_or_queue_last(Guard, Weight, Bytes, Ref),
-    decided(Attempt, Weight, fun() -> await_decision(Guard, Ref, Every, Meanwhile) end).
+    Await = fun() -> await_decision(Guard, Ref, Every, Meanwhile) end,
+    decided(Attempt, measured(Weight, Await)).
 
-decided(ok, _Weight, _Await) ->
-    granted;
-decided(queued, Weight, Await) ->
-    erllama_cache_telemetry:span(wait, #{weight => Weight}, {Await, fun(Verdict) ->
-        {#{}, #{result => case Verdict of granted -> ok; {gave_up, _} -> gave_up; _ -> Verdict end}}
-    end});
-decided(Refused, _Weight, _Await) ->
-    Refused.
+decided(ok, _Await) -> granted;
+decided(queued, Await) -> Await();
+decided(Refused, _Await) -> Refused.
+
+%% A wait for a slot is an event; one for a turn, by wait_meanwhile/5, is not.
+measured(Weight, Await) ->
+    fun() ->
+        erllama_cache_telemetry:span(wait, #{weight => Weight}, {Await, fun described/1})
+    end.
+
+described(granted) -> {#{}, #{result => ok}};
+described({gave_up, _}) -> {#{}, #{result => gave_up}};
+described(Verdict) -> {#{}, #{result => Verdict}}.
 
 await_decision(Guard, Ref, Every, Meanwhile) ->
     receive

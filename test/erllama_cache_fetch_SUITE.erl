@@ -9,8 +9,9 @@
 
 -import(erllama_cache_test_util, [file_of/2, flip/2, actor/0, tell/2, ask/2, answer/2,
                                   eventually/1, fresh_dir/2]).
--import(erllama_cache_erllama_util, [meta/0, save/2, restart_writer/1, assert_nothing_left/1,
-                                     args/1]).
+-import(erllama_cache_erllama_util, [
+    meta/0, meta/1, save/2, restart_writer/1, assert_nothing_left/1, args/1
+]).
 
 -define(READER, erllama_cache_reader).
 -define(GROUP, fetch_group).
@@ -29,6 +30,8 @@ groups() ->
         a_key_that_is_being_saved_is_a_conflict,
         what_is_here_is_not_taken_again,
         a_bad_file_leaves_nothing,
+        a_published_file_is_not_undone,
+        a_host_that_raises_is_an_error,
         nobody_has_it,
         a_file_larger_than_a_piece,
         without_peers_nobody_is_asked,
@@ -113,6 +116,27 @@ a_bad_file_leaves_nothing(Config) ->
     ?assertEqual(miss, erllama_cache_meta_srv:await(Key, 0)),
     ?assertEqual([0, 0, 1], since(Before)).
 
+%% As with a save: the host adopts it when the process has ended.
+a_published_file_is_not_undone(Config) ->
+    Key = save_there(Config, <<"payload">>),
+    ok = erllama_fake:script(announce_saved, [{return, {error, expired}}]),
+    ?assertEqual({error, expired}, ?READER:fetch(?TIER, Key)),
+    ?assertMatch({ok, _, <<"payload">>}, ?READER:load(?TIER, Key)),
+    ?assertEqual([], args(cancel_reservation)),
+    ok = erllama_fake:forget_calls(),
+    Other = save_there(Config, meta([7]), <<"other">>),
+    ok = erllama_fake:script(announce_saved, [{raise, exit, {timeout, announce}}]),
+    ?assertMatch({error, {fetch_died, _}}, ?READER:fetch(?TIER, Other)),
+    ?assertEqual([], args(cancel_reservation)),
+    ?assertMatch({ok, _, <<"other">>}, ?READER:load(?TIER, Other)),
+    eventually(fun() -> erllama_cache_meta_srv:await(Other, 0) =:= stored end).
+
+a_host_that_raises_is_an_error(Config) ->
+    Key = save_there(Config, <<"payload">>),
+    ok = erllama_fake:script(reserve_save, [{raise, exit, {noproc, erllama_cache_meta_srv}}]),
+    ?assertMatch({error, {fetch_died, {noproc, _}}}, ?READER:fetch(?TIER, Key)),
+    assert_nothing_left(Config).
+
 nobody_has_it(Config) ->
     ?assertEqual(miss, ?READER:fetch(?TIER, <<1:256>>)),
     assert_nothing_left(Config).
@@ -146,7 +170,10 @@ exits_without_a_tier_server(_Config) ->
     ?assertExit({noproc, _}, ?READER:fetch(no_such_tier, <<1:256>>)).
 
 save_there(Config, Payload) ->
-    {ok, Key} = erpc:call(?config(node, Config), ?WRITER, save, [?TIER, disk, meta(), Payload]),
+    save_there(Config, meta(), Payload).
+
+save_there(Config, Meta, Payload) ->
+    {ok, Key} = erpc:call(?config(node, Config), ?WRITER, save, [?TIER, disk, Meta, Payload]),
     Key.
 
 %% They count since the node's first writer started.

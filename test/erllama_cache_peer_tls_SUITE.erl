@@ -8,7 +8,9 @@
 -export([all/0, init_per_suite/1, end_per_suite/1]).
 -export([beside_plain_distribution/1, beside_distribution_over_tls/1,
          who_has_no_certificate_gets_no_file/1, another_authoritys_certificate_is_refused/1,
-         another_hosts_certificate_is_refused/1, without_certificates_it_is_no_option/1]).
+         another_hosts_certificate_is_refused/1, without_certificates_it_is_no_option/1,
+         in_the_clear_nothing_is_lent/1, what_verifies_by_a_function_is_asked/1]).
+-export([verify/3]).
 
 -import(erllama_cache_test_util, [eventually/1]).
 
@@ -19,7 +21,8 @@
 all() ->
     [beside_plain_distribution, beside_distribution_over_tls, who_has_no_certificate_gets_no_file,
      another_authoritys_certificate_is_refused, another_hosts_certificate_is_refused,
-     without_certificates_it_is_no_option].
+     without_certificates_it_is_no_option, in_the_clear_nothing_is_lent,
+     what_verifies_by_a_function_is_asked].
 
 init_per_suite(Config) ->
     {ok, _} = application:ensure_all_started(ssl),
@@ -116,6 +119,35 @@ without_certificates_it_is_no_option(Config) ->
     Root = ?config(priv_dir, Config),
     ?assertError({invalid_option, peer_transport, tls},
                  erllama_cache_store:start_link(?STORE, #{root => Root, peer_transport => tls})).
+
+%% Whatever a peer asks for.
+in_the_clear_nothing_is_lent(Config) ->
+    Args = ["-ssl_dist_optfile", ?config(good, Config)],
+    between(Args, Args, Config, fun(A, _B) ->
+        Key = save(A, 1, <<"payload">>),
+        Borrower = call(A, erlang, whereis, [?STORE]),
+        Offer = [tcp, ?STORE, Key, rand:bytes(32), Borrower],
+        ?assertEqual({error, transport}, call(A, erllama_cache_lend, offer, Offer)),
+        Pieces = [?STORE, Key, Borrower],
+        ?assertEqual({error, transport}, call(A, erllama_cache_lend, offer_pieces, Pieces))
+    end).
+
+%% As such a file names it.
+what_verifies_by_a_function_is_asked(Config) ->
+    {ok, [[{server, Server}, {client, Client}]]} = file:consult(?config(good, Config)),
+    File = filename:join(?config(priv_dir, Config), "verified.conf"),
+    Options = [{server, Server}, {client, [{verify_fun, {?MODULE, verify, refuse}} | Client]}],
+    ok = file:write_file(File, io_lib:format("~p.~n", [Options])),
+    Lender = ["-ssl_dist_optfile", ?config(good, Config)],
+    between(Lender, ["-ssl_dist_optfile", File], Config, fun(A, B) ->
+        Key = save(A, 1, <<"payload">>),
+        ?assertEqual(miss, load(B, Key)),
+        ?assertMatch(#{fetch_failures := 1}, info(B))
+    end).
+
+verify(_Certificate, {bad_cert, Reason}, _State) -> {fail, Reason};
+verify(_Certificate, {extension, _}, State) -> {unknown, State};
+verify(_Certificate, _Valid, refuse) -> {fail, refused}.
 
 %%% Two nodes, with a store each
 

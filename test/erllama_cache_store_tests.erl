@@ -112,6 +112,14 @@ fold_visits_each_file(Root) ->
         Visited = erllama_cache_store:fold(?STORE, Fold, []),
         ?assertEqual(lists:sort(Keys), lists:sort([Key || {Key, _, _} <- Visited])),
         ?assertEqual(lists:sum([Size || {_, Size, _} <- Visited]), bytes_in(Root)),
+        %% Once, whatever it raises.
+        Raises = fun(_, _, _) ->
+            self() ! folded,
+            error(badarg)
+        end,
+        ?assertError(badarg, erllama_cache_store:fold(?STORE, Raises, none)),
+        receive folded -> ok end,
+        receive folded -> error(folded_again) after 0 -> ok end,
         Now = erlang:system_time(millisecond),
         ok = erllama_cache_store:cancel(?STORE, Reserved, Token),
         ?assert(lists:all(fun({_, _, Used}) -> abs(Now - Used) < 60000 end, Visited))

@@ -31,9 +31,10 @@ const RECEIVED: usize = 256 * 1024;
 /// A file on its way in. Dropped before it is published, it leaves nothing behind.
 #[derive(Debug)]
 pub struct Import {
-    arriving: Arriving,
-    /// `None` once all is proven, or after an error.
+    /// `None` once all is proven, or after an error. Dropped first: the last descriptor of a file
+    /// without a name is to be closed by the thread that `arriving` hands it to.
     proving: Option<Proving>,
+    arriving: Arriving,
     /// All that stands before the payload, once the file is proven.
     prefix: Option<ParsedPrefix>,
 }
@@ -65,8 +66,8 @@ impl Import {
         let reader = file.file().try_clone().call("dup")?;
         let completion = Completion::new(file, &options);
         Ok(Import {
-            arriving: Arriving::new(completion),
             proving: Some(Proving::new(reader, len, key, options.secret)),
+            arriving: Arriving::new(completion),
             prefix: None,
         })
     }

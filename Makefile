@@ -25,7 +25,7 @@ MUSL := x86_64-unknown-linux-musl
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all kvc help setup demo test test-beam elixir matrix check cover loom musl \
+.PHONY: all kvc prebuilt package help setup demo test test-beam elixir matrix check cover loom musl \
   soak-semaphore soak-store cluster fresh faults crash kill disks fuzz soak sanitize valgrind readme rules dropin \
   chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-fetch bench-host \
   bench-peers \
@@ -43,6 +43,12 @@ kvc: ## Build kvc, the command-line tool for directories of saved states
 
 demo: setup all ## Save a file into a cache and watch it happen: FILE=path
 	ERL_LIBS="$(LIBS)$${ERL_LIBS:+:$$ERL_LIBS}" escript examples/demo.escript $${FILE:+"$$FILE"}
+
+prebuilt: setup ## Build the archives of a release: TARGETS="x86_64-unknown-linux-gnu"
+	tools/prebuilt.sh $(TARGETS)
+
+package: setup all ## Build from what the package has, in an empty directory
+	tools/package.sh
 
 setup: ## Install what is missing, or say what it is
 	@$(if $(BUILT),:,tools/setup.sh)

@@ -143,6 +143,7 @@ packages() {
             mkfs.btrfs) echo btrfs-progs ;;
             setquota) echo quota ;;
             linux.uml) echo user-mode-linux ;;
+            aarch64-linux-gnu-gcc) echo gcc-aarch64-linux-gnu libc6-dev-arm64-cross ;;
             glusterd) echo glusterfs-server ;;
             ip) echo iproute2 ;;
             modprobe) echo kmod ;;

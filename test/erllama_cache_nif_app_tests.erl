@@ -70,7 +70,8 @@ an_invalid_configuration_is_named(Root) ->
             ?assertEqual(undefined, whereis(erllama_cache_nif_sup))
         end
      || {Stores, Expected} <- [
-            {[{store_a, [{root, Root}]}], "{invalid_config,stores,{store_a"},
+            {[{store_a, Root, []}], "{invalid_config,stores,{store_a"},
+            {[{store_a, [{root, Root}, {tier, ram}]}], "{invalid_option,tier,ram}"},
             {store_a, "{invalid_config,stores,store_a}"},
             {[{store_a, #{root => Root, tier => ram}}], "{invalid_option,tier,ram}"},
             {[{store_a, #{}}], "{missing_option,root}"}

@@ -503,8 +503,8 @@ counts() ->
 
 reports() ->
     receive
-        {logged, error, #{event := save_dropped, tier_srv := Store, key := Key, reason := Why}} ->
-            [{{Store, number(Key)}, why(Why)} | reports()];
+        {logged, error, #{event := save_dropped, tier_srv := Store, key := Hex, reason := Why}} ->
+            [{{Store, number(binary:decode_hex(Hex))}, why(Why)} | reports()];
         {logged, _Level, Another} ->
             [Another | reports()]
     after 0 -> []

@@ -97,8 +97,8 @@ the_rest_is_named(Kind, Config) ->
     {0, Said} = stop_node(Kind, nobody, 0, Config),
     %% The last is detached, and not behind its caller.
     Bytes = bytes() div ?SAVES * (?SAVES - 1),
-    Facts = [["event: saves_left"], ["saves: ", integer_to_list(?SAVES), $\n],
-             ["pending_bytes: ", integer_to_list(Bytes)]],
+    Facts = [["saves_left: "], ["saves ", integer_to_list(?SAVES), $\n],
+             ["pending bytes ", integer_to_list(Bytes), ", "]],
     [?assertNotEqual({nomatch, Said}, {string:find(Said, lists:flatten(Fact)), Said})
      || Fact <- Facts],
     ?assertEqual(1, length(string:split(Said, "REPORT====", all)) - 1),

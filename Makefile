@@ -113,7 +113,7 @@ check: setup ## Formatting, lints, warnings, xref, dialyzer, documentation, lice
 	escript tools/shape.escript
 
 # COVER=--cover make test, then rebar3 cover: the same beside the other tests.
-cover: ## Run the Erlang tests with coverage; the report is in _build/test/cover
+cover: setup ## Run the Erlang tests with coverage; the report is in _build/test/cover
 	rebar3 do eunit --cover, ct --cover, cover --verbose
 
 rules: ## Check the alert rules of dashboards/ with promtool

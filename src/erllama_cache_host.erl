@@ -18,7 +18,7 @@
 %% </ul>
 -module(erllama_cache_host).
 
--export([recognise/1]).
+-export([recognise/1, locate/2]).
 -export([lease/0, lease_left/0, renew_every/0]).
 -export_type([tier_srv/0, tier/0, keyed_by/0, identity/0, content/0, token/0, event/0]).
 
@@ -93,6 +93,21 @@ recognise(#{host := Host} = Config) ->
     case Answer of
         {ok, KeyedBy} -> {ok, Config#{keyed_by => KeyedBy}};
         {error, _} = Error -> Error
+    end.
+
+%% @private
+%% A host's root, as it has it and as the system wants it. Exits when there is no such tier server.
+-spec locate(module(), tier_srv()) ->
+    {ok, file:name_all(), erllama_cache_nif:root()} | {error, term()}.
+locate(Host, TierSrv) ->
+    case Host:root(TierSrv) of
+        {error, _} = Error ->
+            Error;
+        Root ->
+            case erllama_cache_path:native(Root) of
+                {ok, Path} -> {ok, Root, Path};
+                {error, _} = Error -> Error
+            end
     end.
 
 %% @doc Milliseconds for which a reservation stands without being renewed.

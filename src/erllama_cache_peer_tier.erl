@@ -31,22 +31,11 @@ borrower(TierSrv, Tier) ->
         #{borrower := none} ->
             {ok, none};
         #{borrower := #borrower{host = Host} = Borrower} ->
-            case root(Host, TierSrv) of
+            case erllama_cache_host:locate(Host, TierSrv) of
                 {ok, Root, Path} ->
                     {ok, Borrower#borrower{name = TierSrv, tier = Tier, root = Root, path = Path}};
                 {error, _} = Error ->
                     Error
-            end
-    end.
-
-root(Host, TierSrv) ->
-    case Host:root(TierSrv) of
-        {error, _} = Error ->
-            Error;
-        Root ->
-            case erllama_cache_path:native(Root) of
-                {ok, Path} -> {ok, Root, Path};
-                {error, _} = Error -> Error
             end
     end.
 

@@ -139,17 +139,14 @@ load_file(erllama_cache_store, Store, Key, Timeout) ->
     erllama_cache_store_load:load_file(Store, Key, Timeout);
 load_file(Host, TierSrv, Key, Timeout) ->
     #{secret := Secret} = erllama_cache_setup:get(?MODULE, load, [TierSrv, Key]),
-    case native(Host:root(TierSrv)) of
-        {ok, Path} ->
+    case erllama_cache_host:locate(Host, TierSrv) of
+        {ok, _Root, Path} ->
             Result = erllama_cache_load:run(Path, Key, Secret, Timeout),
             ok = after_load(Result, Host, TierSrv, Path, Key, Secret),
             Result;
         {error, _} = Error ->
             Error
     end.
-
-native({error, _} = Error) -> Error;
-native(Root) -> erllama_cache_path:native(Root).
 
 after_load({error, {corrupt, _}}, Host, TierSrv, Path, Key, Secret) ->
     case erlang:function_exported(Host, corrupt, 2) of

@@ -65,7 +65,7 @@ early_root(TierSrv, {_Ref, []}) ->
     try
         {ok, Setup} = erllama_cache_setup:find(),
         {Host, _KeyedBy} = host(TierSrv, Setup),
-        {ok, Root, Path} = locate(Host, TierSrv),
+        {ok, Root, Path} = erllama_cache_host:locate(Host, TierSrv),
         #{root => {Root, Path}}
     catch
         %% The save will ask again, and fail as one in line does.
@@ -287,23 +287,12 @@ drop_tmp(#save{tmp = undefined}) -> ok;
 drop_tmp(#save{tmp = Tmp}) -> erllama_cache_nif:abort(Tmp).
 
 find_root(#save{path = undefined, host = Host, tier_srv = TierSrv} = Save) ->
-    case locate(Host, TierSrv) of
+    case erllama_cache_host:locate(Host, TierSrv) of
         {ok, Root, Path} -> {next, Save#save{root = Root, path = Path}};
         {error, _} = Error -> Error
     end;
 find_root(Save) ->
     {next, Save}.
-
-locate(Host, TierSrv) ->
-    case Host:root(TierSrv) of
-        {error, _} = Error ->
-            Error;
-        Root ->
-            case erllama_cache_path:native(Root) of
-                {ok, Path} -> {ok, Root, Path};
-                {error, _} = Error -> Error
-            end
-    end.
 
 begin_write(#save{path = Path} = Save) ->
     begun(first_call(Path, Save), Save).

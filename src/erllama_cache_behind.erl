@@ -157,13 +157,19 @@ finish(Save, {Slot, Guard, Bytes, Begun}) ->
         ok ->
             Granted = erlang:monotonic_time(),
             {TierSrv, _Key, _Reason} = erllama_cache_save:subject(Save),
+            Paced = paced(Slot, Save),
             erllama_cache_save:counted(
-                fun() -> erllama_cache_save:finish(Save, Guard, behind) end,
+                fun() -> erllama_cache_save:finish(Paced, Guard, behind) end,
                 {TierSrv, Bytes}, Begun, Granted
             );
         {error, _} = Error ->
             Error
     end.
+
+%% Where saves wait for slots, the disk is behind the models already. If each rested as much as it
+%% works, the pending set would fill up, and the next saves would be refused.
+paced(ok, Save) -> Save;
+paced(busy, Save) -> erllama_cache_save:without_rest(Save).
 
 await_slot(ok, _Guard, _Bytes, _Save) ->
     ok;

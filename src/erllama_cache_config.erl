@@ -70,7 +70,7 @@
 %% <li>`slot_ms': milliseconds that a save of another reason waits for a slot, where its own timeout
 %%   is shorter (default: 30,000);</li>
 %% <li>`share': the percentage of one processor that such a save takes while it writes a payload of
-%%   more than 256 KiB (default: 33).</li>
+%%   more than 256 KiB, unless it has waited for its slot (default: 33).</li>
 %% </ul>
 
 %%% The writer

@@ -10,7 +10,7 @@
 -module(erllama_cache_save).
 
 -export([early_root/2, run/7]).
--export([prepare/5, reserve/1, finish/3, renew_reservation/1]).
+-export([prepare/5, reserve/1, without_rest/1, finish/3, renew_reservation/1]).
 -export([subject/1, payload/1, info/1, scope/1, count/2, counted/4]).
 -export_type([save/0, stop/0]).
 
@@ -167,6 +167,16 @@ subject(#save{tier_srv = TierSrv, key = Key, plan = Plan}) ->
 
 save_reason({_Key, _KeyedBy, #{save_reason := Reason}, _QuantByte, _Tokens, _Options}) ->
     Reason.
+
+%% The same save, one that takes all of its processor if it is behind its caller.
+-spec without_rest(save()) -> save().
+without_rest(#save{plan = Plan} = Save) ->
+    case element(6, Plan) of
+        {Mode, Digest, PageCache, Share} when is_integer(Share) ->
+            Save#save{plan = setelement(6, Plan, {Mode, Digest, PageCache, 100})};
+        _Helped ->
+            Save
+    end.
 
 -spec payload(save()) -> binary().
 payload(#save{payload = Payload}) -> Payload.

@@ -56,6 +56,7 @@ groups() ->
         the_application_says_what_it_leaves,
         what_is_pending_is_shown,
         the_tokens_are_not_copied,
+        what_has_waited_does_not_rest,
         the_configuration_is_checked
     ]).
 
@@ -487,6 +488,40 @@ what_is_pending_is_shown(_Config) ->
     ?assertEqual({ok, [#{behind => false, pid => self()}]}, ?WRITER:with_slot(0, fun() ->
         [maps:with([behind, pid], Row) || Row <- ?WRITER:holders()]
     end)).
+
+%% Or the pending set would fill up where saves queue.
+what_has_waited_does_not_rest(_Config) ->
+    ok = behind(#{share => 7}),
+    Payload = binary:copy(<<7>>, ?LARGE),
+    ?assertEqual([7], efforts(fun() -> {ok, _} = save(meta(cold, [1]), Payload) end)),
+    #{limit := Limit} = ?WRITER:info(),
+    ?assertEqual([100], efforts(fun() ->
+        ok = ?WRITER:acquire(0, #{weight => Limit}),
+        {ok, _} = save(meta(cold, [2]), Payload),
+        ok = ?WRITER:release()
+    end)).
+
+%% How much of a processor the saves take that begin meanwhile, as the library is told.
+efforts(Fun) ->
+    Write = {erllama_cache_nif, write_tmp, 5},
+    1 = erlang:trace_pattern(Write, true, [global]),
+    _ = erlang:trace(new, true, [call]),
+    try
+        _ = Fun(),
+        ok = ?WRITER:flush(infinity),
+        traced_efforts()
+    after
+        _ = erlang:trace(new, false, [call]),
+        erlang:trace_pattern(Write, false, [global])
+    end.
+
+traced_efforts() ->
+    receive
+        {trace, _Saver, call, {_, write_tmp, [_Turn, _Guard, _Root, Plan, _Payload]}} ->
+            {_Mode, _Digest, _PageCache, Effort} = element(6, Plan),
+            [Effort | traced_efforts()]
+    after 0 -> []
+    end.
 
 %% The saver has the encoded tokens, which are not on its heap.
 the_tokens_are_not_copied(_Config) ->

@@ -107,7 +107,7 @@ take(Transport, Store, Key) ->
     end.
 
 %% What goes over TLS by this node's configuration does not leave it in the clear because a peer
-%% asks so. Through the channel of distribution it does not either, if that is over TLS.
+%% asks so, nor through the channel of distribution, which may be in the clear.
 is_agreed(tls, _Own) -> erllama_cache_peer_tls:is_configured();
 is_agreed(_InTheClear, tls) -> false;
 is_agreed(_InTheClear, _Own) -> true.

@@ -18,17 +18,17 @@ export CARGO_TARGET_DIR := $(CURDIR)/$(NATIVE)/target
 
 BENCH_LIB := $(CURDIR)/_build/bench/lib/erllama_cache_nif
 export BENCH_NIF := $(CARGO_TARGET_DIR)/release/liberllama_cache_bench
-BENCH := erl -noshell -pa "$(BENCH_LIB)/ebin" "$(BENCH_LIB)/bench"
+BENCH := erl -noshell -pa "$(BENCH_LIB)/ebin" "$(BENCH_LIB)/bench" "$(BENCH_LIB)/examples/llm"
 
 MUSL := x86_64-unknown-linux-musl
 
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all kvc prebuilt package help setup demo test test-beam elixir matrix check cover loom musl \
+.PHONY: all kvc prebuilt package help setup demo demo-llm test test-beam elixir matrix check cover loom musl \
   soak-semaphore soak-store cluster fresh faults crash kill disks fuzz soak sanitize valgrind readme rules dropin \
   chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-fetch bench-host \
-  bench-peers \
+  bench-peers bench-llm \
   bench-build edoc clean distclean
 
 ### Build
@@ -43,6 +43,9 @@ kvc: ## Build kvc, the command-line tool for directories of saved states
 
 demo: setup all ## Save a file into a cache and watch it happen: FILE=path
 	ERL_LIBS="$(LIBS)$${ERL_LIBS:+:$$ERL_LIBS}" escript examples/demo.escript $${FILE:+"$$FILE"}
+
+demo-llm: setup all ## A real model's prompt, read once: TOKENS=2000 (fetches 400 MB)
+	examples/llm/demo.sh
 
 prebuilt: setup ## Build the archives of a release: TARGETS="x86_64-unknown-linux-gnu"
 	tools/prebuilt.sh $(TARGETS)
@@ -208,7 +211,10 @@ bench-host: setup bench-build ## A model's tokens in a host while its state is s
 	bench/disk.sh $(BENCH) -s bench_host main
 
 bench-peers: setup bench-build ## A real model's state beside llama.cpp's own files and others
-	bench/peers/setup.sh bench/disk.sh $(BENCH) -s bench_peers main
+	examples/llm/fetch.sh bench/peers/setup.sh bench/disk.sh $(BENCH) -s bench_peers main
+
+bench-llm: setup bench-build ## A real model's time to its first token, by the length of the prompt
+	examples/llm/fetch.sh bench/disk.sh $(BENCH) -s bench_llm main
 
 bench-plots: ## Write pictures and tables of the pages from what those have measured
 	bench/plots.sh

@@ -1,5 +1,5 @@
 %% Saves and loads of a real model's state beside those of others, on the same bytes, in one
-%% directory and in turns: `make bench-peers'. bench/peers/setup.sh fetches the peers into $PEERS.
+%% directory and in turns: `make bench-peers'. llama.cpp, the model and Python are in $LLM (examples/llm/fetch.sh).
 %%
 %% The state is what llama.cpp writes for a prompt of so many tokens ($BENCH_TOKENS, with commas).
 %% For the others its file's bytes are the payload, at hand in memory; llama.cpp itself takes them
@@ -9,7 +9,7 @@
 
 -export([main/0]).
 
--import(bench_turns, [new_root/2, size_name/1]).
+-import(bench_turns, [new_root/2, size_name/1, timed/1]).
 -import(bench_sides, [meta/1, fresh/0, remove/2, with_store/3]).
 
 -define(STORE, bench_store).
@@ -25,9 +25,9 @@ main() ->
 run() ->
     {ok, _} = erllama_cache_writer:start_link(#{host => erllama_cache_store}),
     {ok, _} = plain_semaphore:start_link(1),
-    Peers = os:getenv("PEERS"),
-    Llama = open("node", [script("llama.mjs"), Peers, filename:join(Peers, "model.gguf")]),
-    Python = open(filename:join([Peers, "python", "bin", "python"]), [script("files.py")]),
+    Fetched = os:getenv("LLM"),
+    Llama = llm:open(Fetched),
+    Python = open(filename:join([Fetched, "python", "bin", "python"]), ["bench/peers/files.py"]),
     Disk = new_root("BENCH_DISK", "/tmp"),
     Ram = new_root("BENCH_RAM", "/dev/shm"),
     try
@@ -41,13 +41,16 @@ prompts() ->
     [list_to_integer(N) || N <- string:lexemes(os:getenv("BENCH_TOKENS", "256,2048,8000"), ",")].
 
 measured(Tokens, Llama, Python, Disk, Ram) ->
-    Prefill = ask(Llama, ["prompt ", integer_to_list(Tokens)]),
+    Prompt = llm:tokens(Llama, Tokens, filename:join("docs", "durability.md")),
+    ok = llm:forget(Llama),
+    Prefill = llm:read(Llama, Prompt) div 1000000,
     File = path(Ram, "state"),
-    _ = ask(Llama, ["save ", File]),
+    _ = llm:save_file(Llama, File),
     {ok, Payload} = file:read_file(File),
     _ = ask(Python, ["state ", File]),
-    Others = #{llama => {Llama, "", Disk}, llama_in_memory => {Llama, "", Ram},
-               safetensors => {Python, "safetensors ", Disk}, numpy => {Python, "numpy ", Disk}},
+    Others = #{llama => {in_llama(Llama), Disk}, llama_in_memory => {in_llama(Llama), Ram},
+               safetensors => {in_python(Python, "safetensors "), Disk},
+               numpy => {in_python(Python, "numpy "), Disk}},
     Rounds = with_store(Disk, disk, fun() ->
         [round(Round, Payload, Others, Disk) || Round <- lists:seq(0, ?ROUNDS)]
     end),
@@ -75,22 +78,17 @@ turn(this, Payload, _Others, Disk) ->
     remove(Disk, Key),
     {Save, Save, Load};
 turn(Peer, _Payload, Others, _Disk) ->
-    #{Peer := {Port, BackEnd, Root}} = Others,
+    #{Peer := {Ask, Root}} = Others,
     File = path(Root, "of_peer"),
-    Save = ask(Port, [BackEnd, "save ", File]),
+    Save = Ask(save, File),
     {Sync, ok} = timed(fun() ->
         {ok, Device} = file:open(File, [read, write, raw]),
         ok = file:sync(Device),
         file:close(Device)
     end),
-    Load = ask(Port, [BackEnd, "load ", File]),
+    Load = Ask(load, File),
     ok = file:delete(File),
     {Save, Save + Sync, Load}.
-
-timed(Fun) ->
-    Begun = erlang:monotonic_time(nanosecond),
-    Result = Fun(),
-    {erlang:monotonic_time(nanosecond) - Begun, Result}.
 
 by_peer(Rounds) ->
     maps:groups_from_list(fun({Peer, _}) -> Peer end, fun({_, Times}) -> Times end,
@@ -117,14 +115,19 @@ column(What, Of) ->
 
 %%% Peers
 
-script(Name) ->
-    filename:join(["bench", "peers", Name]).
+in_llama(Model) ->
+    fun
+        (save, File) -> llm:save_file(Model, File);
+        (load, File) -> llm:load_file(Model, File)
+    end.
+
+in_python(Port, BackEnd) ->
+    fun(What, File) -> ask(Port, [BackEnd, atom_to_list(What), $\s, File]) end.
 
 path(Root, Name) ->
     filename:join(Root, Name).
 
-open(Command, Args) ->
-    Executable = os:find_executable(Command),
+open(Executable, Args) ->
     Port = open_port({spawn_executable, Executable}, [{args, Args}, {line, 65536}, binary]),
     <<"ready">> = line(Port),
     Port.

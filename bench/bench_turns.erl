@@ -1,7 +1,7 @@
 %% What the benchmarks share whose sides take turns on one disk.
 -module(bench_turns).
 
--export([order/2, in_turns/1, nanoseconds/1]).
+-export([order/2, in_turns/1, nanoseconds/1, timed/1]).
 -export([new_root/1, new_root/2, file_name/1, payload/1, mib/1, size_name/1]).
 
 -define(MIB, 1048576).
@@ -28,9 +28,13 @@ in_turns(Sides) ->
 
 -spec nanoseconds(fun(() -> term())) -> integer().
 nanoseconds(Fun) ->
+    element(1, timed(Fun)).
+
+-spec timed(fun(() -> Result)) -> {Nanoseconds :: integer(), Result}.
+timed(Fun) ->
     Begun = erlang:monotonic_time(nanosecond),
-    _ = Fun(),
-    erlang:monotonic_time(nanosecond) - Begun.
+    Result = Fun(),
+    {erlang:monotonic_time(nanosecond) - Begun, Result}.
 
 %% A new directory in that which the environment's variable names.
 -spec new_root(Variable :: string(), Default :: string()) -> binary().

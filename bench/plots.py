@@ -151,6 +151,30 @@ set key top right reverse Left horizontal
     return "".join(commands)
 
 
+def first_tokens(figures):
+    """The time to a model's first token by the length of the prompt, cold and warm."""
+    commands = [terminal("bench-llm.svg", 860, 360), COMMON]
+    rows = sorted((int(length), row) for length, row in figures["llm"].items())
+    ways = {"cold": ("the model reads the prompt", SIDES["plain"]),
+            "warm": ("its state is loaded", SIDES["this"])}
+    for way in ways:
+        commands.append(block(way, [(length, row[way]["p50"] / 1e6) for length, row in rows]))
+    tics = ", ".join(f"'{length:,} tokens' {length}" for length, _ in rows)
+    commands.append(f"""
+set logscale xy
+set xrange [{rows[0][0] / 1.25}:{rows[-1][0] * 1.25}]
+set yrange [5:200000]
+set xtics ({tics}) font ',12'
+set ytics ('10 ms' 10, '100 ms' 100, '1 s' 1000, '10 s' 10000, '100 s' 100000) font ',12'
+set title 'time to the first token by the length of the prompt, Gemma 3 270M: median' font ',14' offset 0,-0.3
+set key top left reverse Left
+""")
+    plots = [f"${way} using 1:2 with linespoints title '{name}' lw 2.5 pt 7 ps 0.6 lc rgb '{colour}'"
+             for way, (name, colour) in ways.items()]
+    commands.append("plot " + ", \\\n  ".join(plots) + "\n")
+    return "".join(commands)
+
+
 def rgb(colour):
     """How gnuplot writes it, with blanks or without."""
     parts = [int(colour[at:at + 2], 16) for at in (1, 3, 5)]
@@ -433,7 +457,19 @@ def peers_table(peers):
     return "\n".join(tables) + f"\n{measured_on(peers)}\n"
 
 
-def blocks(save, semaphore, prefix, slow, fetch, host, peers):
+def llm_table(llm):
+    """What a warm start of a real model consists of."""
+    rows = []
+    for length, row in sorted(llm["figures"]["llm"].items(), key=lambda item: int(item[0])):
+        cold, warm = row["cold"]["p50"], row["warm"]["p50"]
+        rows.append([f"{int(length):,} tokens", f"{row['bytes'] / 2**20:.1f} MiB", duration(cold),
+                     duration(warm), f"{cold / warm:.0f}", duration(row["load"]["p50"]),
+                     duration(row["save"])])
+    return markdown(["", "state", "cold", "warm", "cold / warm", "of warm, the load", "save"],
+                    *rows) + f"\n{measured_on(llm)}\n"
+
+
+def blocks(save, semaphore, prefix, slow, fetch, host, peers, llm):
     """What stands between two marks of a page: page, name and text of each."""
     page = "docs/benchmarks.md"
     return [
@@ -449,6 +485,7 @@ def blocks(save, semaphore, prefix, slow, fetch, host, peers):
         (page, "slow disk", bounds_table("slow", slow) + "\n" + slow_table(slow["figures"])),
         (page, "two nodes", bounds_table("fetch", fetch) + "\n" + fetch_table(fetch["figures"])),
         (page, "others", peers_table(peers)),
+        (page, "first tokens", llm_table(llm)),
         (page, "tokens in a host", bounds_table("host", host) + "\n" + host_tables(host["figures"])),
     ]
 
@@ -496,7 +533,7 @@ def read(file):
 
 
 def main(arguments):
-    names = ("save", "semaphore", "prefix", "slow", "fetch", "host", "peers")
+    names = ("save", "semaphore", "prefix", "slow", "fetch", "host", "peers", "llm")
     checks = arguments == ["--check"]
     if not checks:
         for name in names:
@@ -506,6 +543,7 @@ def main(arguments):
         draw(saves(reports["save"]["figures"]), "bench-save.svg")
         draw(waits(reports["semaphore"]["figures"]), "bench-waits.svg")
         draw(tokens(reports["host"]["figures"]), "bench-tokens.svg")
+        draw(first_tokens(reports["llm"]["figures"]), "bench-llm.svg")
     differ = 0
     for page, what, text in blocks(**reports):
         file = PROJECT / page

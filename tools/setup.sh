@@ -59,6 +59,8 @@ is_there() {
         component:rust-src) [ -d "$(rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib/src" ] ;;
         # gcc prints the name of a file that it does not find as it is.
         libasan.so) case $(gcc -print-file-name="$1" 2>/dev/null) in /*) ;; *) return 1 ;; esac ;;
+        # Debian packs what venv needs apart from Python.
+        venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
         linux.uml) has "$1" && [ -d /usr/lib/uml/modules ] ;;
         *) has "$1" ;;
     esac
@@ -148,6 +150,7 @@ packages() {
             ip) echo iproute2 ;;
             modprobe) echo kmod ;;
             musl-gcc) echo musl-tools ;;
+            venv) echo python3-venv ;;
             make | python3 | rebar3 | elixir | bindfs | debootstrap | dmsetup | valgrind) echo "$word" ;;
             # The C library to link with is only a recommendation of gcc.
             cc) echo gcc libc6-dev ;;
@@ -188,7 +191,7 @@ advise() {
             cargo-*) echo "  $word: cargo install --locked $word" ;;
             libasan.so) echo "  libasan.so, the runtime of gcc's AddressSanitizer" ;;
             bindfs | debootstrap | dmsetup | glusterd | gnuplot | ip | linux.uml | mkfs.* | modprobe | musl-gcc | \
-                setquota | valgrind)
+                setquota | valgrind | venv)
                 echo "  $word: Debian and Ubuntu have it in $(packages "$word")"
                 ;;
             proper) echo "  proper (PropEr): https://github.com/proper-testing/proper, built, with ERL_LIBS naming the directory it is in" ;;

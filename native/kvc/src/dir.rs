@@ -99,7 +99,8 @@ pub(crate) fn file_name(key: &Key) -> CString {
     CString::new(key.file_name()).unwrap_or_default()
 }
 
-/// Splits the path of a file into its directory and its name there.
+/// Splits the path of a file into its directory and its name there. The first digits of a key stand
+/// for its file, if they are those of no other and no file has this name.
 pub(crate) fn locate(path: &Path) -> anyhow::Result<(Dir, CString)> {
     let Some(name) = path.file_name() else {
         bail!("{}: not the name of a file", Shown::path(path));
@@ -108,7 +109,27 @@ pub(crate) fn locate(path: &Path) -> anyhow::Result<(Dir, CString)> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    Ok((Dir::open(parent)?, CString::new(name.as_bytes())?))
+    let dir = Dir::open(parent)?;
+    if is_part_of_key(name.as_bytes()) && path.symlink_metadata().is_err() {
+        let keys = dir.list()?.keys;
+        let mut of_key = keys
+            .iter()
+            .filter(|key| key.to_hex().as_bytes().starts_with(name.as_bytes()));
+        match (of_key.next(), of_key.count()) {
+            (Some(key), 0) => return Ok((dir, file_name(key))),
+            (Some(_), more) => bail!("{}: {} files begin so", Shown::path(path), more + 1),
+            (None, _) => {}
+        }
+    }
+    Ok((dir, CString::new(name.as_bytes())?))
+}
+
+/// Fewer digits are more likely mistyped than meant.
+const LEAST_DIGITS: usize = 4;
+
+fn is_part_of_key(name: &[u8]) -> bool {
+    let is_digit = |c: &u8| matches!(c, b'0'..=b'9' | b'a'..=b'f');
+    (LEAST_DIGITS..=64).contains(&name.len()) && name.iter().all(is_digit)
 }
 
 /// What a file's metadata says, read without its payload.

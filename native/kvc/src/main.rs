@@ -6,17 +6,21 @@
 
 mod completions;
 mod dir;
+mod dup;
 mod extract;
 mod help;
 mod json;
 mod ls;
+mod man;
 mod out;
 mod prune;
+mod scrub;
 mod secret;
 mod show;
 mod stats;
 mod tally;
 mod text;
+mod top;
 mod verify;
 
 use std::process::ExitCode;
@@ -51,9 +55,12 @@ enum Command {
     Show(show::Args),
     Verify(verify::Args),
     Stats(stats::Args),
+    Top(top::Args),
+    Dup(dup::Args),
     Prune(prune::Args),
     Extract(extract::Args),
     Completions(completions::Args),
+    Man(man::Args),
 }
 
 fn main() -> ExitCode {
@@ -84,8 +91,11 @@ fn run(command: Command) -> anyhow::Result<Tally> {
         Command::Show(args) => show::run(&args, &mut out)?,
         Command::Verify(args) => verify::run(&args, &mut out)?,
         Command::Stats(args) => stats::run(&args, &mut out)?,
+        Command::Top(args) => top::run(&args, &mut out)?,
+        Command::Dup(args) => dup::run(&args, &mut out)?,
         Command::Prune(args) => prune::run(&args, &mut out)?,
         Command::Completions(args) => completions::run(&args, &mut out)?,
+        Command::Man(args) => man::run(&args, &mut out)?,
         Command::Extract(_) => Tally::default(),
     };
     out.finish()?;

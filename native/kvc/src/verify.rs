@@ -7,9 +7,7 @@ use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::Instant;
 
@@ -25,6 +23,7 @@ use crate::dir::{Dir, file_name, locate};
 use crate::help;
 use crate::json::{self, Text};
 use crate::out::Out;
+use crate::scrub::Part;
 use crate::secret::KeyFile;
 use crate::tally::{Judgement, Tally, complain, complain_chain, complain_of};
 use crate::text::{self, BAD, DOUBT, FAINT, GOOD, Shown};
@@ -43,6 +42,10 @@ use crate::text::{self, BAD, DOUBT, FAINT, GOOD, Shown};
     ("kvc verify --key-file secret /var/cache/kv", "also whether digests are keyed with a secret"),
     ("kvc verify --delete-bad /var/cache/kv", "remove bad files, after a confirmation"),
     ("kvc verify --quiet backup/*.kvc && echo ok", "in a script"),
+    (
+        "kvc verify --quiet --sample 5% --max-duration 10m --state /var/lib/kvc.last /var/cache/kv",
+        "from cron: a part of the files, another one each time",
+    ),
 ]) + "\n\n" + &help::verify_exit_codes())]
 pub(crate) struct Args {
     /// Directories and files; names of files need not be keys
@@ -50,6 +53,8 @@ pub(crate) struct Args {
     paths: Vec<PathBuf>,
     #[command(flatten)]
     key_file: KeyFile,
+    #[command(flatten)]
+    part: Part,
     /// Remove bad files, after a confirmation. The exit code is still 1
     #[arg(long)]
     delete_bad: bool,
@@ -77,19 +82,25 @@ fn cores() -> NonZeroUsize {
 pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
     let secret = args.key_file.read()?;
     let mut sum = Sum::default();
-    let targets = targets(&args.paths, &mut sum.tally);
+    let all = targets(&args.paths, &mut sum.tally);
+    sum.of = args.part.is_one().then_some(all.len());
+    let targets = args.part.select(all, |target| &target.path)?;
     let style = Style::of(args);
     let bar = bar(&targets, style);
     let begun = Instant::now();
+    let until = args.part.max_duration.map(|most| begun + most);
 
     let mut bad = Vec::new();
+    let mut last = None;
     check_all(
         &targets,
         secret.as_ref(),
         args.jobs,
+        until,
         &bar,
         |target, found| {
             sum.add(&found);
+            last = Some(target);
             if sum.tally.bad > 0 {
                 bar.set_message(format!("  {} bad", sum.tally.bad));
             }
@@ -108,6 +119,8 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
         },
     )?;
     bar.finish_and_clear();
+    args.part
+        .remember(last.map(|target| target.path.as_path()))?;
 
     if matches!(style, Style::Bar | Style::Lines) {
         summary(&sum, begun, out)?;
@@ -155,12 +168,20 @@ struct Target {
     is_named: bool,
 }
 
-/// Reports and counts paths that cannot be opened.
+/// Reports and counts paths that cannot be opened, and directories of which none of the files has a
+/// key's name: they may be another directory than was meant.
 fn targets(paths: &[PathBuf], tally: &mut Tally) -> Vec<Target> {
     let mut targets = Vec::new();
     for path in paths {
         match expand(path) {
-            Ok(more) => targets.extend(more),
+            Ok((more, others)) => {
+                if more.is_empty() && others > 0 {
+                    tally.unknown += 1;
+                    let others = text::count(others, "other");
+                    complain_of(path, format_args!("no KVC files ({others})"));
+                }
+                targets.extend(more);
+            }
             Err(error) => {
                 tally.unknown += 1;
                 complain_chain(&error);
@@ -170,7 +191,8 @@ fn targets(paths: &[PathBuf], tally: &mut Tally) -> Vec<Target> {
     targets
 }
 
-fn expand(path: &Path) -> anyhow::Result<Vec<Target>> {
+/// The files of a path, and how many others there are.
+fn expand(path: &Path) -> anyhow::Result<(Vec<Target>, u64)> {
     let target = |dir: &Arc<Dir>, name: CString, key, is_named| Target {
         path: dir.join(&name),
         dir: Arc::clone(dir),
@@ -184,14 +206,15 @@ fn expand(path: &Path) -> anyhow::Result<Vec<Target>> {
             Name::Final(key) => Some(key),
             Name::Temporary(_) | Name::Other(_) => None,
         };
-        return Ok(vec![target(&Arc::new(dir), name, key, true)]);
+        return Ok((vec![target(&Arc::new(dir), name, key, true)], 0));
     }
     let dir = Arc::new(Dir::open(path)?);
-    let keys = dir.list()?.keys;
-    Ok(keys
+    let listing = dir.list()?;
+    let targets = listing
+        .keys
         .iter()
-        .map(|key| target(&dir, file_name(key), Some(*key), false))
-        .collect())
+        .map(|key| target(&dir, file_name(key), Some(*key), false));
+    Ok((targets.collect(), listing.others))
 }
 
 /// The result for a file.
@@ -254,22 +277,26 @@ impl Target {
 }
 
 /// Checks files on several threads and calls `found` with the results, in the order of the targets.
+/// None is begun after `until`.
 fn check_all<'a>(
     targets: &'a [Target],
     secret: Option<&Secret>,
     jobs: NonZeroUsize,
+    until: Option<Instant>,
     bar: &ProgressBar,
     mut found: impl FnMut(&'a Target, Found) -> io::Result<()>,
 ) -> io::Result<()> {
-    let next = AtomicUsize::new(0);
+    // Under a lock, so that none is left out before one that is begun.
+    let next = Mutex::new(targets.iter().enumerate());
     let (send, results) = mpsc::channel();
     thread::scope(|scope| {
         for _ in 0..jobs.get().min(targets.len()) {
             let (next, send) = (&next, send.clone());
             scope.spawn(move || {
                 while let Some((n, target)) = {
-                    let n = next.fetch_add(1, Ordering::Relaxed);
-                    targets.get(n).map(|target| (n, target))
+                    let mut next = next.lock().unwrap_or_else(PoisonError::into_inner);
+                    let in_time = until.is_none_or(|until| Instant::now() < until);
+                    in_time.then(|| next.next()).flatten()
                 } {
                     let found = target.check(secret, |bytes| bar.inc(bytes));
                     // The receiver is gone if the output failed: stop.
@@ -409,6 +436,9 @@ impl<'a> Shape<'a> {
 /// The totals.
 #[derive(Debug, Default)]
 struct Sum {
+    /// Of how many files these are some.
+    of: Option<usize>,
+    checked: u64,
     valid: u64,
     bytes: u64,
     not_checked: u64,
@@ -417,6 +447,7 @@ struct Sum {
 
 impl Sum {
     fn add(&mut self, found: &Found) {
+        self.checked += 1;
         match found {
             Found::Valid(checked) => {
                 self.valid += 1;
@@ -447,6 +478,9 @@ fn summary(sum: &Sum, begun: Instant, out: &mut Out) -> io::Result<()> {
         write!(out, ", {DOUBT}{} unknown{DOUBT:#}", sum.tally.unknown)?;
     }
     writeln!(out)?;
+    if let Some(of) = sum.of {
+        writeln!(out, "checked {} of {}", sum.checked, text::files(of as u64))?;
+    }
     if sum.not_checked > 0 {
         let digests = text::count(sum.not_checked, "keyed digest");
         writeln!(

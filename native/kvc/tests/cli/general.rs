@@ -11,14 +11,17 @@ use std::thread;
 
 use crate::common::{Saved, command, damage, kvc, mkfifo, run, run_into, saved, terminal};
 
-const SUBCOMMANDS: [&str; 7] = [
+const SUBCOMMANDS: [&str; 10] = [
     "ls",
     "show",
     "verify",
     "stats",
+    "top",
+    "dup",
     "prune",
     "extract",
     "completions",
+    "man",
 ];
 
 #[test]
@@ -45,14 +48,32 @@ fn help_ends_with_examples() {
 }
 
 #[test]
+fn the_manual_says_what_help_says() {
+    let page = kvc(["man"]).exits(0);
+    assert!(page.text().contains(".TH kvc 1"), "{}", page.text());
+    let dir = tempfile::tempdir().unwrap();
+    kvc([OsStr::new("man"), dir.path().as_os_str()]).exits(0);
+    for subcommand in SUBCOMMANDS {
+        assert!(page.text().contains(&format!("kvc\\-{subcommand}(1)")));
+        let page = fs::read_to_string(dir.path().join(format!("kvc-{subcommand}.1"))).unwrap();
+        assert!(page.contains("Examples:"), "{page}");
+    }
+    let ran = kvc([OsStr::new("man"), dir.path().join("none").as_os_str()]).exits(3);
+    assert!(ran.stderr.contains("none"), "{}", ran.stderr);
+}
+
+#[test]
 fn wrong_usage_exits_with_2() {
-    let wrong: [&[&str]; 9] = [
+    let wrong: [&[&str]; 12] = [
         &[],
         &["list"],
         &["ls"],
         &["ls", ".", "--sort", "colour"],
         &["verify"],
         &["verify", ".", "--yes"],
+        &["verify", ".", "--sample", "5"],
+        &["verify", ".", "--max-duration", "soon"],
+        &["top", ".", "--interval", "0s"],
         &["prune", "."],
         &["prune", ".", "--max-bytes", "much"],
         &["prune", ".", "--older-than", "Easter"],

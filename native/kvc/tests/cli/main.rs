@@ -7,10 +7,12 @@
 
 mod common;
 mod docs;
+mod dup;
 mod extract;
 mod general;
 mod ls;
 mod prune;
 mod show;
 mod stats;
+mod top;
 mod verify;

@@ -1,12 +1,13 @@
 //! `kvc show`.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::Path;
 
 use erllama_cache_core::kvc::{quant_byte, quant_name};
 use serde_json::Value;
 
-use crate::common::{Saved, command, run};
+use crate::common::{Saved, command, kvc, run};
 
 /// Files that another implementation has written, and what it says of them.
 #[test]
@@ -198,4 +199,29 @@ fn absurd_times_are_shown() {
         .args(["prune", "--older-than", "1d"])
         .arg(dir.path()))
     .exits(0);
+}
+
+#[test]
+fn the_first_digits_of_a_key_stand_for_its_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let saved = Saved::default();
+    let path = saved.save(dir.path());
+    let digits = saved.key().to_hex();
+    let whole = kvc([OsStr::new("show"), path.as_os_str()]).exits(0);
+    let short = dir.path().join(&digits[..12]);
+    let ran = kvc([OsStr::new("show"), short.as_os_str()]).exits(0);
+    assert_eq!(ran.lines()[1..], whole.lines()[1..]);
+    // Another key that begins so.
+    let other = format!(
+        "{}{}.kvc",
+        &digits[..63],
+        if digits.ends_with('0') { 1 } else { 0 }
+    );
+    std::fs::copy(&path, dir.path().join(other)).unwrap();
+    let ran = kvc([OsStr::new("show"), short.as_os_str()]).exits(3);
+    assert!(ran.stderr.contains("2 files begin so"), "{}", ran.stderr);
+    // Too few, and none.
+    for digits in ["abc", "0123456789abcdef0"] {
+        kvc([OsStr::new("show"), dir.path().join(digits).as_os_str()]).exits(3);
+    }
 }

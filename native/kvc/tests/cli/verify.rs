@@ -329,3 +329,57 @@ fn bad_files_are_removed_only_with_consent() {
     let ran = answer(command.args(["verify", "--delete-bad"]).arg(dir.path()), "").exits(0);
     assert_eq!(ran.stderr, "", "there is nothing to ask");
 }
+
+#[test]
+fn a_sample_goes_through_the_files_in_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    let beside = tempfile::tempdir().unwrap();
+    let state = beside.path().join("last");
+    for saved in saved(10) {
+        saved.save(dir.path());
+    }
+    let mut checked = Vec::new();
+    for _ in 0..4 {
+        let args = ["--sample", "30%", "--state", state.to_str().unwrap()];
+        let ran = verify(&args, dir.path()).exits(0);
+        let lines = ran.lines();
+        assert_eq!(lines[4], "checked 3 of 10 files");
+        checked.extend(lines[..3].iter().map(|&line| line.to_owned()));
+    }
+    let names = names(dir.path());
+    let all = names.iter().cycle().take(12);
+    let expected: Vec<_> = all
+        .map(|name| format!("{}: ok (crc, digest, key)", dir.path().join(name).display()))
+        .collect();
+    assert_eq!(checked, expected);
+    assert_eq!(crate::common::names(beside.path()), ["last"]);
+
+    let ran = verify(&["--sample", "1%"], dir.path()).exits(0);
+    assert_eq!(ran.lines()[2], "checked 1 of 10 files");
+}
+
+#[test]
+fn no_file_is_begun_after_the_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    saved(3).iter().for_each(|saved| _ = saved.save(dir.path()));
+    let args = ["--max-duration", "0s", "--state", state.to_str().unwrap()];
+    let ran = verify(&args, dir.path()).exits(0);
+    assert_eq!(ran.lines()[1], "checked 0 of 3 files");
+    // The next run begins where this one would have.
+    assert!(!state.exists());
+    let ran = verify(&["--max-duration", "1h"], dir.path()).exits(0);
+    assert_eq!(ran.lines()[4], "checked 3 of 3 files");
+}
+
+#[test]
+fn a_directory_of_other_files_is_not_sound() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("something"), "else").unwrap();
+    let ran = verify(&["--quiet"], dir.path()).exits(3);
+    assert!(
+        ran.stderr.contains("no KVC files (1 other)"),
+        "{}",
+        ran.stderr
+    );
+}

@@ -1,6 +1,7 @@
-%% The time to a real model's first token, cold and warm, by the length of the prompt: `make bench-llm'.
-%% Cold, the model reads the prompt; warm, its state is looked up, loaded and given back to it, and it
-%% reads the last token alone. llama.cpp and the model are in $LLM (examples/llm/fetch.sh).
+%% The time to a real model's first token, cold and warm, by the length of the prompt: `make
+%% bench-llm'. Cold, the model reads the prompt; warm, its state is looked up, loaded and given back
+%% to it, and it reads the last token alone. llama.cpp and the model are in $LLM
+%% (examples/llm/fetch.sh).
 -module(bench_llm).
 
 -export([main/0]).

@@ -1,5 +1,6 @@
 %% Saves and loads of a real model's state beside those of others, on the same bytes, in one
-%% directory and in turns: `make bench-peers'. llama.cpp, the model and Python are in $LLM (examples/llm/fetch.sh).
+%% directory and in turns: `make bench-peers'. llama.cpp, the model and Python are in $LLM
+%% (examples/llm/fetch.sh).
 %%
 %% The state is what llama.cpp writes for a prompt of so many tokens ($BENCH_TOKENS, with commas).
 %% For the others its file's bytes are the payload, at hand in memory; llama.cpp itself takes them

@@ -18,7 +18,10 @@
 -define(PEERS, [peers, peer_timeout, peer_transport]).
 -define(WRITE_BEHIND, [reasons, max, max_bytes, save_bytes, slot_ms, share]).
 -define(APPLICATION, [stores, start_writer]).
--define(OPTIONS, [root, create, tier, max_bytes, mac_key, keyed_by | ?PEERS]).
+-define(OPTIONS, [root, create, tier, max_bytes, min_free_bytes, eviction, half_life, ttl, mac_key,
+                  keyed_by | ?PEERS]).
+%% Milliseconds.
+-define(DAY, 86400000).
 
 -type config() :: #{
     max_concurrent => pos_integer(),
@@ -191,7 +194,8 @@ complete_options(Options) ->
     Complete.
 
 default_options() ->
-    Defaults = #{create => false, tier => disk, max_bytes => infinity, keyed_by => tokens,
+    Defaults = #{create => false, tier => disk, max_bytes => infinity, min_free_bytes => 0,
+                 eviction => lru, half_life => ?DAY, ttl => infinity, keyed_by => tokens,
                  peers => none, peer_timeout => 50, peer_transport => tcp},
     case application:get_env(erllama_cache_nif, mac_key) of
         {ok, Source} -> Defaults#{mac_key => Source};
@@ -252,6 +256,10 @@ is_valid(peer_transport, tls) -> erllama_cache_peer_tls:is_configured();
 is_valid(peer_transport, Transport) -> Transport =:= tcp orelse Transport =:= distribution;
 is_valid(peer_timeout, Ms) -> is_integer(Ms) andalso Ms > 0 andalso ?IS_TIMEOUT(Ms);
 is_valid(keyed_by, KeyedBy) -> KeyedBy =:= tokens orelse KeyedBy =:= text;
+is_valid(min_free_bytes, Bytes) -> is_integer(Bytes) andalso Bytes >= 0;
+is_valid(eviction, Eviction) -> Eviction =:= lru orelse Eviction =:= frecency;
+is_valid(half_life, Ms) -> is_integer(Ms) andalso Ms > 0;
+is_valid(ttl, Ms) -> Ms =:= infinity orelse (is_integer(Ms) andalso Ms > 0);
 is_valid(max_bytes, Bytes) -> Bytes =:= infinity orelse (is_integer(Bytes) andalso Bytes > 0).
 
 check_keys(Given, Known, Unknown) ->

@@ -14,13 +14,14 @@
 -module(erllama_cache_index).
 
 -export([new/2, delete/1, config/1, find_config/1]).
--export([row/2, fold/3, count/1, sizes/1, oldest/2, lengths/3, length_counts/1]).
+-export([row/2, fold/3, count/1, sizes/1, lowest/2, unused_since/2, lengths/3, length_counts/1]).
 -export([file/5, refused_file/4, reservation/4]).
 -export([claimable/2]).
--export([add/2, claim/3, renew/3, settle/3, use/3, noted/4]).
+-export([add/2, claim/3, renew/3, settle/3, use/4, used_elsewhere/3, noted/4]).
+-export([pin/2, unpin/2, is_pinned/2, pinned/1]).
 -export([refuse/2, accept/3, remove/2, clear/1]).
 -export([end_lease/2]).
--export_type([row/0, state/0]).
+-export_type([row/0, state/0, rank/0]).
 
 -include("erllama_cache_index.hrl").
 -include("erllama_cache_store.hrl").
@@ -30,6 +31,8 @@
 
 -type state() :: present | refused | reserved.
 -type row() :: #row{}.
+-type rank() :: number().
+%% Of a file: the one of the lowest rank is evicted first.
 
 %% Makes the tables, with the constant part of their store's state. `error' if the name is taken.
 -spec new(erllama_cache_store:name(), term()) -> ok | error.
@@ -142,17 +145,41 @@ sizes(Name) ->
         (#row{token = Token, size = Size}, Sizes) -> Sizes#{Token => Size}
     end, #{}).
 
-%% The least recently used files, with the time of their last use: a tenth of all, and at least
+%% The files of the lowest ranks that are not pinned, with these: a tenth of all, and at least
 %% `Least'. So evicting all files reads each row only a few times.
--spec oldest(erllama_cache_store:name(), pos_integer()) ->
-    [{LastUsed :: integer(), erllama_cache_nif:key()}].
-oldest(Name, Least) ->
+-spec lowest(erllama_cache_store:name(), pos_integer()) ->
+    [{rank(), erllama_cache_nif:key()}].
+lowest(Name, Least) ->
     Select = [
-        {#row{key = '$2', last_used = '$1', state = State, _ = '_'}, [], [{{'$1', '$2'}}]}
+        {#row{key = '$2', rank = '$1', state = State, _ = '_'}, [], [{{'$1', '$2'}}]}
      || State <- [present, refused]
     ],
-    All = table(Name, fun() -> ets:select(Name, Select) end),
+    All = unpinned(Name, table(Name, fun() -> ets:select(Name, Select) end)),
     lists:sublist(lists:sort(All), max(Least, length(All) div 10)).
+
+unpinned(Name, Files) ->
+    case pinned(Name) of
+        [] ->
+            Files;
+        Keys ->
+            Pinned = maps:from_keys(Keys, pinned),
+            [File || {_, Key} = File <- Files, not is_map_key(Key, Pinned)]
+    end.
+
+%% Rows of files that are not pinned and were used last before this time, up to `Most'.
+-spec unused_since(erllama_cache_store:name(), {Time :: integer(), Most :: pos_integer()}) ->
+    [row()].
+unused_since(Name, {Time, Most}) ->
+    Unused = fold(Name, fun
+        (#row{state = State, last_used = LastUsed, key = Key} = Row, Rows) when
+            State =/= reserved, LastUsed < Time
+        ->
+            [{Key, Row} | Rows];
+        (_, Rows) ->
+            Rows
+    end, []),
+    Pinned = maps:from_keys(pinned(Name), pinned),
+    lists:sublist([Row || {Key, Row} <- Unused, not is_map_key(Key, Pinned)], Most).
 
 %% The lengths of files whose keys are made of this, in ascending order, each once, up to `Most'.
 %% There may be none left of a length: see exchange/4.
@@ -174,13 +201,15 @@ length_counts(Name) ->
 -spec file(erllama_cache_nif:key(), erllama_cache_nif:key_length(), pos_integer(), integer(),
            reference()) -> row().
 file(Key, Length, Size, LastUsed, Token) ->
-    #row{key = Key, length = Length, size = Size, last_used = not_ahead(LastUsed),
-         state = present, token = Token}.
+    Used = not_ahead(LastUsed),
+    #row{key = Key, length = Length, size = Size, last_used = Used, rank = Used, state = present,
+         token = Token}.
 
 %% The row of a file that no load would accept.
 -spec refused_file(erllama_cache_nif:key(), non_neg_integer(), integer(), reference()) -> row().
 refused_file(Key, Size, LastUsed, Token) ->
-    #row{key = Key, size = Size, last_used = not_ahead(LastUsed), state = refused, token = Token}.
+    Used = not_ahead(LastUsed),
+    #row{key = Key, size = Size, last_used = Used, rank = Used, state = refused, token = Token}.
 
 %% The row of a reservation of the calling process, whose file may take so many bytes.
 -spec reservation(erllama_cache_nif:key(), non_neg_integer(), reference(), pid()) -> row().
@@ -302,13 +331,16 @@ discount(_NoFileToLoad, _Lengths) ->
 
 %% Notes that the file of a key was used at this time, in milliseconds. Returns the uses since the
 %% last note in the file, and that note's time; `false' when the key has no row. In a reservation's
-%% row the note does no harm.
--spec use(erllama_cache_store:name(), erllama_cache_nif:key(), integer()) ->
+%% row the note does no harm. The new rank may depend on the one before it: of two uses at the same
+%% moment one may then be lost to the rank.
+-spec use(erllama_cache_store:name(), erllama_cache_nif:key(), integer(),
+          rank() | fun((rank()) -> rank())) ->
     {Uses :: pos_integer(), Noted :: integer()} | false.
-use(Name, Key, Now) ->
+use(Name, Key, Now, ToRank) ->
     Update = [{#row.uses, 1}, {#row.noted, 0}],
     table(Name, fun() ->
-        ets:update_element(Name, Key, {#row.last_used, Now}) andalso
+        Rank = new_rank(ToRank, Name, Key),
+        ets:update_element(Name, Key, [{#row.last_used, Now}, {#row.rank, Rank}]) andalso
             try ets:update_counter(Name, Key, Update) of
                 [Uses, Noted] -> {Uses, Noted}
             catch
@@ -316,6 +348,41 @@ use(Name, Key, Now) ->
                 error:badarg -> false
             end
     end).
+
+new_rank(Rank, _Name, _Key) when is_number(Rank) ->
+    Rank;
+new_rank(ToRank, Name, Key) ->
+    case ets:lookup(Name, Key) of
+        [#row{rank = Rank}] -> ToRank(Rank);
+        %% Nor is there one to give the rank to.
+        [] -> 0
+    end.
+
+%% Notes what a file says of its last use, by another node on the same root.
+-spec used_elsewhere(erllama_cache_store:name(), erllama_cache_nif:key(), integer()) -> ok.
+used_elsewhere(Name, Key, At) ->
+    _ = table(Name, fun() -> ets:update_element(Name, Key, {#row.last_used, not_ahead(At)}) end),
+    ok.
+
+%%% Pins: of keys, whether they have a row or not
+
+-spec pin(erllama_cache_store:name(), erllama_cache_nif:key()) -> ok.
+pin(Name, Key) ->
+    true = table(Name, fun() -> ets:insert(Name, {pin, {pin, Key}}) end),
+    ok.
+
+-spec unpin(erllama_cache_store:name(), erllama_cache_nif:key()) -> ok.
+unpin(Name, Key) ->
+    true = table(Name, fun() -> ets:delete(Name, {pin, Key}) end),
+    ok.
+
+-spec is_pinned(erllama_cache_store:name(), erllama_cache_nif:key()) -> boolean().
+is_pinned(Name, Key) ->
+    table(Name, fun() -> ets:member(Name, {pin, Key}) end).
+
+-spec pinned(erllama_cache_store:name()) -> [erllama_cache_nif:key()].
+pinned(Name) ->
+    table(Name, fun() -> ets:select(Name, [{{pin, {pin, '$1'}}, [], ['$1']}]) end).
 
 %% So many uses have been noted in the file, at this time in seconds.
 -spec noted(erllama_cache_store:name(), erllama_cache_nif:key(), pos_integer(), integer()) -> ok.

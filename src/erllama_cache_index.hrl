@@ -7,6 +7,8 @@
     size = 0 :: non_neg_integer() | '_',
     %% Milliseconds of system time.
     last_used = 0 :: integer() | '_' | '$1',
+    %% See erllama_cache_evict.
+    rank = 0 :: erllama_cache_index:rank() | '_' | '$1',
     state :: erllama_cache_index:state() | '_',
     token :: reference() | '_',
     %% Of a reservation: its owner, and the end of its lease in milliseconds of monotonic time.

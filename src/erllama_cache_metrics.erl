@@ -51,6 +51,8 @@
     {refused, counter, "Loads that found a file that is corrupt or not of this node."},
     {duplicates, counter, "Saves of keys that were there."},
     {evictions, counter, "Files that made room for others."},
+    {expired, counter, "Files that were not used for too long."},
+    {rejected, counter, "Files whose state a model has refused."},
     {fetched, counter, "Files that came from a peer."},
     {fetched_bytes, counter, "Bytes of those."},
     {fetch_failures, counter, "Files that a peer had and that did not come, or not whole."}

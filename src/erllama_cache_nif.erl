@@ -23,7 +23,7 @@
     import_abort/1,
     load/4, load_more/2, describe/4, load_abort/1, note_use/4, check/4, check_more/2,
     remove_corrupt/4, remove_corrupt_more/2,
-    takes_unnamed/2, root_generation/1, exists/3, delete/3, scan/4, scan_more/2
+    takes_unnamed/2, root_generation/1, exists/3, free_bytes/2, delete/3, scan/4, scan_more/2
 ]).
 -export_type([
     semaphore/0, guard/0, tmp/0, root/0, key/0, key_length/0, secret/0, save_plan/0, save_options/0,
@@ -63,7 +63,8 @@
     {ok, linked | adopted | replaced, Size :: pos_integer(), Header :: <<_:384>>}.
 -type failure() :: {error, file:posix() | {errno, integer()} | {corrupt | read_back, atom()}
                            | {invalid_meta, atom()} | enomem | atom()}.
--type found() :: {file, key(), key_length(), Size :: pos_integer(), LastUsed :: non_neg_integer()}
+-type found() :: {file, key(), key_length(), Size :: pos_integer(), LastUsed :: non_neg_integer(),
+                  Hits :: non_neg_integer()}
                | {removed, key(), Reason :: atom()}
                | swept
                | {skipped, key() | undefined, Size :: non_neg_integer(),
@@ -323,6 +324,10 @@ takes_unnamed(_Turn, _Root) -> ?NOT_LOADED.
 %% Whether a file stands under the key's name. Its content is not checked.
 -spec exists(turn(), root(), key()) -> boolean() | failure().
 exists(_Turn, _Root, _Key) -> ?NOT_LOADED.
+
+%% How many bytes of the root's file system this process may still use.
+-spec free_bytes(turn(), root()) -> non_neg_integer() | failure().
+free_bytes(_Turn, _Root) -> ?NOT_LOADED.
 
 %% Removes the file of a key, and says whether there was one.
 -spec delete(turn(), root(), key()) -> boolean() | failure().

@@ -1,8 +1,9 @@
 %% @doc The built-in store: KV files in one directory.
 %%
-%% It is a host for the writer (key, reservation, root), and it loads, deletes, and evicts the least
-%% recently used files. Loads and saves run in the calling process. The store's server watches
-%% reservations and, in a bounded store, the room.
+%% It is a host for the writer (key, reservation, root), and it loads, deletes and evicts files:
+%% those that were not used for the longest time, or those that are used least. Loads and saves run
+%% in the calling process. The store's server watches reservations and, in a bounded store, the
+%% room.
 %%
 %% The index is an ETS table of the store's name with one row for each key. It is built from the
 %% files' headers when the store starts, and read without the server. The files are the truth:
@@ -16,7 +17,7 @@
 
 -export([start_link/2, child_spec/1, child_spec/2]).
 -export([save/3, save/4, save_async/3, save_async/4]).
--export([load/2, load/3, delete/2, member/2, info/2]).
+-export([load/2, load/3, delete/2, reject/2, pin/2, unpin/2, member/2, info/2]).
 -export([info/1, fold/3, key/1, key/2, longest_prefix/2]).
 -export([identify/2, reserve/4, root/1, check/3, mark_published/4, announce/6, cancel/3, count/2]).
 -export_type([name/0, options/0, file_info/0, info/0]).
@@ -27,6 +28,10 @@
     create => boolean(),
     tier => erllama_cache_host:tier(),
     max_bytes => pos_integer() | infinity,
+    min_free_bytes => non_neg_integer(),
+    eviction => lru | frecency,
+    half_life => pos_integer(),
+    ttl => pos_integer() | infinity,
     keyed_by => erllama_cache_host:keyed_by(),
     mac_key => {file, file:name_all()} | fun(() -> <<_:256>>),
     peers => none | atom(),
@@ -38,6 +43,13 @@
 %%   `create' (default: `false') is made with all above it, for its owner alone;</li>
 %% <li>`tier': the kind of store (default: `disk');</li>
 %% <li>`max_bytes': how many bytes its files may take together (default: `infinity');</li>
+%% <li>`min_free_bytes': how many bytes of its file system a save leaves free (default: 0, which
+%%   asks nobody). Files are evicted for that as for `max_bytes';</li>
+%% <li>`eviction': which file goes first when room is needed: the one that was not used for the
+%%   longest time (`lru', default), or the one that is used least (`frecency'), where each use
+%%   counts half as much after each `half_life', in milliseconds (default: 86400000, a day);</li>
+%% <li>`ttl': milliseconds without a use after which a file is removed, at most a tenth of that
+%%   later, or a minute (default: `infinity');</li>
 %% <li>`keyed_by': what keys are made of: `tokens' (default; files of version 1) or `text', the
 %%   metadata's `prompt_text' (files of version 2). A store loads files of both versions;</li>
 %% <li>`mac_key': the secret that keys the writer's digests (default: `mac_key' of the application's
@@ -91,6 +103,9 @@
     misses := non_neg_integer(),
     refused := non_neg_integer(),
     evictions := non_neg_integer(),
+    expired := non_neg_integer(),
+    rejected := non_neg_integer(),
+    pinned := non_neg_integer(),
     fetched := non_neg_integer(),
     fetched_bytes := non_neg_integer(),
     fetch_failures := non_neg_integer()
@@ -287,6 +302,44 @@ delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
         {error, _} = Error -> Error
     end.
 
+%% @doc Puts the file of a key aside, because a model has refused the state: every byte is what was
+%% saved, and yet it is of no use, for it came from another build of the engine, say. Loads miss it
+%% from now on, and a save of the key saves anew. The file is called `<key>.kvc.bad'; the last 8 of
+%% a root are kept, for a week, and count for none of the store's bounds. `ok' also when nothing is
+%% stored. Errors: a POSIX reason.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_store:save(my_store, Meta, Payload),
+%% ok = erllama_cache_store:reject(my_store, Key),
+%% miss = erllama_cache_store:load(my_store, Key).
+%% '''
+-spec reject(name(), erllama_cache_writer:key()) -> ok | {error, term()}.
+reject(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
+    erllama_cache_store_reject:put_aside(config(Name), Key).
+
+%% @doc Keeps what is stored under a key, now or later, from being evicted or expiring, for as long
+%% as the store runs. What is pinned takes room: when nothing else is left to evict, saves fail with
+%% `no_room'. {@link delete/2} and {@link reject/2} remove it, and another store on the same root
+%% knows nothing of it.
+%%
+%% ```
+%% {ok, Key} = erllama_cache_store:key(Meta),
+%% ok = erllama_cache_store:pin(my_store, Key),
+%% ok = erllama_cache_store:unpin(my_store, Key).
+%% '''
+-spec pin(name(), erllama_cache_writer:key()) -> ok.
+pin(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
+    erllama_cache_index:pin(Name, Key).
+
+%% @doc Ends what {@link pin/2} began; `ok' also when the key is not pinned.
+%%
+%% ```
+%% ok = erllama_cache_store:unpin(my_store, <<1:256>>).
+%% '''
+-spec unpin(name(), erllama_cache_writer:key()) -> ok.
+unpin(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
+    erllama_cache_index:unpin(Name, Key).
+
 %% @doc Whether there is a state under a key: in a save that is pending, in the index, or on the
 %% disk, where another node may have saved it. Nobody has read the file: only a load tells whether
 %% it is sound. Errors: a POSIX reason.
@@ -448,7 +501,8 @@ info(Name) when is_atom(Name) ->
     maps:merge(
         #{
             name => Name, root => Root, tier => Tier, keyed_by => KeyedBy, max_bytes => MaxBytes,
-            files => Files, bytes => Bytes, reservations => Reservations
+            files => Files, bytes => Bytes, reservations => Reservations,
+            pinned => length(erllama_cache_index:pinned(Name))
         },
         maps:from_list(Done)
     ).

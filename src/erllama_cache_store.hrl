@@ -12,6 +12,11 @@
     tier :: erllama_cache_host:tier(),
     keyed_by :: erllama_cache_host:keyed_by(),
     max_bytes :: pos_integer() | infinity,
+    min_free_bytes :: non_neg_integer(),
+    %% Whether either bounds the store, so that the server alone adds and removes rows.
+    bounded :: boolean(),
+    eviction :: erllama_cache_evict:policy(),
+    ttl :: pos_integer() | infinity,
     secret :: none | erllama_cache_nif:secret(),
     borrower :: none | #borrower{},
     counters :: counters:counters_ref(),
@@ -22,7 +27,7 @@
 
 %% Places in its counters.
 -define(COUNTERS, [saves, duplicates, hits, misses, refused, evictions,
-                   fetched, fetched_bytes, fetch_failures]).
+                   fetched, fetched_bytes, fetch_failures, expired, rejected]).
 -define(SAVES, 1).
 -define(DUPLICATES, 2).
 -define(HITS, 3).
@@ -32,3 +37,5 @@
 -define(FETCHED, 7).
 -define(FETCHED_BYTES, 8).
 -define(FETCH_FAILURES, 9).
+-define(EXPIRED, 10).
+-define(REJECTED, 11).

@@ -17,7 +17,7 @@
     {ok, erllama_cache_host:token()} | {error, term()}.
 reserve(Name, Tier, Key, Size) ->
     case erllama_cache_index:config(Name) of
-        #config{tier = Tier, max_bytes = infinity, server = Server} ->
+        #config{tier = Tier, bounded = false, server = Server} ->
             reserve_unbounded(Name, Server, Key, Size);
         #config{tier = Tier} ->
             reserve_bounded(Name, Key, Size);
@@ -79,7 +79,7 @@ cancel(Name, Key, Token) ->
 %% The reservation is over. In an unbounded store the server need not know, unless it has begun to
 %% watch the reservation.
 done(Name, Token) ->
-    Unheard = (erllama_cache_index:config(Name))#config.max_bytes =:= infinity andalso
+    Unheard = not (erllama_cache_index:config(Name))#config.bounded andalso
         is_integer(erlang:cancel_timer(Token)),
     case Unheard of
         true -> ok;

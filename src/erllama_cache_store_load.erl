@@ -76,11 +76,11 @@ load_file(#config{name = Name, path = Path, secret = Secret} = Config, Key, Time
     end,
     Result.
 
-used(#config{name = Name} = Config, Key, Info, Known) ->
+used(#config{name = Name, eviction = Policy} = Config, Key, Info, Known) ->
     #{file_size := Size, last_used_time := InFile} = Info,
     Now = now_ms(),
     ok = erllama_cache_index:accept(Name, Known, length_of(Info)),
-    case erllama_cache_index:use(Name, Key, Now) of
+    case erllama_cache_index:use(Name, Key, Now, erllama_cache_evict:used(Policy, Now)) of
         {Uses, Noted} -> note_in_file(Config, Key, Uses, [Noted, InFile], Now div 1000);
         %% Saved by another node on the same root.
         false when Known =:= none -> found(Config, Key, length_of(Info), Size, Now);
@@ -102,7 +102,7 @@ note_in_file(#config{name = Name, path = Path}, Key, Uses, Notes, Now) ->
     end.
 
 %% A file that the index does not know.
-found(#config{max_bytes = infinity, name = Name}, Key, Length, Size, LastUsed) ->
+found(#config{bounded = false, name = Name}, Key, Length, Size, LastUsed) ->
     Row = erllama_cache_index:file(Key, Length, Size, LastUsed, make_ref()),
     _ = erllama_cache_index:add(Name, Row),
     ok;
@@ -118,7 +118,7 @@ gone(_Config, none) ->
     ok;
 gone(_Config, #row{state = reserved}) ->
     ok;
-gone(#config{max_bytes = infinity, name = Name}, Row) ->
+gone(#config{bounded = false, name = Name}, Row) ->
     _ = erllama_cache_index:remove(Name, Row),
     ok;
 gone(#config{name = Name}, Row) ->

@@ -3,7 +3,8 @@
 %% @private
 -module(erllama_cache_store_log).
 
--export([started/3, found/2, skipped/3, root_changed/1, root_unreadable/2, fetch_failed/4]).
+-export([started/3, found/2, skipped/3, rejected/2, root_changed/1, root_unreadable/2,
+         fetch_failed/4]).
 
 -include("erllama_cache_log.hrl").
 -include("erllama_cache_store.hrl").
@@ -28,7 +29,7 @@ found(#config{name = Name, root = Root}, {removed, Key, Reason}) ->
     }, ?LOG_META);
 found(Config, {skipped, Key, _Size, _Modified, Reason}) ->
     skipped(Config, Key, Reason);
-found(_Config, {file, _Key, _Length, _Size, _LastUsed}) ->
+found(_Config, {file, _Key, _Length, _Size, _LastUsed, _Hits}) ->
     ok;
 found(_Config, swept) ->
     ok.
@@ -42,6 +43,11 @@ skipped(#config{name = Name, root = Root}, Key, Reason) ->
     end,
     ?LOG_WARNING(#{event => file_skipped, store => Name, reason => Reason, file => File},
                  ?LOG_META).
+
+%% A model has refused the state of a file, which now has this name.
+-spec rejected(#config{}, file:filename_all()) -> ok.
+rejected(#config{name = Name}, File) ->
+    ?LOG_WARNING(#{event => state_rejected, store => Name, file => File}, ?LOG_META).
 
 %% The root's path leads to another directory than before.
 -spec root_changed(#config{}) -> ok.

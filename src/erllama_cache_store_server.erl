@@ -15,6 +15,10 @@
 %% then, whatever its row has become.
 -record(watch, {key :: erllama_cache_nif:key(), monitor :: reference(), size :: non_neg_integer()}).
 
+%% Milliseconds between two looks for files that have expired.
+-define(SOONEST, 100).
+-define(LATEST, 60000).
+
 -record(state, {
     config :: #config{},
     watches = #{} :: #{reference() => #watch{}},
@@ -41,12 +45,15 @@ init({Name, Path, Options}) ->
     end.
 
 open(Name, Path, Options, Secret) ->
-    #{root := Root, tier := Tier, max_bytes := MaxBytes, keyed_by := KeyedBy} = Options,
+    #{root := Root, tier := Tier, max_bytes := MaxBytes, min_free_bytes := MinFree,
+      keyed_by := KeyedBy, eviction := Eviction, half_life := HalfLife, ttl := Ttl} = Options,
     ok = erllama_cache_io_limit:setup(),
     ok = erllama_cache_lend:setup(),
     ok = erllama_cache_counts:setup(),
     Config = #config{
         name = Name, server = self(), path = Path, root = Root, tier = Tier, max_bytes = MaxBytes,
+        min_free_bytes = MinFree, bounded = MaxBytes =/= infinity orelse MinFree > 0, ttl = Ttl,
+        eviction = case Eviction of lru -> lru; frecency -> {frecency, HalfLife} end,
         keyed_by = KeyedBy, secret = Secret, generation = atomics:new(1, []),
         borrower = erllama_cache_peer_group:borrower(Options, #borrower{
             host = erllama_cache_store, name = Name, tier = Tier, root = Root, path = Path,
@@ -83,7 +90,16 @@ start_scanned(TakesUnnamed, Took, #state{config = Config} = State) ->
     ok = erllama_cache_store_log:started(Config, TakesUnnamed, Took),
     {_, Roomy} = make_room(0, State),
     ok = erllama_cache_peer_group:join(Config#config.borrower),
+    ok = look_for_expired_later(Config),
+    ok = erllama_cache_store_reject:forget_old(Config),
     {ok, Roomy}.
+
+%% Files are removed at most a tenth of `ttl' late, or a minute.
+look_for_expired_later(#config{ttl = infinity}) ->
+    ok;
+look_for_expired_later(#config{ttl = Ttl}) ->
+    _ = erlang:send_after(max(?SOONEST, min(?LATEST, Ttl div 10)), self(), look_for_expired),
+    ok.
 
 %% Adds the root's files to the index. A row that a save or a load has added meanwhile is newer.
 scan(Removes, #state{config = Config} = State) ->
@@ -112,8 +128,9 @@ scan_slices(Scan, #state{config = Config} = State) ->
             Error
     end.
 
-add_found({file, Key, Length, Size, LastUsed}, State) ->
-    add(erllama_cache_index:file(Key, Length, Size, LastUsed * 1000, make_ref()), State);
+add_found({file, Key, Length, Size, LastUsed, Hits}, #state{config = Config} = State) ->
+    File = erllama_cache_index:file(Key, Length, Size, LastUsed * 1000, make_ref()),
+    add(erllama_cache_evict:with_hits(Config#config.eviction, Hits, File), State);
 %% A file that no load accepts takes room, too, and is evicted like others.
 add_found({skipped, <<_:256>> = Key, Size, Modified, _Reason}, State) when Size > 0 ->
     add(erllama_cache_index:refused_file(Key, Size, Modified * 1000, make_ref()), State);
@@ -169,6 +186,14 @@ handle_info({'DOWN', Monitor, process, _Pid, _Reason}, #state{monitors = Monitor
         #{Monitor := Token} -> {noreply, owner_died(Token, State)};
         _ -> {noreply, State}
     end;
+handle_info(look_for_expired, #state{config = Config} = State) ->
+    {Progress, Removed} = erllama_cache_evict:expired(Config),
+    ok = case Progress of
+        %% Others are served in between.
+        more -> self() ! look_for_expired, ok;
+        done -> look_for_expired_later(Config)
+    end,
+    {noreply, lists:foldl(fun left/2, State, Removed)};
 handle_info(_Message, State) ->
     {noreply, State}.
 
@@ -193,12 +218,14 @@ fits_beside_reservations(Size, Old, #state{config = Config, watches = Watches}) 
         none -> Watches;
         #row{token = Going} -> maps:remove(Going, Watches)
     end,
-    Reserved = [
+    Size + reserved_bytes(Name, Others) =< MaxBytes.
+
+reserved_bytes(Name, Watches) ->
+    lists:sum([
         Watched
-     || {Token, #watch{key = Key, size = Watched}} <- maps:to_list(Others),
+     || {Token, #watch{key = Key, size = Watched}} <- maps:to_list(Watches),
         is_reserved(Token, erllama_cache_index:row(Name, Key))
-    ],
-    Size + lists:sum(Reserved) =< MaxBytes.
+    ]).
 
 is_reserved(Token, #row{token = Token, state = reserved}) -> true;
 is_reserved(_Token, _Row) -> false.
@@ -330,14 +357,36 @@ count_length(#row{state = present, length = Length}, Counts) ->
 count_length(_NoFileToLoad, Counts) ->
     Counts.
 
-make_room(_Needed, #state{config = #config{max_bytes = infinity}} = State) ->
+make_room(_Needed, #state{config = #config{bounded = false}} = State) ->
     {ok, State};
-make_room(Needed, #state{used = Used, config = #config{max_bytes = Max}} = State) when
-    Used + Needed =< Max
+make_room(Needed, State) ->
+    make_room(Needed, spare_bytes(State), State).
+
+%% `Spare' is what the file system has beyond what is to stay free. It is asked once: a file that
+%% somebody still reads gives its bytes back when that has ended.
+make_room(Needed, Spare, #state{used = Used, config = #config{max_bytes = Max}} = State) when
+    Used + Needed =< Max, Needed =< Spare
 ->
     {ok, State};
-make_room(Needed, #state{config = Config, eviction = Order} = State) ->
+make_room(Needed, Spare, #state{config = Config, eviction = Order} = State) ->
     case erllama_cache_evict:next(Config, Order) of
-        {#row{} = Evicted, Rest} -> make_room(Needed, left(Evicted, State#state{eviction = Rest}));
-        {{error, _} = Error, Rest} -> {Error, State#state{eviction = Rest}}
+        {#row{size = Size} = Evicted, Rest} ->
+            make_room(Needed, spared(Spare, Size), left(Evicted, State#state{eviction = Rest}));
+        {{error, _} = Error, Rest} ->
+            {Error, State#state{eviction = Rest}}
+    end.
+
+spared(unknown, _Size) -> unknown;
+spared(Spare, Size) -> Spare + Size.
+
+%% An atom, which is more than any number, where nothing is to stay free or nobody knows what is.
+%% Running saves have not taken all of their room yet.
+spare_bytes(#state{config = #config{min_free_bytes = 0}}) ->
+    unknown;
+spare_bytes(#state{config = Config, watches = Watches}) ->
+    #config{name = Name, path = Path, min_free_bytes = MinFree} = Config,
+    case erllama_cache_io_limit:run(fun(Turn) -> erllama_cache_nif:free_bytes(Turn, Path) end) of
+        Free when is_integer(Free) -> Free - MinFree - reserved_bytes(Name, Watches);
+        %% The save that asks for room meets the same error.
+        {error, _} -> unknown
     end.

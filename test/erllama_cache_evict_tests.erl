@@ -23,6 +23,9 @@ eviction_test_() ->
         fun a_start_makes_room/1,
         fun many_savers_stay_within_the_bound/1,
         fun two_bounded_stores_share_a_root/1,
+        fun hits_of_a_file_count_at_a_start/1,
+        fun what_is_to_stay_free_makes_files_go/1,
+        fun what_another_node_uses_does_not_expire/1,
         fun a_load_by_a_process_that_ends_is_entered/1
     ]).
 
@@ -41,6 +44,46 @@ the_least_recently_used_file_is_evicted(Root) ->
         %% A second save of a key that is stored makes no room.
         {error, already_present} = erllama_cache_writer:save(Store, disk, big_meta(2), <<>>),
         ?assertEqual([2, 4, 5, 6], stored(Root, 6))
+    end).
+
+%% Saved before, used a few times, and so behind one that was saved later.
+hits_of_a_file_count_at_a_start(Root) ->
+    with_store(#{root => Root}, fun(Store) ->
+        [{ok, _} = erllama_cache_store:save(Store, (big_meta(N))#{hit_count => Hits}, big_payload())
+         || {N, Hits} <- [{1, 3}, {2, 0}, {3, 9}]]
+    end),
+    Options = #{root => Root, max_bytes => 2 * ?ROOM, eviction => frecency},
+    with_store(Options, fun(Store) ->
+        ?assertEqual([1, 3], stored(Root, 3)),
+        _ = save_big(Store, 4),
+        ?assertEqual([3, 4], stored(Root, 4))
+    end).
+
+%% How much is free is nothing that a test decides on: less than 1 byte never, that much always.
+what_is_to_stay_free_makes_files_go(Root) ->
+    with_store(#{root => Root, min_free_bytes => 1}, fun(Store) ->
+        _ = [save_big(Store, N) || N <- [1, 2]],
+        ?assertMatch(#{files := 2, evictions := 0}, erllama_cache_store:info(Store))
+    end),
+    with_store(#{root => Root}, fun(Store) ->
+        ok = erllama_cache_store:pin(Store, key(1)),
+        ?assertMatch(#{files := 2, pinned := 1}, erllama_cache_store:info(Store))
+    end),
+    with_store(#{root => Root, min_free_bytes => 1 bsl 60}, fun(Store) ->
+        ?assertEqual([], stored(Root, 2)),
+        ?assertEqual({error, no_room}, erllama_cache_store:save(Store, big_meta(3), big_payload()))
+    end).
+
+%% By what the file says, which is noted there by whoever uses it.
+what_another_node_uses_does_not_expire(Root) ->
+    Ahead = erlang:system_time(second) + 3600,
+    with_store(#{root => Root, ttl => 100}, fun(Store) ->
+        Used = save_big(Store, 1),
+        {ok, Gone} = erllama_cache_store:save(Store, big_meta(2), big_payload()),
+        ok = erllama_cache_nif:note_use(unicode:characters_to_binary(Root), Used, 1, Ahead),
+        eventually(fun() -> not erllama_cache_store:member(Store, Gone) end),
+        ?assert(erllama_cache_store:member(Store, Used)),
+        ?assertMatch(#{expired := 1}, erllama_cache_store:info(Store))
     end).
 
 a_file_above_the_bound_is_refused(Root) ->

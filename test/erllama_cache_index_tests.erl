@@ -27,7 +27,8 @@ index_test_() ->
         fun a_lease_that_was_taken_over_leaves_no_watch/1,
         fun a_check_beside_loads_does_not_expire/1,
         fun a_start_leaves_reservations_alone/1,
-        fun a_store_that_is_being_made_is_not_there/1
+        fun a_store_that_is_being_made_is_not_there/1,
+        fun a_look_for_files_to_evict_leaves_pinned_ones_out/1
     ]).
 
 %% As between the end of a store and its next start, for who has met the one and finds the other.
@@ -37,6 +38,16 @@ a_store_that_is_being_made_is_not_there(_Root) ->
     ?assertExit({noproc, _}, erllama_cache_index:config(Name)),
     ?assertExit({noproc, _}, erllama_cache_index:length_counts(Name)),
     true = ets:delete(Name).
+
+%% Else a thousand of them would hide all others.
+a_look_for_files_to_evict_leaves_pinned_ones_out(Root) ->
+    with_store(#{root => Root}, fun(Store) ->
+        [Pinned, Other] = [erllama_cache_store_util:save(Store, N) || N <- [1, 2]],
+        ok = erllama_cache_store:pin(Store, Pinned),
+        ?assertMatch([{_, Other}], erllama_cache_index:lowest(Store, 1000)),
+        ok = erllama_cache_store:unpin(Store, Pinned),
+        ?assertMatch([_, _], erllama_cache_index:lowest(Store, 1000))
+    end).
 
 a_reserved_key_is_a_conflict(Root) ->
     _ = [
@@ -227,7 +238,8 @@ a_check_beside_loads_does_not_expire(Root) ->
     end).
 
 note_uses(Store, Key) ->
-    _ = erllama_cache_index:use(Store, Key, erlang:system_time(millisecond)),
+    Now = erlang:system_time(millisecond),
+    _ = erllama_cache_index:use(Store, Key, Now, Now),
     note_uses(Store, Key).
 
 %% A store that starts can be saved to before it has looked through its root.

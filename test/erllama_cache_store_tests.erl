@@ -494,7 +494,8 @@ info_counts(Root) ->
                 max_bytes => infinity, files => 2,
                 bytes => Bytes, reservations => 1, saves => 2, duplicates => 1, hits => 1,
                 misses => 1, refused => 1, evictions => 0,
-                fetched => 0, fetched_bytes => 0, fetch_failures => 0
+                fetched => 0, fetched_bytes => 0, fetch_failures => 0, expired => 0,
+                rejected => 0, pinned => 0
             },
             erllama_cache_store:info(Store)
         )

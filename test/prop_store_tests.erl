@@ -387,7 +387,8 @@ modelled(resume, [], Model) ->
 
 blank(MaxBytes, Model) ->
     Zero = [{What, 0} || What <- [saves, duplicates, hits, misses, refused, evictions,
-                             fetched, fetched_bytes, fetch_failures]],
+                             fetched, fetched_bytes, fetch_failures, expired, rejected,
+                             pinned]],
     (lost(Model))#model{max_bytes = MaxBytes, counts = maps:from_list(Zero)}.
 
 lost(Model) ->
@@ -969,7 +970,8 @@ note_uses(Key, Stop) ->
     receive
         Stop -> ok
     after 0 ->
-        _ = erllama_cache_index:use(?STORE, Key, erlang:system_time(millisecond)),
+        Now = erlang:system_time(millisecond),
+        _ = erllama_cache_index:use(?STORE, Key, Now, Now),
         note_uses(Key, Stop)
     end.
 

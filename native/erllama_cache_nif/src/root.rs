@@ -41,11 +41,16 @@ fn delete<'a>(
     ask(env, turn, path, |root| root.delete(&key))
 }
 
-fn ask<'a>(
+#[rustler::nif(schedule = "DirtyIo")]
+fn free_bytes<'a>(env: Env<'a>, turn: &'a Guard, path: Binary<'a>) -> NifResult<Term<'a>> {
+    ask(env, turn, path, Root::free_bytes)
+}
+
+fn ask<'a, T: Encoder>(
     env: Env<'a>,
     turn: &'a Guard,
     path: Binary<'a>,
-    question: impl FnOnce(&Root) -> Result<bool, Error>,
+    question: impl FnOnce(&Root) -> Result<T, Error>,
 ) -> NifResult<Term<'a>> {
     in_turn(env, turn, |_| {
         let answer = open_root(path)?.and_then(|root| question(&root));

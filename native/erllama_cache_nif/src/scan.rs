@@ -74,6 +74,7 @@ fn found_term<'a>(env: Env<'a>, found: &Found) -> Term<'a> {
             meta::key_length(env, header.version, *key_len),
             file_len,
             header.last_used_time,
+            header.hit_count,
         )
             .encode(env),
         Found::Removed { key, corrupt } => {

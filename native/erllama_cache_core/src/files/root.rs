@@ -156,6 +156,15 @@ impl Root {
         *plan.get_or_init(|| SyncPlan::of(&self.dir, self.file_system))
     }
 
+    /// How many bytes of its file system this process may still use: of what is kept for root and
+    /// of what a quota allows it knows as much as the file system tells.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: whatever the system returns.
+    pub fn free_bytes(&self) -> Result<u64, Error> {
+        sys::free_bytes(&self.dir).call("fstatvfs")
+    }
+
     /// Decides on a plan, for tests of what another machine does; `false` when one is decided on.
     #[doc(hidden)]
     pub fn assume(&self, plan: SyncPlan) -> bool {

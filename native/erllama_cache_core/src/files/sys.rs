@@ -363,6 +363,18 @@ pub(crate) fn file_system(_file: &File) -> io::Result<FileSystem> {
     Ok(FileSystem::default())
 }
 
+/// How many bytes of the file system that `file` is on are free for this process.
+// The fields' types differ between systems.
+#[allow(clippy::unnecessary_cast)]
+pub(crate) fn free_bytes(file: &File) -> io::Result<u64> {
+    let mut stat = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: `file` is open, `stat` has room for what the call writes.
+    uninterrupted(|| unsafe { libc::fstatvfs(file.as_raw_fd(), stat.as_mut_ptr()) })?;
+    // SAFETY: the call succeeded, so it has filled `stat`.
+    let stat = unsafe { stat.assume_init() };
+    Ok((stat.f_bavail as u64).saturating_mul(stat.f_frsize as u64))
+}
+
 /// Whether a file may become this long: `EFBIG` if not.
 ///
 /// A write or a reservation beyond `RLIMIT_FSIZE` would end the process by SIGXFSZ, which the VM

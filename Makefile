@@ -104,10 +104,11 @@ elixir: ## Run the tests of the example in Elixir
 	  mix format --check-formatted && KV_ROOT="$$root" MIX_REBAR3="$$(command -v rebar3)" \
 	  ELIXIR_ERL_OPTIONS="+fnu" mix test --warnings-as-errors
 
+# SYSTEMS=aarch64-apple-darwin: of the other systems only these.
 check: setup ## Formatting, lints, warnings, xref, dialyzer, documentation, licences, shape
 	cd $(NATIVE) && cargo fmt --all --check
 	cd $(NATIVE) && cargo clippy --locked --workspace --all-targets -- -D warnings
-	tools/targets.sh
+	tools/targets.sh $(SYSTEMS)
 	tools/deny.sh
 	rebar3 as check compile
 	rebar3 xref
@@ -213,8 +214,8 @@ bench-host: setup bench-build ## A model's tokens in a host while its state is s
 bench-peers: setup bench-build ## A real model's state beside llama.cpp's own files and others
 	examples/llm/fetch.sh bench/peers/setup.sh bench/disk.sh $(BENCH) -s bench_peers main
 
-bench-llm: setup bench-build ## A real model's time to its first token, by the length of the prompt
-	examples/llm/fetch.sh bench/disk.sh $(BENCH) -s bench_llm main
+bench-llm: setup bench-build kvc ## A real model's time to its first token, by the prompt's length
+	KVC="$(CARGO_TARGET_DIR)/release/kvc" examples/llm/fetch.sh bench/disk.sh $(BENCH) -s bench_llm main
 
 bench-plots: ## Write pictures and tables of the pages from what those have measured
 	bench/plots.sh

@@ -30,10 +30,20 @@ run() ->
             {Length, measured(Model, llm:fingerprint(Directory), lists:sublist(Longest, Length))}
          || Length <- lengths()
         ],
-        {[], #{llm => maps:from_list(Rows)}}
+        {[], #{llm => maps:from_list(Rows), dup => shared(Root)}}
     after
         file:del_dir_r(Root)
     end.
+
+%% What the states, each of which continues the one before it, share with that: kvc ($KVC) tells.
+shared(Root) ->
+    Report = os:cmd(lists:flatten([os:getenv("KVC"), " dup --json ", binary_to_list(Root)])),
+    Numbers = "\"tokens\":(\\d+),\"after\":(\\d+),\"bytes\":(\\d+),\"shared_bytes\":(\\d+)",
+    {match, Rows} = re:run(Report, Numbers, [global, {capture, all_but_first, list}]),
+    [
+        maps:from_list(lists:zip([tokens, 'after', bytes, shared], [list_to_integer(N) || N <- Row]))
+     || Row <- Rows
+    ].
 
 lengths() ->
     [list_to_integer(N) || N <- string:lexemes(os:getenv("BENCH_TOKENS", "256,512,1024,2048,4096"),

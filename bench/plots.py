@@ -465,8 +465,13 @@ def llm_table(llm):
         rows.append([f"{int(length):,} tokens", f"{row['bytes'] / 2**20:.1f} MiB", duration(cold),
                      duration(warm), f"{cold / warm:.0f}", duration(row["load"]["p50"]),
                      duration(row["save"])])
-    return markdown(["", "state", "cold", "warm", "cold / warm", "of warm, the load", "save"],
-                    *rows) + f"\n{measured_on(llm)}\n"
+    shared = [[f"{row['tokens']:,} tokens", f"{row['after']:,}", f"{row['bytes'] / 2**20:.1f} MiB",
+               f"{row['shared'] / 2**20:.1f} MiB", f"{100 * row['shared'] / row['bytes']:.0f} %"]
+              for row in llm["figures"]["dup"]]
+    return "\n".join([
+        markdown(["", "state", "cold", "warm", "cold / warm", "of warm, the load", "save"], *rows),
+        markdown(["a state of", "continues one of", "bytes", "of them in that, too", ""], *shared),
+        f"{measured_on(llm)}\n"])
 
 
 def blocks(save, semaphore, prefix, slow, fetch, host, peers, llm):

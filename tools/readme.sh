@@ -136,6 +136,12 @@ do_it() { # COMMAND
             make -C "$work/again" distclean
             [ ! -e "$work/again/native/target" ] && [ ! -e "$work/again/_build" ]
             ;;
+        # What it fetches is not asked for twice, nor missed where there is no network.
+        "make demo-llm")
+            [ ! -d "$here/_build/llm" ] || cp -a "$here/_build/llm" _build/
+            MAY_SKIP=yes TOKENS=256 LLM_THREADS=1 make demo-llm | tee "$work/llm"
+            ! grep SKIPPED "$work/llm" || elsewhere "by nobody: it could not be fetched"
+            ;;
         "make demo FILE=path") make demo FILE="$copy/README.md" ;;
         "make bench-"*) target "$1" "a step of its own, its figures by hand, on a machine at rest" ;;
         "make kvc") make kvc ;;

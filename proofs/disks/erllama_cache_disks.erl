@@ -48,6 +48,41 @@ scenario(full, Root, [Tier, Reason]) ->
 scenario(no_inodes, Root, []) ->
     full(Root, disk, enospc, [1, 30 * ?KIB, 3 * ?MIB]);
 
+%% What is to stay free stays free, whoever fills the file system, and what goes for it was used
+%% before all that stays.
+scenario(spare, Root, []) ->
+    Spare = 16 * ?MIB,
+    start_store(?STORE, Root, #{min_free_bytes => Spare}),
+    Step = fun(N, Order) ->
+        {ok, Key} = try_save(N, (1 + N rem 3) * ?MIB),
+        ?assert(free_bytes(Root) >= Spare),
+        Left = [Each || Each <- Order, erllama_cache_store:member(?STORE, Each)],
+        ?assertEqual(lists:sublist(Order, length(Left)), Left),
+        %% The next to go becomes the last.
+        case Left of
+            [_ | _] when N rem 4 =:= 0 ->
+                Next = lists:last(Left),
+                {ok, _, _} = erllama_cache_store:load(?STORE, Next),
+                [Next, Key | lists:droplast(Left)];
+            _ ->
+                [Key | Left]
+        end
+    end,
+    Stored = lists:foldl(Step, [], lists:seq(1, 60)),
+    ?assert(length(Stored) > 10),
+    %% No more of them went than had to.
+    ?assert(free_bytes(Root) < Spare + 3 * ?MIB),
+    Foreign = filename:join(filename:dirname(Root), "foreign"),
+    ok = file:write_file(Foreign, <<0:(14 * ?MIB * 8)>>),
+    ?assert(free_bytes(Root) < Spare),
+    Pinned = Step(61, Stored),
+    [ok = erllama_cache_store:pin(?STORE, Each) || Each <- Pinned],
+    #{evictions := Evictions} = erllama_cache_store:info(?STORE),
+    ?assertEqual({error, no_room}, try_save(62, 3 * ?MIB)),
+    ?assertMatch(#{evictions := Evictions}, erllama_cache_store:info(?STORE)),
+    io_lib:format("61 saves leave 16 MiB free, ~b files went for it, the least recently used first",
+                  [Evictions]);
+
 %% A mount that is made read-only between saves, by whoever may, and back.
 scenario(read_only, Root, [Mount]) ->
     start_store(?STORE, Root, #{}),
@@ -185,6 +220,12 @@ scenario(frozen, Root, [Mount, Elsewhere]) ->
     [eventually(fun() -> hits(?STORE, Key) > 0 end) || Key <- maps:values(Keys)],
     assert_nothing_held(Root),
     "20 loads answer, with notes of use due, and 20 looks elsewhere; 20 saves wait for the thaw".
+
+%% By somebody else's account.
+free_bytes(Root) ->
+    {0, Answer} = run_command("stat", ["-f", "-c", "%a %S", Root]),
+    [Blocks, Size] = [list_to_integer(Word) || Word <- string:lexemes(Answer, " \n")],
+    Blocks * Size.
 
 full(Root, Tier, Reason, Sizes) ->
     start_store(?STORE, Root, #{tier => Tier}),

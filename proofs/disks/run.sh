@@ -8,6 +8,7 @@
 #   ext4       ext4 of 64 MiB: saves until ENOSPC, then deletion and eviction make room
 #   tmpfs      the same on a tmpfs of 32 MiB, for tier disk
 #   memory     the same for tier ram_file, which has a way of its own there
+#   spare      a tmpfs of 64 MiB of which 16 are to stay free
 #   inodes     ext4 with 64 inodes: saves until there is none left
 #   quota      ext4 with user quota, saves as `nobody` until EDQUOT
 #   named      bindfs (FUSE), where temporary files have names: all ways of a save, the sweep, a root
@@ -34,7 +35,7 @@ set -eu
 
 here=$(cd "$(dirname "$0")/../.." && pwd)
 . "$here/proofs/lib.sh"
-all="ext4 tmpfs memory inodes quota named named-full readonly broken \
+all="ext4 tmpfs memory spare inodes quota named named-full readonly broken \
 xfs btrfs overlay-ext4 overlay-tmpfs nfs lower frozen-ext4 frozen-xfs"
 
 need_or_skip() { # COMMAND...
@@ -127,6 +128,11 @@ scenario() {
             mkdir "$mnt/root"
             case $1 in tmpfs) tier=disk ;; *) tier=ram_file ;; esac
             erlang full "$mnt/root" $tier enospc
+            ;;
+        spare)
+            mount -t tmpfs -o size=64m tmpfs "$mnt"
+            mkdir "$mnt/root"
+            erlang spare "$mnt/root"
             ;;
         inodes)
             ext4 rw -N 64

@@ -38,11 +38,12 @@ run() ->
 %% What the states, each of which continues the one before it, share with that: kvc ($KVC) tells.
 shared(Root) ->
     Report = os:cmd(lists:flatten([os:getenv("KVC"), " dup --json ", binary_to_list(Root)])),
-    Numbers = "\"tokens\":(\\d+),\"after\":(\\d+),\"bytes\":(\\d+),\"shared_bytes\":(\\d+)",
+    Numbers = [[$", Field, "\":(\\d+),?"] || Field <- ["tokens", "after", "bytes", "shared_bytes"]],
     {match, Rows} = re:run(Report, Numbers, [global, {capture, all_but_first, list}]),
     [
-        maps:from_list(lists:zip([tokens, 'after', bytes, shared], [list_to_integer(N) || N <- Row]))
-     || Row <- Rows
+        #{tokens => list_to_integer(Tokens), 'after' => list_to_integer(After),
+          bytes => list_to_integer(Bytes), shared => list_to_integer(Shared)}
+     || [Tokens, After, Bytes, Shared] <- Rows
     ].
 
 lengths() ->

@@ -161,10 +161,11 @@ gap_streams(Kind, Root, Work, Bytes, Rounds, Originals) ->
         Way =/= original orelse Round =< Originals
     ].
 
-%% One stream of tokens with its saves, or without any.
-gap_stream(none, _Kind, _Root, Work, _Payloads) ->
+%% One stream of tokens with its saves, or without any: then as long as one with large saves.
+gap_stream(none, _Kind, _Root, Work, [Payload | _]) ->
     {_, Tokens} = saves_at(),
-    bench_host_model:run(Work, Tokens, #{}, fun() -> ok end);
+    Longer = 1 + 3 * byte_size(Payload) div ?GIB,
+    bench_host_model:run(Work, Tokens * Longer, #{}, fun() -> ok end);
 gap_stream(Way, Kind, Root, Work, Payloads) ->
     {At, Tokens} = saves_at(),
     with_way(Way, usual_limit(), fun(Save, Flush) ->
@@ -185,7 +186,18 @@ gap_row(Streams) ->
     #{p50 := Usual} = Summary = bench_report:summary(Gaps),
     Mean = lists:sum(Gaps) / length(Gaps),
     Ways = [{Way, at_saves(Of(Way), Usual, Mean)} || Way <- ?WAYS],
-    maps:from_list([{usual_ns, Summary} | Ways]).
+    #{tokens := #{p50 := Meanwhile}} = proplists:get_value(behind, Ways),
+    Alone = [
+        lists:max(Window) - Usual
+     || #{stamps := Stamps} <- Of(none),
+        Window <- windows(bench_host_model:gaps(Stamps), Meanwhile)
+    ],
+    maps:from_list([{usual_ns, Summary}, {alone_ns, bench_report:summary(Alone)} | Ways]).
+
+%% As many gaps as a save behind its caller lasts, and again: what they are where nothing is saved.
+windows(Gaps, Length) ->
+    Starts = lists:seq(1, max(1, length(Gaps) - Length + 1), Length),
+    [lists:sublist(Gaps, Start, Length) || Start <- Starts].
 
 at_saves(Streams, Usual, Mean) ->
     Each = [
@@ -195,14 +207,16 @@ at_saves(Streams, Usual, Mean) ->
     Summary = fun(Of) -> bench_report:summary([Of(Gaps, Save) || {Gaps, Save} <- Each]) end,
     #{
         above_ns => Summary(fun(Gaps, _) -> lists:max(Gaps) - Usual end),
+        tokens => Summary(fun(Gaps, _) -> length(Gaps) end),
         call_ns => Summary(fun(_, #{begun := Begun, ended := Ended}) -> Ended - Begun end),
         saved_ns => Summary(fun(_, #{begun := Begun, flushed := At}) -> At - Begun end),
         rate_percent => Summary(fun(Gaps, _) -> 100 * Mean * length(Gaps) / lists:sum(Gaps) end)
     }.
 
-say_gaps(Bytes, #{usual_ns := #{p50 := Usual, p99 := P99, max := Longest}} = Row) ->
-    io:format("  ~8ts   none      usual ~.2f  p99 ~.2f  max ~.2f~n",
-              [size_name(Bytes), Usual / 1.0e6, P99 / 1.0e6, Longest / 1.0e6]),
+say_gaps(Bytes, #{usual_ns := #{p50 := Usual, p99 := P99, max := Longest},
+                  alone_ns := #{p50 := Alone}} = Row) ->
+    io:format("  ~8ts   none      usual ~.2f  p99 ~.2f  max ~.2f  in as many tokens ~.3f~n",
+              [size_name(Bytes), Usual / 1.0e6, P99 / 1.0e6, Longest / 1.0e6, Alone / 1.0e6]),
     [
         begin
             #{Way := #{above_ns := #{p50 := P50, max := Max}, call_ns := #{p50 := Call},

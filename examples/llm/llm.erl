@@ -112,12 +112,19 @@ restore(Model, State) ->
 
 in_memory(Fun) ->
     Unique = [os:getpid(), $., integer_to_list(erlang:unique_integer([positive]))],
-    File = filename:join(os:getenv("LLM_RAM", "/dev/shm"), ["llm.", Unique]),
+    File = filename:join(memory(), ["llm.", Unique]),
     try
         Fun(File)
     after
         file:delete(File)
     end.
+
+memory() ->
+    Default = case filelib:is_dir("/dev/shm") of
+        true -> "/dev/shm";
+        false -> os:getenv("TMPDIR", "/tmp")
+    end,
+    os:getenv("LLM_RAM", Default).
 
 %% llama.cpp's own way: its file, not synced, not checked. Returns the nanoseconds.
 -spec save_file(model(), file:name_all()) -> Nanoseconds :: integer().

@@ -32,6 +32,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
+#include <sys/statvfs.h>
 #include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
@@ -46,8 +47,8 @@
     X(open) X(openat) X(read) X(pread) X(write) X(writev) X(pwrite) X(pwritev) X(fallocate) \
     X(ftruncate) X(sync_file_range_start) X(sync_file_range_wait) X(fdatasync) X(fsync) X(link) \
     X(linkat) X(rename) X(renameat) X(renameat2) X(unlink) X(unlinkat) X(fstat) X(fstatat) \
-    X(fstatfs) X(fchmod) X(flock) X(fcntl) X(posix_fadvise) X(fdopendir) X(readdir) X(closedir) \
-    X(close) X(recv)
+    X(fstatfs) X(fstatvfs) X(fchmod) X(flock) X(fcntl) X(posix_fadvise) X(fdopendir) X(readdir) \
+    X(closedir) X(close) X(recv)
 
 enum kind {
     NONE,
@@ -487,6 +488,8 @@ INSTEAD_AS(fstatat, int, -1, fstatat64,
            (int dir, const char *path, struct stat64 *stat, int flags), (dir, path, stat, flags))
 INSTEAD(int, -1, fstatfs, (int fd, struct statfs *stat), (fd, stat))
 INSTEAD_AS(fstatfs, int, -1, fstatfs64, (int fd, struct statfs64 *stat), (fd, stat))
+INSTEAD(int, -1, fstatvfs, (int fd, struct statvfs *stat), (fd, stat))
+INSTEAD_AS(fstatvfs, int, -1, fstatvfs64, (int fd, struct statvfs64 *stat), (fd, stat))
 INSTEAD(int, -1, fchmod, (int fd, mode_t mode), (fd, mode))
 INSTEAD(int, -1, flock, (int fd, int operation), (fd, operation))
 INSTEAD(DIR *, NULL, fdopendir, (int fd), (fd))

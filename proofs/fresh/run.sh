@@ -1,20 +1,21 @@
 #!/bin/sh
-# Proves that a machine with nothing on it comes from a clone to a demonstration and to tests that pass
-# by the two commands that the README names:
+# Proves that a machine with nothing on it comes from a clone to demonstrations and to tests that pass by
+# the commands that the README names:
 #
 #     proofs/fresh/run.sh [RELEASE...]
 #
 # Without a release: bookworm, trixie and forky, each in a root that debootstrap has just made, without
 # a locale, without Rust and without Erlang. It needs root, and Debian or Ubuntu for debootstrap; packages
 # come from where apt on this machine has its own from, crates from where cargo does. $FRESH_TARGETS are
-# the make targets, `demo test` if it is not set. What is cloned is what is committed.
+# the make targets, `demo demo-llm test` if it is not set; $TOKENS and $MAY_SKIP are for the second. What
+# is cloned is what is committed.
 set -eu
 
 here=$(cd "$(dirname "$0")/../.." && pwd)
 . "$here/proofs/lib.sh"
 . "$here/proofs/debian.sh"
 releases=${*:-bookworm trixie forky}
-targets=${FRESH_TARGETS:-demo test}
+targets=${FRESH_TARGETS:-demo demo-llm test}
 
 is_root || fail "has to run as root, for chroot"
 
@@ -24,7 +25,10 @@ inside() { # ROOT COMMANDS
     mount_root "$1"
     certificates=/etc/ssl/certs/ca-certificates.crt
     mount --bind "$certificates" "$1$certificates"
+    # Python's and Node's own have lists of their own.
     chroot "$1" env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+        PIP_CERT="$certificates" NODE_EXTRA_CA_CERTS="$certificates" \
+        TOKENS="${TOKENS:-2000}" MAY_SKIP="${MAY_SKIP:-}" \
         ERL_EPMD_PORT=14370 ${PROPER_SEQUENCES:+PROPER_SEQUENCES="$PROPER_SEQUENCES"} \
         sh -eu -c "$2"
 }
@@ -62,7 +66,7 @@ for release in $releases; do
     for target in $targets; do
         begun=$(date +%s)
         run "$root" "cd /root/erllama_cache_nif && make $target"
-        table="$table$(printf '%-10s make %-6s %5d s' "$release" "$target" $(($(date +%s) - begun)))
+        table="$table$(printf '%-10s make %-8s %5d s' "$release" "$target" $(($(date +%s) - begun)))
 "
     done
     versions=$(run "$root" 'rustc --version; erl -noinput -eval "io:put_chars([\"OTP \",

@@ -124,8 +124,11 @@ saves_at() ->
     end.
 
 gaps(Kind, Root, Work) ->
-    %% Everything once.
+    %% Everything once, and as much memory as is used: what a virtual machine touches for the first
+    %% time its host has to give it.
     _ = gap_streams(Kind, Root, Work, ?MIB, 1, 1),
+    Largest = payload(bench_report:large(?GIB)),
+    _ = gap_stream(behind, Kind, Root, Work, [Largest, Largest]),
     io:format("~ngaps between tokens (milliseconds: the longest at each save, above the usual, p50 "
               "and max;~n  save/5; until it is on the disk; tokens per second meanwhile, of the "
               "usual)~n"),

@@ -44,7 +44,7 @@ format(exceeds_max_bytes) -> "the file is larger than the store may be";
 format(timeout) -> "the load, or the save that it waited for, took longer than it may";
 format(tier_busy) -> "the tier server, busy with loads, did not answer in time";
 format(no_room) ->
-    "running saves, or files that cannot be removed, leave too little room in the store";
+    "running saves, or files that are pinned or cannot be removed, leave too little room";
 format({mac_key, bad_key}) -> "the secret is not 32 bytes";
 format({mac_key, raised}) -> "the function that gives the secret has raised";
 format({mac_key, Reason}) -> text("the secret cannot be read: ~ts", [format(Reason)]);

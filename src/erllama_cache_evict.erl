@@ -12,7 +12,7 @@
 %% @private
 -module(erllama_cache_evict).
 
--export([new/0, next/2, expired/1]).
+-export([new/0, next/2, until_next/1, overdue/1, expire/2]).
 -export([used/2, with_hits/3]).
 -export_type([order/0, policy/0]).
 
@@ -23,12 +23,14 @@
 -define(LOOK, 1000).
 %% So many files that have expired are removed at a time.
 -define(AT_A_TIME, 100).
+%% Milliseconds by which the clocks of two nodes may differ.
+-define(AHEAD, 60000).
 
 -type policy() :: lru | {frecency, HalfLife :: pos_integer()}.
 %% The half-life is in milliseconds.
 
--opaque order() :: [{erllama_cache_index:rank(), erllama_cache_nif:key()}].
-%% The files to evict, the next one first, as of the last look.
+-opaque order() :: {Look :: integer(), [{erllama_cache_index:rank(), erllama_cache_nif:key()}]}.
+%% The files to evict, the next one first, as of the last look, and its time.
 
 %%% Ranks, in milliseconds of system time
 
@@ -61,28 +63,29 @@ later(HalfLife, Weight, Now) ->
 
 %% No look has been taken yet.
 -spec new() -> order().
-new() -> [].
+new() -> {0, []}.
 
 %% Removes the file of the lowest rank that can be removed, from the root and from the index, and
 %% returns its row. `no_room': none can.
 -spec next(#config{}, order()) -> {erllama_cache_index:row() | {error, no_room | term()}, order()}.
-next(Config, Order) ->
+next(Config, {Look, Order}) ->
     case first_removable(Config, Order) of
         none ->
-            Now = erlang:system_time(millisecond),
-            Look = erllama_cache_index:lowest(Config#config.name, ?LOOK),
-            case first_removable(Config, Look) of
-                none -> {{error, no_room}, []};
-                {Evicted, Rest} -> {Evicted, still_lowest(Rest, Now)}
+            Now = now_ms(),
+            Lowest = erllama_cache_index:lowest(Config#config.name, ?LOOK),
+            case first_removable(Config, Lowest) of
+                none -> {{error, no_room}, new()};
+                {Evicted, Rest} -> {Evicted, {Now, Rest}}
             end;
-        Evicted ->
-            Evicted
+        {Evicted, Rest} ->
+            {Evicted, {Look, Rest}}
     end.
 
 %% What is used or saved after the look ranks at that time or later. Of the others, which have been
-%% used so often that their weight is above 1, none need be the next.
-still_lowest(Rest, Look) ->
-    lists:takewhile(fun({Rank, _}) -> Rank < Look end, Rest).
+%% used so often that their weight is above 1, none need be the next when some time has passed.
+-spec until_next(order()) -> order().
+until_next({Look, Order}) ->
+    {Look, lists:takewhile(fun({Rank, _}) -> Rank < Look end, Order)}.
 
 first_removable(_Config, []) ->
     none;
@@ -103,34 +106,80 @@ first_removable(#config{name = Name} = Config, [{Rank, Key} | Rest]) ->
             first_removable(Config, Rest)
     end.
 
-%% Removes files that were not used for the store's `ttl', and returns their rows: some at a time.
--spec expired(#config{}) -> {more | done, [erllama_cache_index:row()]}.
-expired(#config{name = Name, ttl = Ttl} = Config) ->
-    Since = erlang:system_time(millisecond) - Ttl,
-    Rows = erllama_cache_index:unused_since(Name, {Since, ?AT_A_TIME}),
-    Removed = [
-        evicted(Row, Config, ?EXPIRED)
-     || Row <- Rows,
-        not is_used_elsewhere(Row, Since, Config),
-        remove(Row, Config) =:= evicted
-    ],
-    %% What cannot be removed is tried again the next time only.
-    Progress = case {length(Rows), Removed} of
-        {?AT_A_TIME, [_ | _]} -> more;
-        _ -> done
-    end,
-    {Progress, Removed}.
+%% Keys of the files that were not used for the store's `ttl'.
+-spec overdue(#config{}) -> [erllama_cache_nif:key()].
+overdue(#config{name = Name, ttl = Ttl}) ->
+    erllama_cache_index:unused_since(Name, now_ms() - Ttl).
 
-%% Another node on the same root may have noted a use in the file.
+%% Removes some of these files, if they still have not been used, and returns their rows and the
+%% keys of those that are left to be looked at.
+-spec expire(#config{}, [erllama_cache_nif:key()]) ->
+    {[erllama_cache_index:row()], [erllama_cache_nif:key()]}.
+expire(Config, Keys) ->
+    {Some, Others} = lists:split(min(?AT_A_TIME, length(Keys)), Keys),
+    expire(Some, Others, Config, []).
+
+expire([], Others, _Config, Removed) ->
+    {Removed, Others};
+expire([Key | Keys], Others, Config, Removed) ->
+    case expire_one(Key, Config) of
+        {expired, Row} -> expire(Keys, Others, Config, [Row | Removed]);
+        kept -> expire(Keys, Others, Config, Removed);
+        %% No other file could be removed either.
+        {error, _} -> {Removed, []}
+    end.
+
+expire_one(Key, #config{name = Name, ttl = Ttl} = Config) ->
+    Since = now_ms() - Ttl,
+    case erllama_cache_index:row(Name, Key) of
+        #row{state = State, last_used = LastUsed} = Row when
+            State =/= reserved, LastUsed < Since
+        ->
+            IsInUse = erllama_cache_index:is_pinned(Name, Key) orelse
+                is_used_elsewhere(Row, Since, Config),
+            case IsInUse of
+                true -> kept;
+                false -> expire_row(Row, Config)
+            end;
+        _UsedSince ->
+            kept
+    end.
+
+%% Under a reservation: a save of the key must not find its file gone that it has just published.
+expire_row(#row{key = Key} = Row, #config{name = Name} = Config) ->
+    Mine = erllama_cache_index:reservation(Key, 0, make_ref(), self()),
+    case erllama_cache_index:claim(Name, Row, Mine) of
+        true ->
+            case remove(Mine, Config) of
+                evicted ->
+                    {expired, evicted(Row, Config, ?EXPIRED)};
+                NotRemoved ->
+                    _ = erllama_cache_index:settle(Name, Mine#row.token, Row),
+                    NotRemoved
+            end;
+        false ->
+            kept
+    end.
+
+%% Another node on the same root may have noted a use in the file. A time that is well ahead is of a
+%% wrong clock, or damage: no checksum covers it.
 is_used_elsewhere(#row{key = Key}, Since, #config{name = Name, path = Path, secret = Secret}) ->
     Describe = fun(Turn) -> erllama_cache_nif:describe(Turn, Path, Key, Secret) end,
     case erllama_cache_io_limit:run(Describe) of
-        {ok, #{last_used_time := Seconds}} when Seconds * 1000 > Since ->
-            ok = erllama_cache_index:used_elsewhere(Name, Key, Seconds * 1000),
-            true;
+        {ok, #{last_used_time := Seconds}} ->
+            At = Seconds * 1000,
+            IsUsed = At > Since andalso At =< now_ms() + ?AHEAD,
+            ok = case IsUsed of
+                true -> erllama_cache_index:used_elsewhere(Name, Key, At);
+                false -> ok
+            end,
+            IsUsed;
         _ ->
             false
     end.
+
+now_ms() ->
+    erlang:system_time(millisecond).
 
 evicted(Row, #config{name = Name, counters = Counters}, Counter) ->
     ok = counters:add(Counters, Counter, 1),

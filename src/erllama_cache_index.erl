@@ -166,20 +166,14 @@ unpinned(Name, Files) ->
             [File || {_, Key} = File <- Files, not is_map_key(Key, Pinned)]
     end.
 
-%% Rows of files that are not pinned and were used last before this time, up to `Most'.
--spec unused_since(erllama_cache_store:name(), {Time :: integer(), Most :: pos_integer()}) ->
-    [row()].
-unused_since(Name, {Time, Most}) ->
-    Unused = fold(Name, fun
-        (#row{state = State, last_used = LastUsed, key = Key} = Row, Rows) when
-            State =/= reserved, LastUsed < Time
-        ->
-            [{Key, Row} | Rows];
-        (_, Rows) ->
-            Rows
-    end, []),
-    Pinned = maps:from_keys(pinned(Name), pinned),
-    lists:sublist([Row || {Key, Row} <- Unused, not is_map_key(Key, Pinned)], Most).
+%% Keys of the files that were used last before this time.
+-spec unused_since(erllama_cache_store:name(), Time :: integer()) -> [erllama_cache_nif:key()].
+unused_since(Name, Time) ->
+    Select = [
+        {#row{key = '$2', last_used = '$1', state = State, _ = '_'}, [{'<', '$1', Time}], ['$2']}
+     || State <- [present, refused]
+    ],
+    table(Name, fun() -> ets:select(Name, Select) end).
 
 %% The lengths of files whose keys are made of this, in ascending order, each once, up to `Most'.
 %% There may be none left of a length: see exchange/4.
@@ -361,8 +355,14 @@ new_rank(ToRank, Name, Key) ->
 %% Notes what a file says of its last use, by another node on the same root.
 -spec used_elsewhere(erllama_cache_store:name(), erllama_cache_nif:key(), integer()) -> ok.
 used_elsewhere(Name, Key, At) ->
-    _ = table(Name, fun() -> ets:update_element(Name, Key, {#row.last_used, not_ahead(At)}) end),
-    ok.
+    %% A load may have used it here meanwhile.
+    Later = [{#row{key = Key, last_used = '$1', _ = '_'}, [{'<', '$1', At}], [{const, At}]}],
+    table(Name, fun() ->
+        case ets:select(Name, Later) of
+            [At] -> _ = ets:update_element(Name, Key, {#row.last_used, not_ahead(At)}), ok;
+            [] -> ok
+        end
+    end).
 
 %%% Pins: of keys, whether they have a row or not
 

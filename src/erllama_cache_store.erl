@@ -308,6 +308,9 @@ delete(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
 %% a root are kept, for a week, and count for none of the store's bounds. `ok' also when nothing is
 %% stored. Errors: a POSIX reason.
 %%
+%% It is about the file that is there: a save of the key that is pending behind its caller still
+%% comes, and so does a peer's file of the key with the next load that asks peers.
+%%
 %% ```
 %% {ok, Key} = erllama_cache_store:save(my_store, Meta, Payload),
 %% ok = erllama_cache_store:reject(my_store, Key),
@@ -338,7 +341,8 @@ pin(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
 %% '''
 -spec unpin(name(), erllama_cache_writer:key()) -> ok.
 unpin(Name, Key) when is_atom(Name), ?IS_KEY(Key) ->
-    erllama_cache_index:unpin(Name, Key).
+    ok = erllama_cache_index:unpin(Name, Key),
+    gen_server:cast(Name, unpinned).
 
 %% @doc Whether there is a state under a key: in a save that is pending, in the index, or on the
 %% disk, where another node may have saved it. Nobody has read the file: only a load tells whether

@@ -90,9 +90,14 @@ used(#config{name = Name, eviction = Policy} = Config, Key, Info, Known) ->
 
 %% The order of eviction after a restart needs no more than an hour's precision, and each backup
 %% would resend a file that changes with each load. A note an hour in the future was written by a
-%% wrong clock, and would make the file look just used at each start until then.
-note_in_file(#config{name = Name, path = Path}, Key, Uses, Notes, Now) ->
-    IsDue = lists:all(fun(Note) -> abs(Now - Note) >= ?NOTE_EVERY end, Notes),
+%% wrong clock, and would make the file look just used at each start until then. A `ttl' wants notes
+%% in time: other nodes go by them.
+note_in_file(#config{name = Name, path = Path, ttl = Ttl}, Key, Uses, Notes, Now) ->
+    Every = case Ttl of
+        infinity -> ?NOTE_EVERY;
+        _ -> min(?NOTE_EVERY, Ttl div 2000)
+    end,
+    IsDue = lists:all(fun(Note) -> abs(Now - Note) >= Every end, Notes),
     case IsDue andalso Uses > 0 of
         true ->
             ok = erllama_cache_nif:note_use(Path, Key, min(Uses, 16#ffffffff), Now),

@@ -9,7 +9,6 @@
 
 -export([put_aside/2, forget_old/1]).
 
--define(SUFFIX, ".kvc.bad").
 %% So many are kept, the newest ones, and none longer than so many seconds.
 -define(KEPT, 8).
 -define(KEPT_FOR, 7 * 86400).
@@ -27,9 +26,16 @@ put_aside(#config{name = Name, root = Root, counters = Counters} = Config, Key) 
             ok = erllama_cache_store_load:gone(Config, Known),
             forget_old(Config);
         {error, enoent} ->
-            erllama_cache_store_load:gone(Config, Known);
+            nothing_there(Config, Key, Known);
         {error, _} = Error ->
             Error
+    end.
+
+%% Or there is no root.
+nothing_there(#config{path = Path} = Config, Key, Known) ->
+    case erllama_cache_io_limit:run(fun(Turn) -> erllama_cache_nif:exists(Turn, Path, Key) end) of
+        {error, _} = Error -> Error;
+        _ -> erllama_cache_store_load:gone(Config, Known)
     end.
 
 aside(File) when is_binary(File) -> <<File/binary, ".bad">>;
@@ -43,7 +49,7 @@ forget_old(#config{root = Root}) ->
         Since = erlang:system_time(second) - ?KEPT_FOR,
         {Kept, TooMany} = lists:split(min(?KEPT, length(Newest)), Newest),
         TooOld = [Each || {Time, _} = Each <- Kept, Time < Since],
-        lists:foreach(fun({_, File}) -> _ = file:delete(File) end, TooMany ++ TooOld)
+        lists:foreach(fun({_, File}) -> _ = file:delete(File, [raw]) end, TooMany ++ TooOld)
     end).
 
 %% With the time at which each was put aside, in seconds: a rename changes no other.
@@ -55,7 +61,10 @@ rejected(Root) ->
     [
         {Time, File}
      || Name <- Names,
-        lists:suffix(?SUFFIX, Name),
+        is_aside(Name),
         File <- [filename:join(Root, Name)],
         {ok, #file_info{ctime = Time}} <- [file:read_file_info(File, [raw, {time, posix}])]
     ].
+
+is_aside(Name) ->
+    re:run(Name, "^[0-9a-f]{64}\\.kvc\\.bad$", [{capture, none}]) =:= match.

@@ -17,6 +17,7 @@
 
 %% Milliseconds between two looks for files that have expired.
 -define(SOONEST, 100).
+-define(DAY, 86400000).
 -define(LATEST, 60000).
 
 -record(state, {
@@ -88,11 +89,16 @@ start_scanned({error, no_links}, _Took, #state{config = #config{name = Name}}) -
     {stop, no_links};
 start_scanned(TakesUnnamed, Took, #state{config = Config} = State) ->
     ok = erllama_cache_store_log:started(Config, TakesUnnamed, Took),
-    {_, Roomy} = make_room(0, State),
+    {_, Roomy} = make_room(0, 0, State),
     ok = erllama_cache_peer_group:join(Config#config.borrower),
     ok = look_for_expired_later(Config),
-    ok = erllama_cache_store_reject:forget_old(Config),
+    ok = forget_rejected(Config),
     {ok, Roomy}.
+
+%% Now, and each day.
+forget_rejected(Config) ->
+    _ = erlang:send_after(?DAY, self(), forget_rejected),
+    erllama_cache_store_reject:forget_old(Config).
 
 %% Files are removed at most a tenth of `ttl' late, or a minute.
 look_for_expired_later(#config{ttl = infinity}) ->
@@ -171,6 +177,9 @@ handle_cast({checked, Token, Key, _NotThere}, #state{config = Config} = State) -
         Config#config.name, #row{key = Key, token = Token, state = reserved}
     ),
     {noreply, unwatch(Token, State)};
+handle_cast(unpinned, State) ->
+    %% The last look has left it out.
+    {noreply, State#state{eviction = erllama_cache_evict:new()}};
 handle_cast(look_again, State) ->
     {noreply, look_again(State)}.
 
@@ -187,15 +196,30 @@ handle_info({'DOWN', Monitor, process, _Pid, _Reason}, #state{monitors = Monitor
         _ -> {noreply, State}
     end;
 handle_info(look_for_expired, #state{config = Config} = State) ->
-    {Progress, Removed} = erllama_cache_evict:expired(Config),
-    ok = case Progress of
-        %% Others are served in between.
-        more -> self() ! look_for_expired, ok;
-        done -> look_for_expired_later(Config)
-    end,
-    {noreply, lists:foldl(fun left/2, State, Removed)};
+    {noreply, expire(erllama_cache_evict:overdue(Config), State)};
+handle_info({look_for_expired, Keys}, State) ->
+    {noreply, expire(Keys, State)};
+handle_info(forget_rejected, #state{config = Config} = State) ->
+    ok = forget_rejected(Config),
+    {noreply, State};
 handle_info(_Message, State) ->
     {noreply, State}.
+
+%% Some at a time: others are served in between. If the root is another directory by now, the keys
+%% say nothing of its files.
+expire(Keys, #state{config = #config{path = Path} = Config} = State) ->
+    %% Opened anew, it shows which directory it is.
+    Open = fun(Turn) -> erllama_cache_nif:exists(Turn, Path, <<0:256>>) end,
+    _ = erllama_cache_io_limit:run(Open),
+    Seen = look_again(State),
+    case erllama_cache_evict:expire(Config, Keys) of
+        {Removed, []} ->
+            ok = look_for_expired_later(Config),
+            lists:foldl(fun left/2, Seen, Removed);
+        {Removed, Others} ->
+            self() ! {look_for_expired, Others},
+            lists:foldl(fun left/2, Seen, Removed)
+    end.
 
 admit(#row{key = Key, size = Size} = Row, State) ->
     #state{config = #config{name = Name, max_bytes = MaxBytes}} = State,
@@ -233,7 +257,7 @@ is_reserved(_Token, _Row) -> false.
 admit(#row{key = Key, size = Size, token = Token, pid = Pid} = Row, Old, State) ->
     #state{config = #config{name = Name}} = State,
     %% A file that is gone, or that is to be replaced, takes no room.
-    case make_room(Size - room_of(Old, State), State) of
+    case make_room(Size - room_of(Old, State), Size, State) of
         {ok, Roomy} ->
             case erllama_cache_index:claim(Name, Old, Row) of
                 true -> {{ok, Token}, watch(Token, Key, Size, Pid, left(Old, Roomy))};
@@ -330,7 +354,7 @@ look_again(#state{config = #config{name = Name, path = Path} = Config} = State) 
             %% No operator has named this directory as a root, so nothing in it may be removed.
             case scan(removes_nothing, Empty) of
                 {ok, Scanned} ->
-                    {_, Roomy} = make_room(0, Scanned),
+                    {_, Roomy} = make_room(0, 0, Scanned),
                     Roomy;
                 {error, Reason} ->
                     ok = erllama_cache_store_log:root_unreadable(Config, Reason),
@@ -357,30 +381,52 @@ count_length(#row{state = present, length = Length}, Counts) ->
 count_length(_NoFileToLoad, Counts) ->
     Counts.
 
-make_room(_Needed, #state{config = #config{bounded = false}} = State) ->
+%% So much more may be used then, and the file system gives so much: a file that is to be replaced
+%% keeps its bytes there until it is.
+make_room(_More, _Size, #state{config = #config{bounded = false}} = State) ->
     {ok, State};
-make_room(Needed, State) ->
-    make_room(Needed, spare_bytes(State), State).
+make_room(More, Size, State) ->
+    Spare = spare_bytes(State),
+    case Size =< Spare orelse Size =< spared(Spare, evictable_bytes(State)) of
+        true ->
+            {Result, #state{eviction = Order} = Roomy} = evict_for(More, Size, Spare, State),
+            {Result, Roomy#state{eviction = erllama_cache_evict:until_next(Order)}};
+        %% Nothing is evicted in vain, because somebody else has filled the disk.
+        false ->
+            {{error, no_room}, State}
+    end.
 
 %% `Spare' is what the file system has beyond what is to stay free. It is asked once: a file that
 %% somebody still reads gives its bytes back when that has ended.
-make_room(Needed, Spare, #state{used = Used, config = #config{max_bytes = Max}} = State) when
-    Used + Needed =< Max, Needed =< Spare
+evict_for(More, Size, Spare, #state{used = Used, config = #config{max_bytes = Max}} = State) when
+    Used + More =< Max, Size =< Spare
 ->
     {ok, State};
-make_room(Needed, Spare, #state{config = Config, eviction = Order} = State) ->
+evict_for(More, Size, Spare, #state{config = Config, eviction = Order} = State) ->
     case erllama_cache_evict:next(Config, Order) of
-        {#row{size = Size} = Evicted, Rest} ->
-            make_room(Needed, spared(Spare, Size), left(Evicted, State#state{eviction = Rest}));
+        {#row{size = Freed} = Evicted, Rest} ->
+            Left = left(Evicted, State#state{eviction = Rest}),
+            evict_for(More, Size, spared(Spare, Freed), Left);
         {{error, _} = Error, Rest} ->
             {Error, State#state{eviction = Rest}}
     end.
+
+evictable_bytes(#state{config = #config{name = Name}}) ->
+    Pinned = maps:from_keys(erllama_cache_index:pinned(Name), pinned),
+    erllama_cache_index:fold(Name, fun
+        (#row{state = State, key = Key, size = Size}, Sum) when
+            State =/= reserved, not is_map_key(Key, Pinned)
+        ->
+            Sum + Size;
+        (_, Sum) ->
+            Sum
+    end, 0).
 
 spared(unknown, _Size) -> unknown;
 spared(Spare, Size) -> Spare + Size.
 
 %% An atom, which is more than any number, where nothing is to stay free or nobody knows what is.
-%% Running saves have not taken all of their room yet.
+%% Running saves have not taken all of their room yet; of what they have taken, some counts twice.
 spare_bytes(#state{config = #config{min_free_bytes = 0}}) ->
     unknown;
 spare_bytes(#state{config = Config, watches = Watches}) ->

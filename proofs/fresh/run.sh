@@ -51,6 +51,7 @@ add_updates() { # RELEASE ROOT
 }
 
 table=
+mkdir -p "$here/_build"
 for release in $releases; do
     temp_dir "$here/_build"
     root=$work/$release

@@ -55,6 +55,8 @@ impl Dir {
             match name.with_context(context)? {
                 Name::Final(key) => listing.keys.push(key),
                 Name::Temporary(name) => listing.temporary.push(name),
+                // What a model has refused is the store's own, too.
+                Name::Other(name) if name.to_bytes().ends_with(b".kvc.bad") => {}
                 Name::Other(_) => listing.others += 1,
             }
         }

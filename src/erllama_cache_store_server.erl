@@ -17,8 +17,8 @@
 
 %% Milliseconds between two looks for files that have expired.
 -define(SOONEST, 100).
--define(DAY, 86400000).
 -define(LATEST, 60000).
+-define(DAY, 86400000).
 
 -record(state, {
     config :: #config{},
@@ -411,16 +411,15 @@ evict_for(More, Size, Spare, #state{config = Config, eviction = Order} = State) 
             {Error, State#state{eviction = Rest}}
     end.
 
-evictable_bytes(#state{config = #config{name = Name}}) ->
-    Pinned = maps:from_keys(erllama_cache_index:pinned(Name), pinned),
-    erllama_cache_index:fold(Name, fun
-        (#row{state = State, key = Key, size = Size}, Sum) when
-            State =/= reserved, not is_map_key(Key, Pinned)
-        ->
-            Sum + Size;
-        (_, Sum) ->
-            Sum
-    end, 0).
+%% Not by a look at all rows: a disk that is as full as it may be is asked about at each save.
+evictable_bytes(#state{config = #config{name = Name}, watches = Watches, used = Used}) ->
+    Pinned = lists:sum([
+        Size
+     || Key <- erllama_cache_index:pinned(Name),
+        #row{state = State, size = Size} <- [erllama_cache_index:row(Name, Key)],
+        State =/= reserved
+    ]),
+    Used - Pinned - reserved_bytes(Name, Watches).
 
 spared(unknown, _Size) -> unknown;
 spared(Spare, Size) -> Spare + Size.

@@ -89,9 +89,12 @@ run(Root, Eviction, HalfLife, Steps) ->
         end),
         true
     after
-        {ok, Names} = file:list_dir(Root),
-        [ok = file:delete(filename:join(Root, Name)) || Name <- Names]
+        empty(Root)
     end.
+
+empty(Root) ->
+    {ok, Names} = file:list_dir(Root),
+    [ok = file:delete(filename:join(Root, Name)) || Name <- Names].
 
 take(Step, Model) ->
     next_millisecond(),
@@ -211,6 +214,5 @@ run_expiry(Root, Kinds) ->
         end),
         true
     after
-        {ok, Names} = file:list_dir(Root),
-        [ok = file:delete(filename:join(Root, Name)) || Name <- Names]
+        empty(Root)
     end.

@@ -23,8 +23,9 @@ modules() {
     (cd "$here/test" && for file in "$@"; do basename "$file" .erl; done)
 }
 
-# Not those that watch how long schedulers are held: a library that is looked over holds them longer.
-eunit=${MODULES-$(cd "$here/test" && modules ./*_tests.erl | grep -v schedulers)}
+# Not those that watch how long schedulers are held: a library that is looked over holds them longer. Nor
+# those that install the library: the programs that they start would be looked over, too.
+eunit=${MODULES-$(cd "$here/test" && modules ./*_tests.erl | grep -vE 'schedulers|prebuilt')}
 suites=${SUITES-$(cd "$here/test" && modules ./*_SUITE.erl)}
 
 out="$here/native/target/sanitize"

@@ -203,7 +203,9 @@ advise() {
 install_by_apt() { # PACKAGE...
     [ $# -gt 0 ] || return 0
     echo "setup: installing by apt, to build and test: $*"
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-install-recommends install "$@" || true
+    # A machine that has just been started is often at its own updates.
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 \
+        -q -y --no-install-recommends install "$@" || true
 }
 
 absent=$(missing "$@")

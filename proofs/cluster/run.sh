@@ -83,6 +83,15 @@ replicas_up() {
     [ "$(gluster --mode=script volume status $volume --xml | grep -c '<status>1</status>')" -ge 4 ]
 }
 
+# By all replicas: each finds by itself, after some seconds, that it has room again.
+takes_data() { # a|b
+    dd if=/dev/zero of="$work/$1/probe" bs=1M count=4 conv=fsync status=none &&
+        [ "$(cat "$work"/disks/?/root/probe | wc -c)" -eq $((3 * 4 << 20)) ]
+    status=$?
+    rm -f "$work/$1/probe"
+    return $status
+}
+
 healed() {
     replicas_up || return 1
     gluster --mode=script volume heal $volume info >"$work/heal" 2>&1 || return 1
@@ -117,9 +126,8 @@ act() {
             ;;
         make_room)
             rm "$work/a/filler"
-            until_true touch "$work/a/probe"
-            until_true touch "$work/b/probe"
-            rm "$work/a/probe"
+            until_true takes_data a
+            until_true takes_data b
             ;;
         judge) judge ;;
         *) fail "cannot: $*" ;;

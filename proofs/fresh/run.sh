@@ -6,16 +6,16 @@
 #
 # Without a release: bookworm, trixie and forky, each in a root that debootstrap has just made, without
 # a locale, without Rust and without Erlang. It needs root, and Debian or Ubuntu for debootstrap; packages
-# come from where apt on this machine has its own from, crates from where cargo does. $FRESH_TARGETS are
-# the make targets, `demo test` if it is not set; $TOKENS and $MAY_SKIP are for `demo-llm`. What is cloned
-# is what is committed.
+# come from where apt on this machine has its own from, crates from where cargo does, and the model from
+# where pip and npm do. $FRESH_TARGETS are the make targets, `demo demo-llm test` if it is not set;
+# $TOKENS and $MAY_SKIP are for `demo-llm`. What is cloned is what is committed.
 set -eu
 
 here=$(cd "$(dirname "$0")/../.." && pwd)
 . "$here/proofs/lib.sh"
 . "$here/proofs/debian.sh"
 releases=${*:-bookworm trixie forky}
-targets=${FRESH_TARGETS:-demo test}
+targets=${FRESH_TARGETS:-demo demo-llm test}
 
 is_root || fail "has to run as root, for chroot"
 

@@ -4,7 +4,7 @@
 
 -include_lib("eunit/include/eunit.hrl").
 
--import(erllama_cache_test_util, [temporary_dir/1, in_project/1]).
+-import(erllama_cache_test_util, [temporary_dir/1, in_project/1, run_command/2]).
 
 -define(LIBRARY, <<"a library, as far as the hook knows">>).
 
@@ -49,9 +49,14 @@ archive_name() ->
     lists:concat(["erllama_cache_nif-", proplists:get_value(vsn, Keys), "-", Machine,
                   "-unknown-linux-", Libc, ".tar.gz"]).
 
-archive(#{archives := Archives, archive := Name, c_src := CSrc}, Files) ->
+%% Packed as `make prebuilt' does it.
+archive(#{base := Base, archives := Archives, archive := Name, c_src := CSrc}, Files) ->
     Path = filename:join(Archives, Name),
-    ok = erl_tar:create(Path, Files, [compressed]),
+    Packed = filename:join(Base, "packed"),
+    _ = file:del_dir_r(Packed),
+    ok = file:make_dir(Packed),
+    [ok = file:write_file(filename:join(Packed, File), Bytes) || {File, Bytes} <- Files],
+    {0, _} = run_command(in_project("tools/archive.sh"), [Packed, Path]),
     {ok, Bytes} = file:read_file(Path),
     Sum = string:lowercase(binary:encode_hex(crypto:hash(sha256, Bytes))),
     file:write_file(filename:join(CSrc, "checksums.txt"), [Sum, "  ", Name, "\n"]).

@@ -49,9 +49,20 @@ for target in $targets; do
     mkdir "$work/$target"
     cp "$built/liberllama_cache_nif.so" "$work/$target/erllama_cache_nif.so"
     cp "$built/kvc" "$here/LICENSE" "$work/$target/"
-    # The same bytes for the same build.
-    tar --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -C "$work/$target" -cf - . |
-        gzip -n -9 >"$out/erllama_cache_nif-$version-$target.tar.gz"
+    "$here/tools/archive.sh" "$work/$target" "$out/erllama_cache_nif-$version-$target.tar.gz"
 done
 (cd "$out" && sha256sum -- *.tar.gz >checksums.txt && cat checksums.txt)
+
+# As somebody who has the sources of the release, and no Rust.
+install_host() {
+    mkdir -p "$work/project/src"
+    cp -R "$here/c_src" "$work/project/"
+    cp "$here/src/erllama_cache_nif.app.src" "$work/project/src/"
+    cp "$out/checksums.txt" "$work/project/c_src/"
+    ERLLAMA_CACHE_NIF_PREBUILT=$out make -C "$work/project/c_src"
+    cmp "$work/$host/erllama_cache_nif.so" "$work/project/priv/erllama_cache_nif.so"
+}
+case " $targets " in
+    *" $host "*) install_host || fail "the hook does not install what was built" ;;
+esac
 echo "prebuilt: in $out"

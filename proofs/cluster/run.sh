@@ -92,8 +92,10 @@ takes_data() { # a|b
     return $status
 }
 
+# Asked for again each time: what cannot be healed yet, the daemon that heals leaves for ten minutes.
 healed() {
     replicas_up || return 1
+    gluster --mode=script volume heal $volume || return 1
     gluster --mode=script volume heal $volume info >"$work/heal" 2>&1 || return 1
     [ "$(grep -c '^Number of entries: 0$' "$work/heal")" = 3 ]
 }
@@ -109,9 +111,7 @@ act() {
             until_true replicas_up
             ;;
         heal)
-            # The daemon that heals may not have begun yet.
-            until_true gluster --mode=script volume heal $volume
-            until_true healed
+            (until_true healed) || { cat "$work/heal"; exit 1; }
             ;;
         kill_client) kill -9 "$(cat "$work/$2.pid")" ;;
         mount_again)

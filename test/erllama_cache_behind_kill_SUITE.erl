@@ -143,11 +143,16 @@ a_key_can_be_saved_again_when_a_failure_is_answered(_Config) ->
     Failure = tell(Caller, fun() -> save(meta([1]), ?PAYLOAD) end),
     receive suspended -> ok end,
     Asked = {message_queue_len, 1},
-    eventually(fun() -> process_info(whereis(?PENDING), message_queue_len) =:= Asked end),
-    %% It is not told before the pending set has answered.
-    ?assertEqual([{message_queue_len, 0}, {current_function, {erllama_cache_behind, hand_over, 2}}],
-                 process_info(Caller, [message_queue_len, current_function])),
-    ok = sys:resume(?PENDING),
+    try
+        eventually(fun() -> process_info(whereis(?PENDING), message_queue_len) =:= Asked end),
+        %% It is not told before the pending set has answered.
+        ?assertEqual(
+            [{message_queue_len, 0}, {current_function, {erllama_cache_behind, hand_over, 2}}],
+            process_info(Caller, [message_queue_len, current_function])
+        )
+    after
+        ok = sys:resume(?PENDING)
+    end,
     ?assertEqual({error, badarg}, answer(Caller, Failure)),
     ok = erllama_cache_erllama_util:restart_tier_server(),
     {ok, _} = save(meta([1]), ?PAYLOAD),

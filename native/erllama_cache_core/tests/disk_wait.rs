@@ -3,6 +3,7 @@
 //! live.
 #![cfg(target_os = "linux")]
 
+mod example;
 // Of which this needs a part.
 #[allow(dead_code)]
 mod failing;
@@ -13,9 +14,8 @@ use std::os::unix::ffi::OsStrExt;
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{Options, Root, Slice, TmpFile};
-use erllama_cache_core::kvc::{
-    DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Version,
-};
+use erllama_cache_core::kvc::{DigestKind, Key, Prefix};
+use example::META;
 use failing::{Call, call, with};
 
 /// The kernel tells an error of the disk once: to whoever waits first.
@@ -42,25 +42,7 @@ fn a_failed_wait_is_final() {
 }
 
 fn create(dir: &tempfile::TempDir, len: usize) -> TmpFile {
-    let meta = Meta {
-        version: Version::Tokens,
-        save_reason: SaveReason::Cold,
-        quant_bits: 16,
-        quant_byte: 1,
-        fingerprint: &[1; 32],
-        fingerprint_mode: FingerprintMode::Safe,
-        ctx_params_hash: &[2; 32],
-        tokens: &[0; 4],
-        context_size: 4096,
-        creation_time: 1,
-        last_used_time: 1,
-        hit_count: 0,
-        prompt_text: b"",
-        hostname: b"",
-        erllama_version: b"",
-        save_reason_detail: b"",
-    };
-    let prefix = Prefix::encode(&meta, len as u64, DigestKind::Blake3).unwrap();
+    let prefix = Prefix::encode(&META, len as u64, DigestKind::Blake3).unwrap();
     let path = CString::new(dir.path().as_os_str().as_bytes()).unwrap();
     let key = Key::of(&[1; 32], 1, &[2; 32], &[0; 4]);
     TmpFile::create(Root::open(&path).unwrap(), key, prefix, Options::default()).unwrap()

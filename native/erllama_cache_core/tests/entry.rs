@@ -1,5 +1,7 @@
 //! What stands under a root's names, and removing it, through the public interface.
 
+mod example;
+
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt;
@@ -8,29 +10,12 @@ use std::path::{Path, PathBuf};
 
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{Check, Name, Root, StaleTemp, Stored};
-use erllama_cache_core::kvc::{
-    Corrupt, DigestKind, Digester, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version,
-    crc32c,
-};
+use erllama_cache_core::kvc::{Corrupt, DigestKind, Digester, Key, Meta, Prefix, Secret, crc32c};
 use tempfile::TempDir;
 
 const META: Meta<'_> = Meta {
-    version: Version::Tokens,
-    save_reason: SaveReason::Cold,
-    quant_bits: 16,
-    quant_byte: 1,
-    fingerprint: &[1; 32],
-    fingerprint_mode: FingerprintMode::Safe,
-    ctx_params_hash: &[2; 32],
-    tokens: &[1, 0, 0, 0],
-    context_size: 4096,
-    creation_time: 1_700_000_000,
-    last_used_time: 1_700_000_000,
-    hit_count: 0,
     prompt_text: b"prompt",
-    hostname: b"",
-    erllama_version: b"",
-    save_reason_detail: b"",
+    ..example::META
 };
 
 fn key() -> Key {

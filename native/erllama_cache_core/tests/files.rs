@@ -3,6 +3,7 @@
 //!
 //! A slice of no length ends after one piece, so that everything that can be done in slices is.
 
+mod example;
 #[cfg(target_os = "linux")]
 mod failing;
 
@@ -23,14 +24,9 @@ use erllama_cache_core::files::{
     Check, Effort, Found, Loader, Options, Outcome, Progress, Published, Removal, Root, Scan,
     Slice, TmpFile, Use,
 };
-use erllama_cache_core::kvc::{
-    Corrupt, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version,
-};
+use erllama_cache_core::kvc::{Corrupt, DigestKind, Key, Meta, Prefix, Secret};
+use example::META;
 use tempfile::TempDir;
-
-const FINGERPRINT: [u8; 32] = [1; 32];
-const CTX_PARAMS_HASH: [u8; 32] = [2; 32];
-const QUANT_BYTE: u8 = 1;
 
 /// A payload of this size is written in more than one call.
 const MIB: usize = 1024 * 1024;
@@ -41,7 +37,7 @@ const SLICES: usize = 17 << 20;
 // What is saved. A number makes the tokens, and so the key.
 
 fn key(n: u32) -> Key {
-    Key::of(&FINGERPRINT, QUANT_BYTE, &CTX_PARAMS_HASH, &n.to_le_bytes())
+    meta(&n.to_le_bytes()).key()
 }
 
 fn prefix(n: u32, payload: &[u8]) -> Prefix {
@@ -54,24 +50,7 @@ fn prefix(n: u32, payload: &[u8]) -> Prefix {
 }
 
 fn meta(tokens: &[u8]) -> Meta<'_> {
-    Meta {
-        version: Version::Tokens,
-        save_reason: SaveReason::Cold,
-        quant_bits: 16,
-        quant_byte: QUANT_BYTE,
-        fingerprint: &FINGERPRINT,
-        fingerprint_mode: FingerprintMode::Safe,
-        ctx_params_hash: &CTX_PARAMS_HASH,
-        tokens,
-        context_size: 4096,
-        creation_time: 1_700_000_000,
-        last_used_time: 1_700_000_000,
-        hit_count: 0,
-        prompt_text: b"",
-        hostname: b"",
-        erllama_version: b"",
-        save_reason_detail: b"",
-    }
+    Meta { tokens, ..META }
 }
 
 fn payload(len: usize) -> Vec<u8> {

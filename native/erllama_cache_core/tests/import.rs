@@ -1,6 +1,8 @@
 //! Files that come from another node, through the public interface: in pieces of any size, whole or
 //! damaged, and beside a save of the same key.
 
+mod example;
+
 use std::ffi::CString;
 use std::fs;
 use std::io::{Read, Write};
@@ -14,9 +16,8 @@ use erllama_cache_core::Error;
 use erllama_cache_core::files::{
     Check, Import, Options, Outcome, Progress, Published, Received, Root, Slice, TmpFile,
 };
-use erllama_cache_core::kvc::{
-    Corrupt, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version,
-};
+use erllama_cache_core::kvc::{Corrupt, DigestKind, Key, Meta, Prefix, Secret, Version};
+use example::META;
 use tempfile::{TempDir, tempdir};
 
 const MIB: usize = 1024 * 1024;
@@ -55,21 +56,10 @@ fn options(secret: Option<Secret>) -> Options {
 fn save(dir: &TempDir, prompt: usize, len: usize, digest: DigestKind) -> Key {
     let meta = Meta {
         version: Version::Text,
-        save_reason: SaveReason::Cold,
-        quant_bits: 16,
-        quant_byte: 1,
-        fingerprint: &[1; 32],
-        fingerprint_mode: FingerprintMode::Safe,
-        ctx_params_hash: &[2; 32],
         tokens: &[3; 8],
-        context_size: 4096,
-        creation_time: 1_700_000_000,
-        last_used_time: 1_700_000_000,
-        hit_count: 0,
         prompt_text: &vec![b'p'; prompt],
         hostname: b"a",
-        erllama_version: b"",
-        save_reason_detail: b"",
+        ..META
     };
     let payload: Vec<u8> = (0..len).map(|i| (i * 31 + i / 251) as u8).collect();
     let key = meta.key();

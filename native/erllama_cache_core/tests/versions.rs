@@ -2,6 +2,7 @@
 //! loaded, checked and scanned whatever its version, and gives way to a save of the other version
 //! only.
 
+mod example;
 #[allow(dead_code, reason = "a part of it is for the codec alone")]
 mod vectors;
 
@@ -15,9 +16,8 @@ use erllama_cache_core::Error;
 use erllama_cache_core::files::{
     Check, Found, Loader, Options, Outcome, Progress, Root, Scan, Slice, TmpFile,
 };
-use erllama_cache_core::kvc::{
-    Corrupt, DigestKind, FingerprintMode, Key, Meta, Prefix, SaveReason, Secret, Version,
-};
+use erllama_cache_core::kvc::{Corrupt, DigestKind, Key, Meta, Prefix, Secret, Version};
+use example::META;
 use tempfile::TempDir;
 use vectors::Vector;
 
@@ -169,21 +169,9 @@ fn oracle_takes(place: &Place, count: usize) {
 fn meta<'a>(version: Version, tokens: &'a [u8], prompt_text: &'a [u8]) -> Meta<'a> {
     Meta {
         version,
-        save_reason: SaveReason::Cold,
-        quant_bits: 16,
-        quant_byte: 1,
-        fingerprint: &[1; 32],
-        fingerprint_mode: FingerprintMode::Safe,
-        ctx_params_hash: &[2; 32],
         tokens,
-        context_size: 4096,
-        creation_time: 1_700_000_000,
-        last_used_time: 1_700_000_000,
-        hit_count: 0,
         prompt_text,
-        hostname: b"",
-        erllama_version: b"",
-        save_reason_detail: b"",
+        ..META
     }
 }
 

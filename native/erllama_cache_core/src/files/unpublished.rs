@@ -318,7 +318,12 @@ fn create_named(root: &Root, key: &Key, mode: u32) -> Result<(File, CString), Er
                 taken = error;
                 continue;
             }
-            Err(error) => return Err(error).call("openat"),
+            Err(error) => {
+                // Where most replicas of a distributed file system refuse a name, the others may
+                // have it all the same.
+                let _ = sys::unlink_at(root.dir(), &name);
+                return Err(error).call("openat");
+            }
         };
         match lock_named(root, &file, &name) {
             Ok(true) => return Ok((file, name)),

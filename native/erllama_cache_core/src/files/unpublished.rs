@@ -310,28 +310,27 @@ fn is_unsupported(error: &io::Error) -> bool {
 
 fn create_named(root: &Root, key: &Key, mode: u32) -> Result<(File, CString), Error> {
     let mut taken = io::Error::from_raw_os_error(libc::EEXIST);
-    for name in temporary_names(key) {
+    let mut names = temporary_names(key);
+    while let (Some(first), Some(name)) = (names.next(), names.next()) {
         let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL;
-        let file = match sys::open_at(root.dir(), &name, flags, mode) {
-            Ok(file) => file,
+        let created = match sys::open_at(root.dir(), &first, flags, mode) {
+            Ok(file) => lock_named(root, &file, &first, &name).map(|ours| ours.then_some(file)),
             Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {
                 taken = error;
                 continue;
             }
-            Err(error) => {
-                // Where most replicas of a distributed file system refuse a name, the others may
-                // have it all the same.
-                let _ = sys::unlink_at(root.dir(), &name);
-                return Err(error).call("openat");
-            }
+            Err(error) => Err(error).call("openat"),
         };
-        match lock_named(root, &file, &name) {
-            Ok(true) => return Ok((file, name)),
-            Ok(false) => {}
+        match created {
+            Ok(Some(file)) => return Ok((file, name)),
+            Ok(None) => {}
             Err(error) => {
-                // Nobody else picks this name. If it cannot be unlinked now, it is swept at the
-                // next start.
-                let _ = sys::unlink_at(root.dir(), &name);
+                // Nobody else picks these names. One that cannot be unlinked now is swept at the next
+                // start. Where most replicas of a distributed file system refuse a name, the others
+                // may have it all the same.
+                for name in [first, name] {
+                    let _ = sys::unlink_at(root.dir(), &name);
+                }
                 return Err(error);
             }
         }
@@ -339,16 +338,17 @@ fn create_named(root: &Root, key: &Key, mode: u32) -> Result<(File, CString), Er
     Err(taken).call("openat")
 }
 
-/// Locks a file that was just created; `false` when a scan was faster: it may have locked or
-/// removed the file between the two calls, and then the file is the scan's.
-fn lock_named(root: &Root, file: &File, name: &CStr) -> Result<bool, Error> {
+/// Locks a file that was just created under its `first` name, and gives it its `name`; `false` when a
+/// scan was faster: it may have locked or removed the file between the two calls, and then the file is
+/// the scan's. To ask whether the first name is still there would not do: what a client of a network
+/// file system knows of a name may be a second old.
+fn lock_named(root: &Root, file: &File, first: &CStr, name: &CStr) -> Result<bool, Error> {
     if sys::try_lock(file).call("flock")? == Lock::Others {
         return Ok(false);
     }
-    let ours = sys::stat(file).call("fstat")?;
-    match sys::stat_at(root.dir(), name) {
-        Ok(there) => Ok(there.is_same_file(&ours)),
+    match sys::rename_at(root.dir(), first, name) {
+        Ok(()) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-        Err(error) => Err(error).call("fstatat"),
+        Err(error) => Err(error).call("rename"),
     }
 }

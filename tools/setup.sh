@@ -44,6 +44,8 @@ missing() {
     for tool in make cc python3 rebar3 elixir; do
         has "$tool" || printf '%s ' "$tool"
     done
+    # For the tests of a library that is fetched.
+    has curl || has wget || printf 'curl '
     has_cargo || printf 'cargo '
     if has erl; then
         missing_apps
@@ -151,7 +153,9 @@ packages() {
             modprobe) echo kmod ;;
             musl-gcc) echo musl-tools ;;
             venv) echo python3-venv ;;
-            make | python3 | rebar3 | elixir | bindfs | debootstrap | dmsetup | valgrind) echo "$word" ;;
+            make | python3 | rebar3 | elixir | curl | bindfs | debootstrap | dmsetup | valgrind)
+                echo "$word"
+                ;;
             # The C library to link with is only a recommendation of gcc.
             cc) echo gcc libc6-dev ;;
             erl) echo erlang-base erlang-dev erlang-proper erlang-proper-dev ;;
@@ -184,6 +188,7 @@ advise() {
             erl) echo "  erl, Erlang/OTP 25 or later: brew install erlang, asdf install erlang, https://www.erlang.org" ;;
             rebar3) echo "  rebar3: brew install rebar3, asdf install rebar, https://rebar3.org" ;;
             elixir) echo "  elixir 1.14 or later: brew install elixir, asdf install elixir, https://elixir-lang.org/install.html" ;;
+            curl) echo "  curl or wget: your package manager" ;;
             cargo) echo "  cargo and rustc, Rust 1.91 or later: https://rustup.rs installs it" ;;
             target:*) echo "  Rust's target ${word#target:}: rustup target add ${word#target:}; https://rustup.rs" ;;
             toolchain:*) echo "  Rust's toolchain ${word#toolchain:}: rustup toolchain install ${word#toolchain:}; https://rustup.rs" ;;

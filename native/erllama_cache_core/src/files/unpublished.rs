@@ -325,9 +325,9 @@ fn create_named(root: &Root, key: &Key, mode: u32) -> Result<(File, CString), Er
             Ok(Some(file)) => return Ok((file, name)),
             Ok(None) => {}
             Err(error) => {
-                // Nobody else picks these names. One that cannot be unlinked now is swept at the next
-                // start. Where most replicas of a distributed file system refuse a name, the others
-                // may have it all the same.
+                // Nobody else picks these names. One that cannot be unlinked now is swept at the
+                // next start. Where most replicas of a distributed file system refuse a name, the
+                // others may have it all the same.
                 for name in [first, name] {
                     let _ = sys::unlink_at(root.dir(), &name);
                 }
@@ -338,10 +338,10 @@ fn create_named(root: &Root, key: &Key, mode: u32) -> Result<(File, CString), Er
     Err(taken).call("openat")
 }
 
-/// Locks a file that was just created under its `first` name, and gives it its `name`; `false` when a
-/// scan was faster: it may have locked or removed the file between the two calls, and then the file is
-/// the scan's. To ask whether the first name is still there would not do: what a client of a network
-/// file system knows of a name may be a second old.
+/// Locks a file that was just created under its `first` name, and gives it its `name`; `false`
+/// when a scan was faster: it may have locked or removed the file between the two calls, and then
+/// the file is the scan's. To ask whether the first name is still there would not do: what a client
+/// of a network file system knows of a name may be a second old.
 fn lock_named(root: &Root, file: &File, first: &CStr, name: &CStr) -> Result<bool, Error> {
     if sys::try_lock(file).call("flock")? == Lock::Others {
         return Ok(false);

@@ -1,4 +1,5 @@
-//! What is saved where a test does not care: whoever cares about a field sets it and takes the rest.
+//! What is saved where a test does not care. One that cares about a field sets it and takes the
+//! rest.
 
 use erllama_cache_core::kvc::{FingerprintMode, Meta, SaveReason, Version};
 

@@ -111,7 +111,8 @@ on_ext4() {
         FAULTS=quick
         run faults
     )
-    umount "$base/disk"
+    # The last VM that was ended may not have gone yet.
+    umount "$base/disk" 2>/dev/null || umount -l "$base/disk"
     rm "$base/image"
 }
 

@@ -1767,6 +1767,27 @@ mod failures {
         }
     }
 
+    /// A network file system still shows its client the name, for a second, when a scan of another
+    /// machine has removed it.
+    #[test]
+    fn a_name_that_a_scan_has_taken_is_not_used() {
+        let dir = root();
+        let gone = call(libc::SYS_renameat, libc::ENOENT);
+        let result = with(&[unnamed(libc::EOPNOTSUPP), gone], || {
+            create(dir.path(), 1, &payload(MIB)).map(drop)
+        });
+        assert_eq!(result.unwrap_err().errno(), Some(libc::EEXIST));
+        // Here there was no scan, so the names are still there.
+        scan(dir.path());
+        assert_empty(dir.path());
+        let refused = call(libc::SYS_renameat, libc::EIO);
+        let result = with(&[unnamed(libc::EOPNOTSUPP), refused], || {
+            create(dir.path(), 1, &payload(MIB)).map(drop)
+        });
+        assert_eq!(result.unwrap_err().errno(), Some(libc::EIO));
+        assert_empty(dir.path());
+    }
+
     #[test]
     fn named_files_are_adopted_and_replaced_too() {
         let dir = root();

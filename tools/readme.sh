@@ -93,8 +93,15 @@ two_nodes() { # COMMAND
         [ "$tries" -lt 100 ] || { cat "$work/one"; return 1; }
         sleep 0.2
     done
+    # Who types is slower than the group, which hears of a new node a little later.
+    met='Met = fun Met(0) -> never; Met(N) ->
+        Groups = pg:which_groups(erllama_cache_peers),
+        case lists:append([pg:get_members(erllama_cache_peers, Group) || Group <- Groups]) of
+            [_, _] -> met;
+            _ -> timer:sleep(20), Met(N - 1)
+        end end. met = Met(1000).'
     # shellcheck disable=SC2086  # a command in words
-    erlang "$(fence "$page" erl 2; fence "$page" erl 3)" $1
+    erlang "$(fence "$page" erl 2; echo "$met"; fence "$page" erl 3)" $1
     exec 3>&-
     wait "$one"
     ! grep -qE '\*\* ' "$work/one"

@@ -39,7 +39,7 @@ main() ->
     {ok, _} = application:ensure_all_started(erllama_cache_nif),
     {ok, _} = erllama_cache_writer:start_link(#{
         host => erllama_cache_store, max_concurrent => ?SLOTS,
-        write_behind => #{reasons => [continued]}
+        write_behind => #{reasons => [continued], max => max_pending()}
     }),
     serve(Dir, list_to_integer(MaxBytes)).
 
@@ -306,6 +306,10 @@ look(Relay, Saver) ->
 %% model.py relies on that.
 max_pending("a") -> 4;
 max_pending("b") -> 2.
+
+%% The same of all savers. Those of `a' may save each key in both of its stores.
+max_pending() ->
+    ?SAVERS_OF_A * 2 * max_pending("a") + max_pending("b").
 
 how() ->
     lists:nth(rand:uniform(2), [in_line, behind]).

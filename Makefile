@@ -25,8 +25,8 @@ MUSL := x86_64-unknown-linux-musl
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all kvc prebuilt package help setup demo demo-llm test test-beam elixir matrix check cover loom musl \
-  soak-semaphore soak-store cluster fresh faults crash kill disks fuzz soak sanitize valgrind readme rules dropin \
+.PHONY: all kvc install uninstall prebuilt package help setup demo demo-llm test test-beam elixir matrix check \
+  cover loom musl soak-semaphore soak-store cluster fresh faults crash kill disks fuzz soak sanitize valgrind readme rules dropin \
   chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-fetch bench-host \
   bench-peers bench-llm \
   bench-build edoc clean distclean
@@ -40,6 +40,24 @@ all: ## Compile the application and its NIF (the default)
 kvc: ## Build kvc, the command-line tool for directories of saved states
 	cd $(NATIVE) && cargo build --locked --release -p kvc
 	@echo "$(CARGO_TARGET_DIR)/release/kvc"
+
+# Below PREFIX, or below DESTDIR first, as packagers expect.
+PREFIX := /usr/local
+COMPLETIONS := bash:bash-completion/completions/kvc zsh:zsh/site-functions/_kvc \
+  fish:fish/vendor_completions.d/kvc.fish
+install_dir = $(DESTDIR)$(PREFIX)
+share_dir = $(install_dir)/share
+
+install: kvc ## Install kvc, its manual pages and completions: PREFIX=/usr/local
+	install -D "$(CARGO_TARGET_DIR)/release/kvc" "$(install_dir)/bin/kvc"
+	install -d "$(share_dir)/man/man1"
+	"$(install_dir)/bin/kvc" man "$(share_dir)/man/man1"
+	$(foreach it,$(COMPLETIONS),"$(install_dir)/bin/kvc" completions $(word 1,$(subst :, ,$(it))) | \
+	  install -D -m 644 /dev/stdin "$(share_dir)/$(word 2,$(subst :, ,$(it)))" &&) true
+
+uninstall: ## Remove what `make install` has installed
+	rm -f "$(install_dir)/bin/kvc" "$(share_dir)"/man/man1/kvc.1 "$(share_dir)"/man/man1/kvc-*.1 \
+	  $(foreach it,$(COMPLETIONS),"$(share_dir)/$(word 2,$(subst :, ,$(it)))")
 
 demo: setup all ## Save a file into a cache and watch it happen: FILE=path
 	ERL_LIBS="$(LIBS)$${ERL_LIBS:+:$$ERL_LIBS}" escript examples/demo.escript $${FILE:+"$$FILE"}

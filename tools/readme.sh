@@ -153,11 +153,15 @@ do_it() { # COMMAND
         "make demo FILE=path") make demo FILE="$copy/README.md" ;;
         "make bench-"*) target "$1" "a step of its own, its figures by hand, on a machine at rest" ;;
         "make kvc") make kvc ;;
-        "cargo install --path native/kvc --locked")
-            CARGO_TARGET_DIR=native/target $1 -q --root "$work/cargo"
-            "$work/cargo/bin/kvc" --version
+        "make install PREFIX=\$HOME/.local")
+            make install PREFIX="$work/local"
+            "$work/local/bin/kvc" --version
+            (cd "$work/local" && ls share/man/man1/kvc-ls.1 share/bash-completion/completions/kvc)
             ;;
-        "cargo uninstall kvc") $1 --root "$work/cargo" ;;
+        "make uninstall PREFIX=\$HOME/.local")
+            make uninstall PREFIX="$work/local"
+            [ -z "$(find "$work/local" -type f)" ]
+            ;;
         kvc*" /var/cache/kv")
             built=$copy/native/target/release/kvc
             [ -x "$built" ] || make kvc

@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{Name, Root, Stored};
 use erllama_cache_core::kvc::{Header, Key};
@@ -93,6 +94,17 @@ impl Dir {
         }
         found
     }
+}
+
+/// The path of a file as an argument: that of a directory is a wrong usage.
+pub(crate) fn file_path() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(|path| {
+        if path.is_dir() {
+            Err("a directory, of which `kvc ls` lists the files")
+        } else {
+            Ok(path)
+        }
+    })
 }
 
 /// The name of a key's file.

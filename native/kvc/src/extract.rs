@@ -8,10 +8,10 @@ use anyhow::{Context, bail};
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{Check, Name, Stored};
 use erllama_cache_core::kvc::{DigestMode, Key, Secret};
-use tempfile::NamedTempFile;
 
-use crate::dir::locate;
+use crate::dir::{file_path, locate};
 use crate::help;
+use crate::new_file::NewFile;
 use crate::out::Out;
 use crate::secret::KeyFile;
 use crate::tally::{Tally, complain_of};
@@ -29,6 +29,7 @@ use crate::text::Shown;
 ]))]
 pub(crate) struct Args {
     /// The file; its name need not be a key
+    #[arg(value_parser = file_path())]
     file: PathBuf,
     /// Where to write the payload; `-` is standard output
     #[arg(long, short, value_name = "FILE")]
@@ -93,18 +94,13 @@ impl Source {
             }
             _ => {}
         }
-        let parent = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        // Removed if it is dropped before it gets its name.
-        let mut file = NamedTempFile::new_in(parent).with_context(context)?;
+        let mut file = NewFile::create(path).with_context(context)?;
         let result = self.copy(stored, |piece| {
             file.write_all(piece).with_context(context)?;
             Ok(true)
         })?;
         if result.is_ok() {
-            file.persist(path).with_context(context)?;
+            file.persist().with_context(context)?;
         }
         Ok(result)
     }

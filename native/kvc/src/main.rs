@@ -12,6 +12,7 @@ mod help;
 mod json;
 mod ls;
 mod man;
+mod new_file;
 mod out;
 mod prune;
 mod scrub;

@@ -87,6 +87,44 @@ fn an_unverified_payload_is_not_written() {
     assert!(ran.stderr.contains("belongs to another key") && ran.stdout.is_empty());
 }
 
+/// As Ctrl-C or an end for want of memory would: it cannot tidy up.
+#[test]
+#[cfg(target_os = "linux")]
+fn one_that_is_killed_leaves_nothing() {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    // In a file system that has files without a name.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = Saved {
+        len: 4 * MIB,
+        ..Saved::default()
+    }
+    .save(dir.path());
+    let extract = command();
+    // A signal ends a process that makes a file too long: here after 1 MiB, in blocks of 512 bytes.
+    let status = Command::new("sh")
+        .args(["-c", "ulimit -c 0; ulimit -f 2048; exec \"$0\" \"$@\""])
+        .arg(extract.get_program())
+        .arg("extract")
+        .arg(&path)
+        .arg("-o")
+        .arg(dir.path().join("out"))
+        .status()
+        .unwrap();
+    assert_eq!(status.signal(), Some(libc::SIGXFSZ));
+    assert_eq!(names(dir.path()).len(), 1);
+}
+
+#[test]
+fn a_directory_is_a_wrong_usage() {
+    let dir = tempfile::tempdir().unwrap();
+    for subcommand in ["extract", "show"] {
+        let ran = run(command().arg(subcommand).arg(dir.path())).exits(2);
+        assert!(ran.stderr.contains("kvc ls"), "{}", ran.stderr);
+    }
+}
+
 #[test]
 fn only_a_regular_file_is_replaced() {
     let dir = tempfile::tempdir().unwrap();

@@ -1822,17 +1822,42 @@ mod failures {
         drop(tmp);
     }
 
-    /// Somebody writes into the file all the time, so what is read back is soon not what was
-    /// written.
+    /// Wherever the wrong byte is, whatever proves the file, whoever helps, and however many blocks
+    /// there are.
     #[test]
     fn what_does_not_read_back_is_not_published() {
+        for len in [MIB, 9 * MIB] {
+            let payload = payload(len);
+            let before = prefix(1, &payload).len();
+            for digest in [DigestKind::None, DigestKind::Blake3] {
+                for effort in [Effort::Helped, Effort::Share(100)] {
+                    for at in [60, before + 1000, before + len / 2, before + len - 1] {
+                        let options = Options {
+                            effort,
+                            ..Options::default()
+                        };
+                        overwritten(&payload, digest, &options, at as u64);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Somebody writes into the file all the time, so what is read back is soon not what was
+    /// written.
+    fn overwritten(payload: &[u8], digest: DigestKind, options: &Options, at: u64) {
         let dir = root();
-        let payload = payload(9 * MIB);
-        let start = prefix(1, &payload).len() as u64;
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
-            assert!(Instant::now() < deadline, "it never read back wrongly");
-            let mut tmp = with(&[UNNAMED], || create(dir.path(), 1, &payload).unwrap());
+            assert!(
+                Instant::now() < deadline,
+                "{digest:?} {options:?} {at}: it never read back wrongly"
+            );
+            let tokens = 1u32.to_le_bytes();
+            let prefix = Prefix::encode(&meta(&tokens), payload.len() as u64, digest).unwrap();
+            let mut tmp = with(&[UNNAMED], || {
+                TmpFile::create(open(dir.path()), key(1), prefix, options.clone()).unwrap()
+            });
             let file = File::options()
                 .write(true)
                 .open(dir.path().join(only_name(dir.path())))
@@ -1840,11 +1865,15 @@ mod failures {
             let done = AtomicBool::new(false);
             let written = thread::scope(|scope| {
                 scope.spawn(|| {
-                    while !done.load(Ordering::Relaxed) {
-                        file.write_all_at(&[!payload[1000]], start + 1000).unwrap();
+                    for n in 0.. {
+                        if done.load(Ordering::Relaxed) {
+                            break;
+                        }
+                        // One of them is not what was written.
+                        file.write_all_at(&[n as u8], at).unwrap();
                     }
                 });
-                let written = write(&mut tmp, &payload);
+                let written = write(&mut tmp, payload);
                 done.store(true, Ordering::Relaxed);
                 written
             });

@@ -46,8 +46,8 @@ enum Phase {
 impl Completion {
     pub(super) fn new(file: Unpublished, options: &Options) -> Completion {
         Completion {
+            write_back: WriteBack::new(file.root()),
             file,
-            write_back: WriteBack::default(),
             publication: Publication::new(options.secret.clone()),
             drop_cache: options.drop_cache,
             phase: Phase::Incomplete,

@@ -6,13 +6,14 @@
 
 use std::fs::File;
 use std::io;
-use std::mem;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::effort::Effort;
 use super::payload::READ_PIECE;
+use super::root::Root;
 use super::save::Options;
 use super::slice::Slice;
 use super::sys;
@@ -58,6 +59,8 @@ const AHEAD: u64 = 1024 * 1024 * 1024;
 pub(super) struct Writing {
     /// How far the payload is.
     pos: usize,
+    /// How much of it was read back.
+    compared: usize,
     /// How far the prefix is, which comes after the payload.
     prefix_pos: usize,
     crc: Crc32c,
@@ -72,6 +75,7 @@ impl Writing {
     pub(super) fn new(prefix: &Prefix, options: &Options) -> Writing {
         Writing {
             pos: 0,
+            compared: 0,
             prefix_pos: 0,
             crc: Crc32c::new(),
             digester: match prefix.digest() {
@@ -133,50 +137,72 @@ impl Writing {
             .paced(|| self.block_at_once(file, prefix, payload))
     }
 
-    /// Another thread makes the digest meanwhile; without a digest, it reads back what was written
-    /// before.
+    /// Another thread makes the digest meanwhile; without a digest, it reads back the block before.
     fn block_at_once(&mut self, file: &File, prefix: &Prefix, payload: &[u8]) -> Result<(), Error> {
+        let alone = self.effort.is_alone();
+        // Alone it hands nothing over, and the shorter its pieces, the more often it can rest.
+        let len = if alone { WRITE_PIECE } else { WRITE_BLOCK };
+        let (start, end) = (self.pos, payload.len().min(self.pos + len));
+        if self.digester.is_none() && !alone && end - start < payload.len() {
+            return self.block_and_the_one_before(file, prefix, payload, end);
+        }
         let offset = self.end(prefix);
+        let block = &payload[start..end];
         let Writing {
-            pos,
             crc,
             digester,
             back,
-            effort,
             ..
         } = self;
-        let alone = effort.is_alone();
-        // Alone it hands nothing over, and the shorter its pieces, the more often it can rest.
-        let len = if alone { WRITE_PIECE } else { WRITE_BLOCK };
-        let end = payload.len().min(*pos + len);
-        let block = &payload[*pos..end];
-        if let Some(digester) = digester {
-            let ((), written) = pool::join_unless(
-                alone,
-                || digester.update(block),
-                || {
-                    write_pieces(file, block, offset, |at, piece| {
-                        crc.update(piece);
-                        back.compare(file, at, piece)
-                    })
-                },
-            );
-            written?;
-        } else {
-            let (followed, written) = pool::join_unless(
-                alone,
-                || back.follow(file, prefix.len() as u64, *pos),
-                || {
-                    write_pieces(file, block, offset, |_, piece| {
-                        crc.update(piece);
-                        Ok(())
-                    })
-                },
-            );
-            written?;
-            followed?;
+        let mut write = || {
+            write_pieces(file, block, offset, |at, piece| {
+                crc.update(piece);
+                back.compare(file, at, piece)
+            })
+        };
+        match digester {
+            Some(digester) => pool::join_unless(alone, || digester.update(block), write).1?,
+            None => write()?,
         }
-        *pos = end;
+        self.pos = end;
+        self.compared = end;
+        Ok(())
+    }
+
+    /// Writes the block that ends at `end` while another thread reads back the one before; the last
+    /// is read back after that.
+    fn block_and_the_one_before(
+        &mut self,
+        file: &File,
+        prefix: &Prefix,
+        payload: &[u8],
+        end: usize,
+    ) -> Result<(), Error> {
+        let payload_start = prefix.len() as u64;
+        let offset = self.end(prefix);
+        let Writing { crc, back, .. } = self;
+        let mut compare = |range: Range<usize>| {
+            back.compare(file, payload_start + range.start as u64, &payload[range])
+        };
+        let before = self.compared..self.pos;
+        let (same, written) = pool::join_unless(
+            before.is_empty(),
+            || compare(before),
+            || {
+                write_pieces(file, &payload[self.pos..end], offset, |_, piece| {
+                    crc.update(piece);
+                    Ok(())
+                })
+            },
+        );
+        written?;
+        same?;
+        self.compared = self.pos;
+        if end == payload.len() {
+            compare(self.pos..end)?;
+            self.compared = end;
+        }
+        self.pos = end;
         Ok(())
     }
 
@@ -184,24 +210,11 @@ impl Writing {
     /// was the last.
     pub(super) fn prefix(&mut self, file: &File, prefix: &mut Prefix) -> Result<bool, Error> {
         if self.prefix_pos == 0 {
-            self.finish_payload(file, prefix)?;
+            debug_assert_eq!(self.compared, self.pos, "all of it was read back");
+            prefix.set_crc(self.crc.finish());
         }
         self.effort.paced(|| self.prefix_block(file, prefix))?;
         Ok(self.prefix_pos == prefix.len())
-    }
-
-    /// Checks the rest of the payload, now that all of it is written, and sets its checksum.
-    fn finish_payload(&mut self, file: &File, prefix: &mut Prefix) -> Result<(), Error> {
-        let crc = self.crc.finish();
-        if self.digester.is_none() {
-            let back = &mut self.back;
-            back.follow(file, prefix.len() as u64, self.pos)?;
-            if back.crc.finish() != crc {
-                return Err(Error::ReadBack(Corrupt::ContentMismatch));
-            }
-        }
-        prefix.set_crc(crc);
-        Ok(())
     }
 
     /// Writes the next block of the prefix, sums it up and reads it back. The last block, which is
@@ -268,15 +281,11 @@ pub(super) fn write_pieces(
     Ok(())
 }
 
-/// Reads back what was written. It is either compared with the payload at once, or followed by a
-/// checksum of its own.
+/// Reads back what was written, and compares it.
 #[derive(Debug)]
 struct ReadBack {
     /// Its length is how much is read at a time.
     buf: Vec<u8>,
-    /// Up to where it was followed, from the start of the payload.
-    pos: usize,
-    crc: Crc32c,
 }
 
 impl ReadBack {
@@ -291,8 +300,6 @@ impl ReadBack {
         };
         ReadBack {
             buf: vec![0; piece],
-            pos: 0,
-            crc: Crc32c::new(),
         }
     }
 
@@ -309,18 +316,6 @@ impl ReadBack {
         Ok(())
     }
 
-    /// Follows the payload, which begins at `start`, up to `end`.
-    fn follow(&mut self, file: &File, start: u64, end: usize) -> Result<(), Error> {
-        while self.pos < end {
-            let len = self.buf.len().min(end - self.pos);
-            let mut crc = mem::take(&mut self.crc);
-            crc.update(self.fill(file, start + self.pos as u64, len)?);
-            self.crc = crc;
-            self.pos += len;
-        }
-        Ok(())
-    }
-
     fn fill(&mut self, file: &File, offset: u64, len: usize) -> Result<&[u8], Error> {
         let there = &mut self.buf[..len];
         match read_exact_at(file, there, offset) {
@@ -333,8 +328,10 @@ impl ReadBack {
 
 /// How far the kernel's write-back is. Other threads start it and wait for it, so that a slow disk
 /// makes no slice longer.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct WriteBack {
+    /// Whether there is a disk: nothing is asked of a file system in memory.
+    has_disk: bool,
     /// Another thread asks the kernel to start.
     starting: Option<Answer<()>>,
     /// Another thread waits for the disk.
@@ -346,13 +343,23 @@ pub(super) struct WriteBack {
 }
 
 impl WriteBack {
+    pub(super) fn new(root: &Root) -> WriteBack {
+        WriteBack {
+            has_disk: !root.is_in_memory(),
+            starting: None,
+            waiting: None,
+            started: 0,
+            written_back: 0,
+        }
+    }
+
     /// Asks the kernel to start with what is written up to `end`, if that is enough to be worth it:
     /// by another thread, because a busy disk takes more only when it has done some of its work.
     /// Until that thread is done, the kernel is not asked again.
     pub(super) fn start_up_to(&mut self, file: &Arc<File>, end: u64) {
         let from = self.started;
         let len = end - from;
-        if len < WRITEBACK || !self.has_started(Some(Duration::ZERO)) {
+        if !self.has_disk || len < WRITEBACK || !self.has_started(Some(Duration::ZERO)) {
             return;
         }
         self.start(file, from, len);
@@ -363,7 +370,7 @@ impl WriteBack {
     /// more for the prefix. `false` when the slice ends before the request before is done. A short
     /// file needs no request, because a wait begins with one.
     pub(super) fn start_all(&mut self, file: &Arc<File>, len: u64, slice: &Slice) -> bool {
-        if len > AWAITED {
+        if self.has_disk && len > AWAITED {
             if !self.has_started(slice.left()) {
                 return false;
             }
@@ -389,12 +396,12 @@ impl WriteBack {
 
     /// Whether the writing, which is at `end`, has to wait for the disk.
     pub(super) fn is_too_far_behind(&self, end: u64) -> bool {
-        end - self.written_back > AHEAD
+        self.has_disk && end - self.written_back > AHEAD
     }
 
     /// Whether the disk has all of a file of this length.
     pub(super) fn has_all(&self, len: u64) -> bool {
-        self.written_back >= len
+        !self.has_disk || self.written_back >= len
     }
 
     /// Waits for the disk to have the next part of the file: another thread waits, or if none is

@@ -7,13 +7,14 @@
 //! [`Errands`] for work that must not be done by the thread that finds it; [`reap`] for values that
 //! take long to drop.
 
+use std::hint;
 use std::io;
 use std::mem;
 use std::panic::{self, AssertUnwindSafe};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender, TrySendError};
+use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender, TryRecvError, TrySendError};
 use once_cell::sync::OnceCell;
 
 /// At most this many threads, whatever the machine has: a save needs one.
@@ -21,6 +22,10 @@ const MOST_THREADS: usize = 4;
 
 /// How many threads wait for disks. They take no processor time, so they are not those that work.
 const WAITERS: usize = 4;
+
+/// How long a thread looks for the end of the other's work before it sleeps: two that share it end at
+/// about the same time, and being woken takes longer than what is left then.
+const LOOKED_FOR: Duration = Duration::from_micros(50);
 
 type Task = Box<dyn FnOnce() + Send>;
 
@@ -91,7 +96,14 @@ struct Ended<'a, A> {
 
 impl<A> Drop for Ended<'_, A> {
     fn drop(&mut self) {
-        *self.result = self.receiver.recv().ok();
+        let begun = Instant::now();
+        *self.result = loop {
+            match self.receiver.try_recv() {
+                Err(TryRecvError::Empty) if begun.elapsed() < LOOKED_FOR => hint::spin_loop(),
+                Err(TryRecvError::Empty) => break self.receiver.recv().ok(),
+                result => break result.ok(),
+            }
+        };
     }
 }
 

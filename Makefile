@@ -48,12 +48,13 @@ COMPLETIONS := bash:bash-completion/completions/kvc zsh:zsh/site-functions/_kvc 
 install_dir = $(DESTDIR)$(PREFIX)
 share_dir = $(install_dir)/share
 
-install: kvc ## Install kvc, its manual pages and completions: PREFIX=/usr/local
-	install -D "$(CARGO_TARGET_DIR)/release/kvc" "$(install_dir)/bin/kvc"
-	install -d "$(share_dir)/man/man1"
-	"$(install_dir)/bin/kvc" man "$(share_dir)/man/man1"
-	$(foreach it,$(COMPLETIONS),"$(install_dir)/bin/kvc" completions $(word 1,$(subst :, ,$(it))) | \
-	  install -D -m 644 /dev/stdin "$(share_dir)/$(word 2,$(subst :, ,$(it)))" &&) true
+install: $(if $(BUILT),,kvc) ## Install kvc, its manual pages and completions: PREFIX=/usr/local
+	umask 022 && mkdir -p "$(install_dir)/bin" "$(share_dir)/man/man1"
+	install -m 755 "$(CARGO_TARGET_DIR)/release/kvc" "$(install_dir)/bin/kvc"
+	umask 022 && "$(install_dir)/bin/kvc" man "$(share_dir)/man/man1"
+	umask 022 $(foreach it,$(COMPLETIONS),&& mkdir -p "$(share_dir)/$(dir $(word 2,$(subst :, ,$(it))))" \
+	  && "$(install_dir)/bin/kvc" completions $(word 1,$(subst :, ,$(it))) \
+	    >"$(share_dir)/$(word 2,$(subst :, ,$(it)))")
 
 uninstall: ## Remove what `make install` has installed
 	rm -f "$(install_dir)/bin/kvc" "$(share_dir)"/man/man1/kvc.1 "$(share_dir)"/man/man1/kvc-*.1 \

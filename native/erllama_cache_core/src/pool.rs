@@ -7,7 +7,6 @@
 //! [`Errands`] for work that must not be done by the thread that finds it; [`reap`] for values that
 //! take long to drop.
 
-use std::hint;
 use std::io;
 use std::mem;
 use std::panic::{self, AssertUnwindSafe};
@@ -23,8 +22,8 @@ const MOST_THREADS: usize = 4;
 /// How many threads wait for disks. They take no processor time, so they are not those that work.
 const WAITERS: usize = 4;
 
-/// How long a thread looks for the end of the other's work before it sleeps: two that share it end at
-/// about the same time, and being woken takes longer than what is left then.
+/// How long a thread looks for the end of the other's work before it sleeps: two that share it end
+/// at about the same time, and being woken takes longer than what is left then.
 const LOOKED_FOR: Duration = Duration::from_micros(50);
 
 type Task = Box<dyn FnOnce() + Send>;
@@ -99,7 +98,7 @@ impl<A> Drop for Ended<'_, A> {
         let begun = Instant::now();
         *self.result = loop {
             match self.receiver.try_recv() {
-                Err(TryRecvError::Empty) if begun.elapsed() < LOOKED_FOR => hint::spin_loop(),
+                Err(TryRecvError::Empty) if begun.elapsed() < LOOKED_FOR => give_way(),
                 Err(TryRecvError::Empty) => break self.receiver.recv().ok(),
                 result => break result.ok(),
             }

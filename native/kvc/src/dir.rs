@@ -6,7 +6,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use clap::builder::{PathBufValueParser, TypedValueParser};
+use clap::CommandFactory;
+use clap::error::ErrorKind;
 use erllama_cache_core::Error;
 use erllama_cache_core::files::{Name, Root, Stored};
 use erllama_cache_core::kvc::{Header, Key};
@@ -96,16 +97,17 @@ impl Dir {
     }
 }
 
-/// The path of a file as an argument: that of a directory is a wrong usage.
-pub(crate) fn file_path() -> impl TypedValueParser<Value = PathBuf> {
-    PathBufValueParser::new().try_map(|path| {
-        if path.is_dir() {
-            Err("a directory, of which `kvc ls` lists the files")
-        } else {
-            Ok(path)
-        }
-    })
+/// Ends the process, for wrong usage, if the only file that the command line names is a directory.
+pub(crate) fn refuse_directory(only: &Path) {
+    if only.is_dir() {
+        let message = format!("{}: {DIRECTORY}", Shown::path(only));
+        crate::Cli::command()
+            .error(ErrorKind::InvalidValue, message)
+            .exit();
+    }
 }
+
+const DIRECTORY: &str = "a directory, of which `kvc ls` lists the files";
 
 /// The name of a key's file.
 pub(crate) fn file_name(key: &Key) -> CString {
@@ -116,6 +118,9 @@ pub(crate) fn file_name(key: &Key) -> CString {
 /// Splits the path of a file into its directory and its name there. The first digits of a key stand
 /// for its file, if they are those of no other and no file has this name.
 pub(crate) fn locate(path: &Path) -> anyhow::Result<(Dir, CString)> {
+    if path.is_dir() {
+        bail!("{}: {DIRECTORY}", Shown::path(path));
+    }
     let Some(name) = path.file_name() else {
         bail!("{}: not the name of a file", Shown::path(path));
     };

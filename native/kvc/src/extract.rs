@@ -9,7 +9,7 @@ use erllama_cache_core::Error;
 use erllama_cache_core::files::{Check, Name, Stored};
 use erllama_cache_core::kvc::{DigestMode, Key, Secret};
 
-use crate::dir::{file_path, locate};
+use crate::dir::{locate, refuse_directory};
 use crate::help;
 use crate::new_file::NewFile;
 use crate::out::Out;
@@ -29,7 +29,6 @@ use crate::text::Shown;
 ]))]
 pub(crate) struct Args {
     /// The file; its name need not be a key
-    #[arg(value_parser = file_path())]
     file: PathBuf,
     /// Where to write the payload; `-` is standard output
     #[arg(long, short, value_name = "FILE")]
@@ -49,6 +48,7 @@ pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
     if output.is_none() && Out::is_terminal() && !args.force {
         bail!("not writing a payload to a terminal: use -o FILE, a pipe, or --force");
     }
+    refuse_directory(&args.file);
     let secret = args.key_file.read()?;
     let (dir, name) = locate(&args.file)?;
     let key = match Name::of(name.clone()) {

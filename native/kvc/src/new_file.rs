@@ -1,14 +1,14 @@
 //! A file that gets its name when it is complete.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Seek, Write};
 use std::path::Path;
 
 use tempfile::{NamedTempFile, TempPath};
 
-/// Without any name where the system allows that (`O_TMPFILE`): then nothing is left of it,
-/// whatever ends this process. Elsewhere it has a temporary name, which is removed unless the
-/// process is killed.
+/// Without any name where the system has such files (`O_TMPFILE`): then nothing is left of it,
+/// whatever ends this process, unless that is just replacing another file. Elsewhere it has a
+/// temporary name, which is removed unless the process is killed.
 #[derive(Debug)]
 pub(crate) struct NewFile<'a> {
     file: File,
@@ -40,16 +40,30 @@ impl<'a> NewFile<'a> {
     }
 
     /// Gives the file its name, in place of a file that has it.
-    pub(crate) fn persist(self) -> io::Result<()> {
-        // Only a name can be renamed over another.
-        let name = match self.name {
+    pub(crate) fn persist(mut self) -> io::Result<()> {
+        let name = match self.name.take() {
             Some(name) => name,
-            None => tempfile::Builder::new()
-                .make_in(self.parent, |name| unnamed::link(&self.file, name))?
-                .into_temp_path(),
+            None => match unnamed::link(&self.file, self.path) {
+                Ok(()) => return Ok(()),
+                // Only a name can be renamed over another.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    tempfile::Builder::new()
+                        .make_in(self.parent, |name| unnamed::link(&self.file, name))?
+                        .into_temp_path()
+                }
+                // Some systems create such a file, and allow no link to it.
+                Err(_) => self.copy()?,
+            },
         };
         name.persist(self.path)?;
         Ok(())
+    }
+
+    fn copy(&mut self) -> io::Result<TempPath> {
+        let mut named = NamedTempFile::new_in(self.parent)?;
+        self.file.rewind()?;
+        io::copy(&mut self.file, &mut named)?;
+        Ok(named.into_temp_path())
     }
 }
 
@@ -72,22 +86,18 @@ mod unnamed {
 
     use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 
-    /// `None` where the file system has no such files, or where they could not get a name later.
+    /// `None` where the file system has no such files.
     pub(super) fn create(parent: &Path) -> Option<File> {
-        let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
-        let file = rustix::fs::open(parent, flags, Mode::RUSR | Mode::WUSR).ok()?;
-        let file = File::from(file);
-        Path::new(&name_of(&file)).exists().then_some(file)
-    }
-
-    pub(super) fn link(file: &File, name: &Path) -> io::Result<()> {
-        let flags = AtFlags::SYMLINK_FOLLOW;
-        Ok(rustix::fs::linkat(CWD, name_of(file), CWD, name, flags)?)
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let file = rustix::fs::open(parent, flags, Mode::RUSR | Mode::WUSR);
+        file.ok().map(File::from)
     }
 
     /// The way that open(2) names: another needs a capability.
-    fn name_of(file: &File) -> String {
-        format!("/proc/self/fd/{}", file.as_raw_fd())
+    pub(super) fn link(file: &File, name: &Path) -> io::Result<()> {
+        let there = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let flags = AtFlags::SYMLINK_FOLLOW;
+        Ok(rustix::fs::linkat(CWD, there, CWD, name, flags)?)
     }
 }
 
@@ -103,5 +113,24 @@ mod unnamed {
 
     pub(super) fn link(_file: &File, _name: &Path) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_linked_is_copied() {
+        let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+        let path = dir.path().join("new");
+        let mut new = NewFile::create(&path).unwrap();
+        new.write_all(b"payload").unwrap();
+        new.name = Some(new.copy().unwrap());
+        new.persist().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"payload");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

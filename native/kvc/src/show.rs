@@ -8,7 +8,7 @@ use erllama_cache_core::files::Name;
 use erllama_cache_core::kvc::{Corrupt, DigestMode, ParsedPrefix, quant_name};
 use serde::Serialize;
 
-use crate::dir::{file_path, locate};
+use crate::dir::{locate, refuse_directory};
 use crate::help;
 use crate::json::{self, Text};
 use crate::out::Out;
@@ -28,7 +28,7 @@ use crate::text::{self, BAD, FAINT, HEADING, Shown};
 ]))]
 pub(crate) struct Args {
     /// The files; their names need not be keys
-    #[arg(required = true, value_parser = file_path())]
+    #[arg(required = true)]
     files: Vec<PathBuf>,
     /// Print all tokens, not just the first and last ones
     #[arg(long)]
@@ -42,6 +42,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, out: &mut Out) -> anyhow::Result<Tally> {
+    if let [only] = &args.files[..] {
+        refuse_directory(only);
+    }
     let mut tally = Tally::default();
     for (n, path) in args.files.iter().enumerate() {
         let (dir, name) = match locate(path) {

@@ -119,10 +119,17 @@ fn one_that_is_killed_leaves_nothing() {
 #[test]
 fn a_directory_is_a_wrong_usage() {
     let dir = tempfile::tempdir().unwrap();
+    let odd = dir.path().join("\x1b]0;odd");
+    fs::create_dir(&odd).unwrap();
     for subcommand in ["extract", "show"] {
-        let ran = run(command().arg(subcommand).arg(dir.path())).exits(2);
+        let ran = run(command().arg(subcommand).arg(&odd)).exits(2);
         assert!(ran.stderr.contains("kvc ls"), "{}", ran.stderr);
+        assert!(!ran.stderr.contains('\x1b'), "{}", ran.stderr);
     }
+    // One among others is no reason to show none.
+    let path = Saved::default().save(dir.path());
+    let ran = run(command().arg("show").arg(&odd).arg(&path)).exits(3);
+    assert!(ran.text().contains("tokens") && ran.stderr.contains("kvc ls"));
 }
 
 #[test]

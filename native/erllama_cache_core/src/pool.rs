@@ -11,9 +11,9 @@ use std::io;
 use std::mem;
 use std::panic::{self, AssertUnwindSafe};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender, TryRecvError, TrySendError};
+use crossbeam::channel::{self, Receiver, RecvTimeoutError, Sender, TrySendError};
 use once_cell::sync::OnceCell;
 
 /// At most this many threads, whatever the machine has: a save needs one.
@@ -21,10 +21,6 @@ const MOST_THREADS: usize = 4;
 
 /// How many threads wait for disks. They take no processor time, so they are not those that work.
 const WAITERS: usize = 4;
-
-/// How long a thread looks for the end of the other's work before it sleeps: two that share it end
-/// at about the same time, and being woken takes longer than what is left then.
-const LOOKED_FOR: Duration = Duration::from_micros(50);
 
 type Task = Box<dyn FnOnce() + Send>;
 
@@ -95,14 +91,7 @@ struct Ended<'a, A> {
 
 impl<A> Drop for Ended<'_, A> {
     fn drop(&mut self) {
-        let begun = Instant::now();
-        *self.result = loop {
-            match self.receiver.try_recv() {
-                Err(TryRecvError::Empty) if begun.elapsed() < LOOKED_FOR => give_way(),
-                Err(TryRecvError::Empty) => break self.receiver.recv().ok(),
-                result => break result.ok(),
-            }
-        };
+        *self.result = self.receiver.recv().ok();
     }
 }
 

@@ -25,8 +25,9 @@ MUSL := x86_64-unknown-linux-musl
 # The file the demo saves: make demo FILE=some/file
 export FILE
 
-.PHONY: all kvc install uninstall prebuilt package help setup demo demo-llm test test-beam elixir matrix check \
-  cover loom musl soak-semaphore soak-store cluster fresh faults crash kill disks fuzz soak sanitize valgrind readme rules dropin \
+.PHONY: all kvc install uninstall prebuilt package help setup demo demo-llm test test-beam elixir \
+  matrix check cover loom musl soak-semaphore soak-store cluster fresh faults crash kill disks fuzz \
+  soak sanitize valgrind readme rules dropin \
   chunks rustdoc bench-plots bench-semaphore bench-save bench-prefix bench-slow bench-fetch bench-host \
   bench-peers bench-llm \
   bench-build edoc clean distclean

@@ -44,6 +44,9 @@
 %% All modules are loaded before anything is counted, so hardly anything is new.
 -define(ATOMS, 16).
 
+%% Threads that exist once, and only since they were needed first.
+-define(STARTED_ONCE, [<<"erllama_reaper">>, <<"erllama_steward">>, <<"erllama_notes">>]).
+
 -define(LEDGER, soak_ledger).
 %% A save's reservation, from before the store is asked for it until the store has been told that it
 %% is over; and then for as long as somebody asks who asked before that. Times are milliseconds.
@@ -617,7 +620,7 @@ measured() ->
     [
         {rss, rss()},
         {fds, length(element(2, file:list_dir("/proc/self/fd")))},
-        {threads, length(element(2, file:list_dir("/proc/self/task")))},
+        {threads, threads()},
         {processes, erlang:system_info(process_count) - abandoners()},
         {abandoners, abandoners()},
         {ports, erlang:system_info(port_count)},
@@ -632,6 +635,20 @@ measured() ->
 abandoners() ->
     length([Pid || Pid <- processes(),
                    proc_lib:translate_initial_call(Pid) =:= {erllama_cache_abandon, init, 1}]).
+
+%% Some the library starts once, when something happens that may not have happened before. A second
+%% one of those counts.
+threads() ->
+    {ok, Ids} = file:list_dir("/proc/self/task"),
+    Names = lists:append([thread_name(Id) || Id <- Ids]),
+    length(Names) - length([Once || Once <- ?STARTED_ONCE, lists:member(Once, Names)]).
+
+%% None if the thread has ended since it was listed.
+thread_name(Id) ->
+    case file:read_file(["/proc/self/task/", Id, "/comm"]) of
+        {ok, Name} -> [string:trim(Name)];
+        {error, _} -> []
+    end.
 
 rss() ->
     {ok, Status} = file:read_file("/proc/self/status"),

@@ -9,6 +9,7 @@
 
 use std::io;
 use std::mem;
+use std::num::NonZero;
 use std::panic::{self, AssertUnwindSafe};
 use std::thread;
 use std::time::Duration;
@@ -97,23 +98,28 @@ impl<A> Drop for Ended<'_, A> {
 
 /// Has a thread that does nothing else drop a value whose drop takes long.
 pub(crate) fn reap<T: Send + 'static>(value: T) {
-    static REAPER: Errands = Errands::new();
+    static REAPER: Errands = Errands::new("erllama_reaper");
     REAPER.run(move || drop(value));
 }
 
 /// A thread with a queue of errands, however many there are. The caller does an errand itself only
 /// if the thread cannot be started.
-pub(crate) struct Errands(OnceCell<Sender<Task>>);
+pub(crate) struct Errands {
+    name: &'static str,
+    thread: OnceCell<Sender<Task>>,
+}
 
 impl Errands {
-    pub(crate) const fn new() -> Errands {
-        Errands(OnceCell::new())
+    /// The thread is started by the first errand, under this name.
+    pub(crate) const fn new(name: &'static str) -> Errands {
+        let thread = OnceCell::new();
+        Errands { name, thread }
     }
 
     pub(crate) fn run(&self, errand: impl FnOnce() + Send + 'static) {
-        let thread = self.0.get_or_try_init(|| {
+        let thread = self.thread.get_or_try_init(|| {
             let (errands, queue) = channel::unbounded::<Task>();
-            start_thread(move || {
+            start_thread(self.name, move || {
                 for errand in queue {
                     let _ = panic::catch_unwind(AssertUnwindSafe(errand));
                 }
@@ -142,7 +148,9 @@ pub(crate) fn ask_waiter<T: Send + 'static>(
         // The caller may have dropped its answer.
         let _ = sender.send(wait());
     });
-    let pool = POOL.get_or_try_init(|| start_pool(WAITERS)).ok()?;
+    let pool = POOL
+        .get_or_try_init(|| start_pool("erllama_waiter", WAITERS))
+        .ok()?;
     pool.try_send(task).ok().map(|()| Answer(receiver))
 }
 
@@ -176,16 +184,17 @@ fn hand_over(task: Task) -> Result<(), Task> {
 fn pool() -> Option<&'static Sender<Task>> {
     static POOL: OnceCell<Sender<Task>> = OnceCell::new();
     POOL.get_or_try_init(|| {
-        start_pool(thread::available_parallelism().map_or(1, |n| n.get().min(MOST_THREADS)))
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        start_pool("erllama_worker", processors.min(MOST_THREADS))
     })
     .ok()
 }
 
-fn start_pool(threads: usize) -> io::Result<Sender<Task>> {
+fn start_pool(name: &str, threads: usize) -> io::Result<Sender<Task>> {
     let (tasks, queue) = channel::bounded::<Task>(0);
     for _ in 0..threads {
         let queue = queue.clone();
-        start_thread(move || {
+        start_thread(name, move || {
             for task in queue {
                 // Each task reports its own panic.
                 let _ = panic::catch_unwind(AssertUnwindSafe(task));
@@ -195,8 +204,9 @@ fn start_pool(threads: usize) -> io::Result<Sender<Task>> {
     Ok(tasks)
 }
 
-fn start_thread(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    let thread = thread::Builder::new().name("erllama_pool".into());
+/// Linux shows the first 15 bytes of a thread's name.
+fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let thread = thread::Builder::new().name(name.into());
     thread.spawn(work).map(drop)
 }
 

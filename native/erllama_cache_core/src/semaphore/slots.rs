@@ -90,7 +90,7 @@ impl<O: Clone, W> Semaphore<O, W> {
         O: Send + Sync + 'static,
         W: Send + 'static,
     {
-        static STEWARD: Errands = Errands::new();
+        static STEWARD: Errands = Errands::new("erllama_steward");
         let semaphore = Arc::clone(semaphore);
         STEWARD.run(move || {
             loop {

@@ -37,43 +37,41 @@
     renew_at :: integer()
 }).
 
+%% How a peer's file comes: by a connection, for which there is a ticket, or from a process.
+-type way() ::
+    {tcp | tls, node(), inet:ip_address(), inet:port_number(), Ticket :: binary()} | pid().
+
 %% `failed' is the peer's fault; `unreachable', that of the way to it; `error' is this node's.
 -spec run(#borrower{}, erllama_cache_nif:key(), {node(), erllama_cache_host:tier_srv()}) ->
     {ok, Size :: pos_integer()} | already_present | {failed | unreachable | error, term()}.
-run(#borrower{transport = tcp} = Borrower, Key, {Node, Store}) ->
+run(Borrower, Key, Peer) ->
+    case offer(Borrower, Key, Peer) of
+        {ok, Size, Way} -> reserved(Borrower, Key, Peer, Size, Way);
+        {_, _} = Failed -> Failed
+    end.
+
+-spec offer(#borrower{}, erllama_cache_nif:key(), {node(), erllama_cache_host:tier_srv()}) ->
+    {ok, Size :: pos_integer(), way()} | {failed | unreachable, term()}.
+offer(#borrower{transport = distribution}, Key, {Node, Store}) ->
+    case asked(Node, offer_pieces, [Store, Key, self()]) of
+        {ok, Size, Sender, pieces} when is_pid(Sender) -> {ok, Size, Sender};
+        {_, _} = Failed -> Failed;
+        _ -> {failed, bad_answer}
+    end;
+offer(#borrower{transport = Transport} = Borrower, Key, {Node, Store} = Peer) ->
     Ticket = crypto:strong_rand_bytes(?TICKET_BYTES),
-    case offer(Node, offer, [tcp, Store, Key, Ticket, self()]) of
+    case asked(Node, offer, [Transport, Store, Key, Ticket, self()]) of
         {ok, Size, Address, Port} ->
-            Connect = fun() -> connect(Address, Port, Ticket) end,
-            reserved(Borrower, Key, Size, Connect, fun socket:close/1);
+            {ok, Size, {Transport, Node, Address, Port, Ticket}};
         %% Distribution is not over plain TCP.
-        {failed, no_address} ->
-            run(Borrower#borrower{transport = distribution}, Key, {Node, Store});
+        {failed, no_address} when Transport =:= tcp ->
+            offer(Borrower#borrower{transport = distribution}, Key, Peer);
         {_, _} = Failed ->
             Failed
-    end;
-run(#borrower{transport = tls} = Borrower, Key, {Node, Store}) ->
-    Ticket = crypto:strong_rand_bytes(?TICKET_BYTES),
-    case offer(Node, offer, [tls, Store, Key, Ticket, self()]) of
-        {ok, Size, Address, Port} ->
-            Connect = fun() -> connect_securely(Node, Address, Port, Ticket) end,
-            reserved(Borrower, Key, Size, Connect, fun({tls, Socket}) -> ssl:close(Socket) end);
-        {_, _} = Failed ->
-            Failed
-    end;
-run(#borrower{transport = distribution} = Borrower, Key, {Node, Store}) ->
-    case offer(Node, offer_pieces, [Store, Key, self()]) of
-        {ok, Size, Sender, pieces} when is_pid(Sender) ->
-            Connect = fun() -> {ok, Sender} end,
-            reserved(Borrower, Key, Size, Connect, fun(_) -> ok end);
-        {_, _} = Failed ->
-            Failed;
-        _ ->
-            {failed, bad_answer}
     end.
 
 %% What a peer says that offers the file, if that is what an offer is like.
-offer(Node, Function, Args) ->
+asked(Node, Function, Args) ->
     try erpc:call(Node, erllama_cache_lend, Function, Args, ?PATIENCE) of
         {ok, Size, _, _} = Offer when is_integer(Size), Size > 0, Size < 1 bsl 63 -> Offer;
         {error, Reason} -> {failed, Reason};
@@ -83,10 +81,11 @@ offer(Node, Function, Args) ->
     end.
 
 %% Only now: room is made for what is offered.
-reserved(#borrower{host = Host, name = Name, tier = Tier} = Borrower, Key, Size, Connect, Close) ->
+reserved(#borrower{host = Host, name = Name, tier = Tier} = Borrower, Key, Peer, Size, Way) ->
+    Begun = now_ms(),
     case Host:reserve(Name, Tier, Key, Size) of
         {ok, Token} ->
-            try received(Borrower, Key, Size, Token, Connect, Close) of
+            try received(Borrower, Key, Token, {Peer, Size, Way}, now_ms() - Begun) of
                 %% From here on nothing is to be undone, whatever the host says or raises.
                 {published, What} -> announced(Borrower, Key, Token, What);
                 Failure ->
@@ -123,19 +122,46 @@ announced(#borrower{host = Host, name = Name, root = Root}, Key, Token, {Size, H
             Error
     end.
 
-received(Borrower, Key, Size, Token, Connect, Close) ->
-    case Connect() of
+received(Borrower, Key, Token, {_Peer, Size, _Way} = Offer, Waited) ->
+    case standing(Borrower, Key, Offer, Waited) of
+        {ok, Way} -> imported(Borrower, Key, Token, Size, connect(Way));
+        {_, _} = Failed -> Failed
+    end.
+
+%% An offer stands for as long as a peer has patience. A reservation that evicts may take longer.
+standing(_Borrower, _Key, {_Peer, _Size, Way}, Waited) when Waited < ?PATIENCE div 2 ->
+    {ok, Way};
+standing(Borrower, Key, {Peer, Size, _Way}, _Waited) ->
+    case offer(Borrower, Key, Peer) of
+        {ok, Size, Way} -> {ok, Way};
+        {ok, _, _} -> {failed, bad_answer};
+        {_, _} = Failed -> Failed
+    end.
+
+imported(Borrower, Key, Token, Size, Connected) ->
+    case Connected of
         {ok, Source} ->
             try
                 import(Borrower, Key, Size, Token, Source)
             after
-                Close(Source)
+                close(Source)
             end;
         {error, Reason} when Reason =:= emfile; Reason =:= enfile; Reason =:= enobufs ->
             {error, Reason};
         {error, Reason} ->
             {unreachable, Reason}
     end.
+
+connect({tcp, _Node, Address, Port, Ticket}) ->
+    connect(Address, Port, Ticket);
+connect({tls, Node, Address, Port, Ticket}) ->
+    connect_securely(Node, Address, Port, Ticket);
+connect(Sender) when is_pid(Sender) ->
+    {ok, Sender}.
+
+close({tls, Socket}) -> ssl:close(Socket);
+close(Sender) when is_pid(Sender) -> ok;
+close(Socket) -> socket:close(Socket).
 
 connect(Address, Port, Ticket) ->
     Family = case Address of {_, _, _, _} -> inet; _ -> inet6 end,

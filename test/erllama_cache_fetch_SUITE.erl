@@ -27,6 +27,7 @@ groups() ->
         a_tier_takes_what_another_node_has,
         the_host_sees_a_save,
         whoever_waits_for_the_key_gets_it,
+        an_offer_is_asked_for_again_after_a_long_reservation,
         a_key_that_is_being_saved_is_a_conflict,
         what_is_here_is_not_taken_again,
         a_bad_file_leaves_nothing,
@@ -91,6 +92,26 @@ whoever_waits_for_the_key_gets_it(Config) ->
     Publisher ! go_on,
     ?assertEqual(stored, answer(Waiter, Waited)),
     ?assertEqual(ok, answer(Fetcher, Fetched)).
+
+%% Making room can take longer than an offer stands.
+an_offer_is_asked_for_again_after_a_long_reservation(Config) ->
+    Key = save_there(Config, <<"payload">>),
+    Node = ?config(node, Config),
+    ok = erllama_fake:script(reserve_save, [{before, fun([_, _, _]) ->
+        true = is_lending(Node),
+        eventually(fun() -> not is_lending(Node) end)
+    end}]),
+    ?assertEqual(ok, ?READER:fetch(?TIER, Key)),
+    ?assertMatch({ok, _, <<"payload">>}, ?READER:load(?TIER, Key)).
+
+is_lending(Node) ->
+    Stacks = erpc:call(Node, fun() ->
+        [process_info(Pid, current_stacktrace) || Pid <- processes()]
+    end),
+    lists:any(fun
+        ({_, Stack}) -> lists:keymember(erllama_cache_lend, 1, Stack);
+        (undefined) -> false
+    end, Stacks).
 
 a_key_that_is_being_saved_is_a_conflict(Config) ->
     Key = save_there(Config, <<"payload">>),

@@ -1381,10 +1381,15 @@ mod failures {
 
     /// A root that is synced as if it were on another file system.
     fn root_with(plan: SyncPlan) -> TempDir {
+        root_that(|root| root.assume(plan))
+    }
+
+    /// One of which nothing has been found out that `assumes` would decide.
+    fn root_that(assumes: impl Fn(&Root) -> bool) -> TempDir {
         let mut spoilt = Vec::new();
         loop {
             let dir = root();
-            if open(dir.path()).assume(plan) {
+            if assumes(&open(dir.path())) {
                 return dir;
             }
             spoilt.push(dir);
@@ -1830,13 +1835,17 @@ mod failures {
             let payload = payload(len);
             let before = prefix(1, &payload).len();
             for digest in [DigestKind::None, DigestKind::Blake3] {
-                for effort in [Effort::Helped, Effort::Share(100)] {
+                for (effort, slowly) in [
+                    (Effort::Helped, false),
+                    (Effort::Helped, true),
+                    (Effort::Share(100), false),
+                ] {
                     for at in [60, before + 1000, before + len / 2, before + len - 1] {
                         let options = Options {
                             effort,
                             ..Options::default()
                         };
-                        overwritten(&payload, digest, &options, at as u64);
+                        overwritten(slowly, &payload, digest, &options, at as u64);
                     }
                 }
             }
@@ -1845,13 +1854,17 @@ mod failures {
 
     /// Somebody writes into the file all the time, so what is read back is soon not what was
     /// written.
-    fn overwritten(payload: &[u8], digest: DigestKind, options: &Options, at: u64) {
-        let dir = root();
+    fn overwritten(slowly: bool, payload: &[u8], digest: DigestKind, options: &Options, at: u64) {
+        let dir = if slowly {
+            root_that(|root| root.assume_slow_reads())
+        } else {
+            root()
+        };
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             assert!(
                 Instant::now() < deadline,
-                "{digest:?} {options:?} {at}: it never read back wrongly"
+                "{slowly} {digest:?} {options:?} {at}: it never read back wrongly"
             );
             let tokens = 1u32.to_le_bytes();
             let prefix = Prefix::encode(&meta(&tokens), payload.len() as u64, digest).unwrap();

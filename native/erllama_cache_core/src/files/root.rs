@@ -31,6 +31,7 @@ struct Capabilities {
     /// Whether a file without a name could be linked here, which some systems do not allow.
     links_unnamed: AtomicBool,
     sync_plan: OnceCell<SyncPlan>,
+    reads_slowly: OnceCell<bool>,
     /// Shares directory syncs among all saves that run here at the same time.
     directory_syncs: SyncGroup,
     /// Where that matters: shared by syncs of files, held exclusively by a sync of the directory.
@@ -154,6 +155,20 @@ impl Root {
     pub fn sync_plan(&self) -> SyncPlan {
         let plan = &self.capabilities.sync_plan;
         *plan.get_or_init(|| SyncPlan::of(&self.dir, self.file_system))
+    }
+
+    /// Whether what has just been written may have to be read from somewhere else than the page
+    /// cache, which takes about as long as the writing.
+    pub(super) fn reads_slowly(&self) -> bool {
+        let slowly = &self.capabilities.reads_slowly;
+        *slowly.get_or_init(|| self.file_system.is_in_user_space())
+    }
+
+    /// Decides that it does, for tests of what another file system does; `false` when that is
+    /// decided already.
+    #[doc(hidden)]
+    pub fn assume_slow_reads(&self) -> bool {
+        self.capabilities.reads_slowly.set(true).is_ok()
     }
 
     /// How many bytes of its file system this process may still use: of what is kept for root and

@@ -67,7 +67,7 @@ impl TmpFile {
     ) -> Result<TmpFile, Error> {
         let file = Unpublished::create(root, key, prefix.file_len(), options.mode)?;
         Ok(TmpFile {
-            writing: Some(Box::new(Writing::new(&prefix, &options))),
+            writing: Some(Box::new(Writing::new(file.root(), &prefix, &options))),
             prefix,
             completion: Completion::new(file, &options),
         })

@@ -324,6 +324,12 @@ impl FileSystem {
         self.kind == OVERLAY
     }
 
+    /// Whether a process serves it, which may ask other machines. The kernel drops what it has of a
+    /// file when that process says that its times have changed, which each write does.
+    pub(crate) fn is_in_user_space(self) -> bool {
+        self.kind == FUSE
+    }
+
     pub(crate) fn is_xfs(self) -> bool {
         self.kind == XFS
     }
@@ -333,6 +339,7 @@ impl FileSystem {
 const TMPFS: u64 = 0x0102_1994;
 const OVERLAY: u64 = 0x794c_7630;
 const XFS: u64 = 0x5846_5342;
+const FUSE: u64 = 0x6573_5546;
 
 /// The file system that `file` is on.
 #[cfg(target_os = "linux")]

@@ -1,8 +1,9 @@
 //! Writing a file's bytes: in pieces, summed up, read back, and put on the disk as they come.
 //!
 //! Everything that is written is read back right after the write, while the processor's cache still
-//! has it, and *before* the sync: what is read is the page cache's content either way. Another
-//! thread takes its share of digest and reading.
+//! has it, and *before* the sync: what is read is the page cache's content either way. Where it is
+//! not there any more, another thread reads it while more is written. Another thread also makes the
+//! digest.
 
 use std::fs::File;
 use std::io;
@@ -66,13 +67,16 @@ pub(super) struct Writing {
     crc: Crc32c,
     digester: Option<Digester>,
     back: ReadBack,
+    /// Whether another thread reads back each block while the next one is written: where it has no
+    /// digest to make, and where reading takes long.
+    later: bool,
     effort: Effort,
 }
 
 impl Writing {
     /// Nothing is written yet of the file that begins with `prefix`. A keyed digest is keyed with
     /// the secret.
-    pub(super) fn new(prefix: &Prefix, options: &Options) -> Writing {
+    pub(super) fn new(root: &Root, prefix: &Prefix, options: &Options) -> Writing {
         Writing {
             pos: 0,
             compared: 0,
@@ -84,6 +88,7 @@ impl Writing {
                 DigestKind::Blake3Keyed => Some(Digester::new(options.secret.as_ref())),
             },
             back: ReadBack::new(prefix.file_len()),
+            later: root.reads_slowly() || prefix.digest() == DigestKind::None,
             effort: options.effort,
         }
     }
@@ -137,13 +142,13 @@ impl Writing {
             .paced(|| self.block_at_once(file, prefix, payload))
     }
 
-    /// Another thread makes the digest meanwhile; without a digest, it reads back the block before.
+    /// Another thread makes the digest meanwhile, or reads back the block before.
     fn block_at_once(&mut self, file: &File, prefix: &Prefix, payload: &[u8]) -> Result<(), Error> {
         let alone = self.effort.is_alone();
         // Alone it hands nothing over, and the shorter its pieces, the more often it can rest.
         let len = if alone { WRITE_PIECE } else { WRITE_BLOCK };
         let (start, end) = (self.pos, payload.len().min(self.pos + len));
-        if self.digester.is_none() && !alone && end - start < payload.len() {
+        if self.later && !alone && end - start < payload.len() {
             return self.block_and_the_one_before(file, prefix, payload, end);
         }
         let offset = self.end(prefix);
@@ -169,8 +174,8 @@ impl Writing {
         Ok(())
     }
 
-    /// Writes the block that ends at `end` while another thread reads back the one before; the last
-    /// is read back after that.
+    /// Writes the block that ends at `end` while another thread makes its digest and reads back the
+    /// one before; the last is read back after that.
     fn block_and_the_one_before(
         &mut self,
         file: &File,
@@ -180,16 +185,27 @@ impl Writing {
     ) -> Result<(), Error> {
         let payload_start = prefix.len() as u64;
         let offset = self.end(prefix);
-        let Writing { crc, back, .. } = self;
+        let block = &payload[self.pos..end];
+        let Writing {
+            crc,
+            digester,
+            back,
+            ..
+        } = self;
         let mut compare = |range: Range<usize>| {
             back.compare(file, payload_start + range.start as u64, &payload[range])
         };
         let before = self.compared..self.pos;
         let (same, written) = pool::join_unless(
-            before.is_empty(),
-            || compare(before),
+            digester.is_none() && before.is_empty(),
             || {
-                write_pieces(file, &payload[self.pos..end], offset, |_, piece| {
+                if let Some(digester) = digester {
+                    digester.update(block);
+                }
+                compare(before)
+            },
+            || {
+                write_pieces(file, block, offset, |_, piece| {
                     crc.update(piece);
                     Ok(())
                 })

@@ -180,7 +180,7 @@ stands_still(Root) ->
                 receive {erllama_cache_writer, Ref, {ok, Key}} -> remove(Root, Key) end,
                 Time
             end
-         %% Of a hundred, the longest would be the 99th percentile.
+         %% Of fewer than a hundred, the longest would be the 99th percentile.
          || _ <- lists:seq(1, bench_report:large(300))
         ],
         #{p50 := P50, p99 := P99, max := Max} = Summary = bench_report:summary(Times),

@@ -85,7 +85,7 @@ reserved(#borrower{host = Host, name = Name, tier = Tier} = Borrower, Key, Peer,
     Begun = now_ms(),
     case Host:reserve(Name, Tier, Key, Size) of
         {ok, Token} ->
-            try received(Borrower, Key, Token, {Peer, Size, Way}, now_ms() - Begun) of
+            try received(Borrower, Key, Token, {Peer, Size, Way}, Begun) of
                 %% From here on nothing is to be undone, whatever the host says or raises.
                 {published, What} -> announced(Borrower, Key, Token, What);
                 Failure ->
@@ -122,35 +122,58 @@ announced(#borrower{host = Host, name = Name, root = Root}, Key, Token, {Size, H
             Error
     end.
 
-received(Borrower, Key, Token, {_Peer, Size, _Way} = Offer, Waited) ->
+%% First the room on the disk, for which a turn is waited for, then the connection.
+received(#borrower{path = Path} = Borrower, Key, Token, {_Peer, Size, _Way} = Offer, Begun) ->
+    Options = save_options(Borrower),
+    Loan = #loan{
+        borrower = Borrower, key = Key, token = Token, deadline = deadline(Size),
+        renew_at = renew_at()
+    },
+    Begin = fun(Turn) -> erllama_cache_nif:import_begin(Turn, Path, Key, Size, Options) end,
+    case in_slices(Begin, Loan) of
+        {{ok, Import}, Renewed} ->
+            try
+                imported(Renewed#loan{import = Import}, Offer, now_ms() - Begun)
+            after
+                %% Drops nothing that is published.
+                ok = erllama_cache_nif:import_abort(Import)
+            end;
+        {{error, _} = Error, _} ->
+            Error
+    end.
+
+imported(#loan{borrower = Borrower, key = Key} = Loan, {_Peer, Size, _Way} = Offer, Waited) ->
     case standing(Borrower, Key, Offer, Waited) of
-        {ok, Way} -> imported(Borrower, Key, Token, Size, connect(Way));
+        {ok, Way} -> by_way(connect(Way), Loan, Size);
         {_, _} = Failed -> Failed
     end.
 
-%% An offer stands for as long as a peer has patience. A reservation that evicts may take longer.
+%% An offer stands for as long as a peer has patience. To evict what is in the way, and to get a
+%% turn, may take longer.
 standing(_Borrower, _Key, {_Peer, _Size, Way}, Waited) when Waited < ?PATIENCE div 2 ->
     {ok, Way};
-standing(Borrower, Key, {Peer, Size, _Way}, _Waited) ->
+standing(Borrower, Key, {Peer, Size, Way}, Waited) ->
     case offer(Borrower, Key, Peer) of
-        {ok, Size, Way} -> {ok, Way};
-        {ok, _, _} -> {failed, bad_answer};
+        {ok, Size, Another} -> {ok, Another};
+        {ok, _, _} -> {failed, size_changed};
+        %% Perhaps by the first offer, which may stand a little longer.
+        {failed, busy} when Waited < ?PATIENCE -> {ok, Way};
         {_, _} = Failed -> Failed
     end.
 
-imported(Borrower, Key, Token, Size, Connected) ->
-    case Connected of
-        {ok, Source} ->
-            try
-                import(Borrower, Key, Size, Token, Source)
-            after
-                close(Source)
-            end;
-        {error, Reason} when Reason =:= emfile; Reason =:= enfile; Reason =:= enobufs ->
-            {error, Reason};
-        {error, Reason} ->
-            {unreachable, Reason}
-    end.
+by_way({ok, Source}, Loan, Size) ->
+    try
+        from(Source, Loan#loan{deadline = deadline(Size)}, Size)
+    after
+        close(Source)
+    end;
+by_way({error, Reason}, _, _) when Reason =:= emfile; Reason =:= enfile; Reason =:= enobufs ->
+    {error, Reason};
+by_way({error, Reason}, _, _) ->
+    {unreachable, Reason}.
+
+deadline(Size) ->
+    now_ms() + ?PATIENCE + Size div ?SLOWEST.
 
 connect({tcp, _Node, Address, Port, Ticket}) ->
     connect(Address, Port, Ticket);
@@ -210,26 +233,6 @@ connect_securely(Node, Address, Port, Ticket) ->
             Error
     catch
         _Class:Reason -> {error, Reason}
-    end.
-
-import(#borrower{path = Path} = Borrower, Key, Size, Token, Source) ->
-    Options = save_options(Borrower),
-    Begun = now_ms(),
-    Loan = #loan{
-        borrower = Borrower, key = Key, token = Token,
-        deadline = Begun + ?PATIENCE + Size div ?SLOWEST, renew_at = renew_at()
-    },
-    Begin = fun(Turn) -> erllama_cache_nif:import_begin(Turn, Path, Key, Size, Options) end,
-    case in_slices(Begin, Loan) of
-        {{ok, Import}, Renewed} ->
-            try
-                from(Source, Renewed#loan{import = Import}, Size)
-            after
-                %% Drops nothing that is published.
-                ok = erllama_cache_nif:import_abort(Import)
-            end;
-        {{error, _} = Error, _} ->
-            Error
     end.
 
 from(Sender, Loan, Size) when is_pid(Sender) ->

@@ -28,6 +28,7 @@ groups() ->
         the_host_sees_a_save,
         whoever_waits_for_the_key_gets_it,
         an_offer_is_asked_for_again_after_a_long_reservation,
+        what_is_gone_after_a_long_reservation_leaves_nothing,
         a_key_that_is_being_saved_is_a_conflict,
         what_is_here_is_not_taken_again,
         a_bad_file_leaves_nothing,
@@ -97,12 +98,26 @@ whoever_waits_for_the_key_gets_it(Config) ->
 an_offer_is_asked_for_again_after_a_long_reservation(Config) ->
     Key = save_there(Config, <<"payload">>),
     Node = ?config(node, Config),
-    ok = erllama_fake:script(reserve_save, [{before, fun([_, _, _]) ->
-        true = is_lending(Node),
-        eventually(fun() -> not is_lending(Node) end)
-    end}]),
+    ok = erllama_fake:script(reserve_save, [{before, fun(_) -> await_no_lending(Node) end}]),
     ?assertEqual(ok, ?READER:fetch(?TIER, Key)),
     ?assertMatch({ok, _, <<"payload">>}, ?READER:load(?TIER, Key)).
+
+what_is_gone_after_a_long_reservation_leaves_nothing(Config) ->
+    Key = save_there(Config, <<"payload">>),
+    Node = ?config(node, Config),
+    File = file_of(?config(other_root, Config), Key),
+    ok = erllama_fake:script(reserve_save, [{before, fun(_) ->
+        ok = await_no_lending(Node),
+        ok = file:delete(File)
+    end}]),
+    ?assertEqual(miss, ?READER:fetch(?TIER, Key)),
+    ?assertMatch([_], args(cancel_reservation)),
+    assert_nothing_left(Config).
+
+%% Until the offer that was made has ended.
+await_no_lending(Node) ->
+    true = is_lending(Node),
+    eventually(fun() -> not is_lending(Node) end).
 
 is_lending(Node) ->
     Stacks = erpc:call(Node, fun() ->

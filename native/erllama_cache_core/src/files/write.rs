@@ -1,9 +1,9 @@
 //! Writing a file's bytes: in pieces, summed up, read back, and put on the disk as they come.
 //!
 //! Everything that is written is read back right after the write, while the processor's cache still
-//! has it, and *before* the sync: what is read is the page cache's content either way. Where it is
-//! not there any more, another thread reads it while more is written. Another thread also makes the
-//! digest.
+//! has it, and *before* the sync: what is read is the page cache's content either way. Another
+//! thread makes the digest meanwhile. Where there is none, or where the page cache may have dropped
+//! what was written, it reads back, one block later.
 
 use std::fs::File;
 use std::io;

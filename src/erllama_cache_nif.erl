@@ -67,6 +67,7 @@
                   Hits :: non_neg_integer()}
                | {removed, key(), Reason :: atom()}
                | swept
+               | rejected
                | {skipped, key() | undefined, Size :: non_neg_integer(),
                   Modified :: non_neg_integer(), Reason :: term()}.
 

@@ -31,6 +31,8 @@ found(Config, {skipped, Key, _Size, _Modified, Reason}) ->
     skipped(Config, Key, Reason);
 found(_Config, {file, _Key, _Length, _Size, _LastUsed, _Hits}) ->
     ok;
+found(_Config, rejected) ->
+    ok;
 found(_Config, swept) ->
     ok.
 

@@ -22,6 +22,8 @@
 
 -record(state, {
     config :: #config{},
+    %% Whether the last scan has seen files that were put aside.
+    has_rejected = false :: boolean(),
     watches = #{} :: #{reference() => #watch{}},
     %% Which reservation a monitor belongs to.
     monitors = #{} :: #{reference() => reference()},
@@ -92,13 +94,16 @@ start_scanned(TakesUnnamed, Took, #state{config = Config} = State) ->
     {_, Roomy} = make_room(0, 0, State),
     ok = erllama_cache_peer_group:join(Config#config.borrower),
     ok = look_for_expired_later(Config),
-    ok = forget_rejected(Config),
+    ok = forget_rejected(Roomy),
     {ok, Roomy}.
 
-%% Now, and each day.
-forget_rejected(Config) ->
+%% Now, and each day; if there are any, for a list of all names takes as much memory as all rows.
+forget_rejected(#state{config = #config{counters = Counters} = Config, has_rejected = Has}) ->
     _ = erlang:send_after(?DAY, self(), forget_rejected),
-    erllama_cache_store_reject:forget_old(Config).
+    case Has orelse counters:get(Counters, ?REJECTED) > 0 of
+        true -> erllama_cache_store_reject:forget_old(Config);
+        false -> ok
+    end.
 
 %% Files are removed at most a tenth of `ttl' late, or a minute.
 look_for_expired_later(#config{ttl = infinity}) ->
@@ -140,6 +145,8 @@ add_found({file, Key, Length, Size, LastUsed, Hits}, #state{config = Config} = S
 %% A file that no load accepts takes room, too, and is evicted like others.
 add_found({skipped, <<_:256>> = Key, Size, Modified, _Reason}, State) when Size > 0 ->
     add(erllama_cache_index:refused_file(Key, Size, Modified * 1000, make_ref()), State);
+add_found(rejected, State) ->
+    State#state{has_rejected = true};
 add_found(_Other, State) ->
     State.
 
@@ -199,8 +206,8 @@ handle_info(look_for_expired, #state{config = Config} = State) ->
     {noreply, expire(erllama_cache_evict:overdue(Config), State)};
 handle_info({look_for_expired, Keys}, State) ->
     {noreply, expire(Keys, State)};
-handle_info(forget_rejected, #state{config = Config} = State) ->
-    ok = forget_rejected(Config),
+handle_info(forget_rejected, State) ->
+    ok = forget_rejected(State),
     {noreply, State};
 handle_info(_Message, State) ->
     {noreply, State}.

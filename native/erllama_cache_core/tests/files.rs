@@ -862,7 +862,7 @@ fn a_removal_leaves_what_has_replaced_the_corrupt_file() {
 
 /// Fills a root with files 0 to 29, entries of every other kind under the names of 30 to 34, and
 /// two temporary names. Returns the names that are none of the library's.
-fn fill_with_everything(dir: &Path) -> [String; 5] {
+fn fill_with_everything(dir: &Path) -> [String; 7] {
     for n in 0..30 {
         save(dir, n, &payload(n as usize)).unwrap();
     }
@@ -878,6 +878,8 @@ fn fill_with_everything(dir: &Path) -> [String; 5] {
     let others = [
         "README".to_owned(),
         "x.tmp".to_owned(),
+        "x.kvc.bad".to_owned(),
+        key(1).file_name() + ".bad",
         key(1).to_hex().to_uppercase() + ".kvc",
         temporary_name(1).replace(".tmp", ".TMP"),
         temporary_name(1).replace('.', "-"),
@@ -914,7 +916,8 @@ fn a_scan_keeps_a_short_file_of_a_later_version() {
 fn a_scan_reports_files_and_removes_what_is_proven_not_to_be_one() {
     let dir = root();
     let others = fill_with_everything(dir.path());
-    let (mut files, mut removed, mut swept, mut skipped) = (vec![], vec![], 0, vec![]);
+    let (mut files, mut removed, mut skipped) = (vec![], vec![], vec![]);
+    let (mut swept, mut rejected) = (0, 0);
     for found in scan(dir.path()) {
         match found {
             Found::File {
@@ -928,6 +931,7 @@ fn a_scan_reports_files_and_removes_what_is_proven_not_to_be_one() {
             }
             Found::Removed { key, corrupt } => removed.push((key.to_hex(), corrupt.name())),
             Found::Swept => swept += 1,
+            Found::Rejected => rejected += 1,
             Found::Skipped { key, error, .. } => {
                 skipped.push((key.map(|key| key.to_hex()), error.to_string()));
             }
@@ -947,7 +951,7 @@ fn a_scan_reports_files_and_removes_what_is_proven_not_to_be_one() {
             (key(30).to_hex(), "truncated")
         ]
     );
-    assert_eq!(swept, 1);
+    assert_eq!((swept, rejected), (1, 1));
     let skipped: BTreeSet<_> = skipped.into_iter().collect();
     let not_regular = Error::NotRegular.to_string();
     let version = Error::Corrupt(Corrupt::UnsupportedVersion).to_string();

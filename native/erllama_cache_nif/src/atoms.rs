@@ -44,6 +44,7 @@ rustler::atoms! {
     file,
     removed,
     swept,
+    rejected,
     skipped,
     corrupt,
     on_device,

@@ -82,6 +82,7 @@ fn found_term<'a>(env: Env<'a>, found: &Found) -> Term<'a> {
             (atoms::removed(), key_term(key), reason).encode(env)
         }
         Found::Swept => atoms::swept().encode(env),
+        Found::Rejected => atoms::rejected().encode(env),
         Found::Skipped { key, error, taken } => {
             let key = key
                 .as_ref()

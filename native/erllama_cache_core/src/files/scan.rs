@@ -34,6 +34,8 @@ pub enum Found {
     },
     /// A temporary file that no save works on any more. It was removed.
     Swept,
+    /// A file that was put aside under its key's name with `.bad` behind it.
+    Rejected,
     /// An entry that could not be examined or removed. It is still there.
     Skipped {
         /// The key in its name, if it is a final one.
@@ -43,6 +45,12 @@ pub enum Found {
         /// The room that it takes, if it is a file and that could be found out.
         taken: Option<Taken>,
     },
+}
+
+/// Whether this is the name of a file that was put aside.
+fn is_rejected(name: &CStr) -> bool {
+    let name = name.to_bytes().strip_suffix(b".bad");
+    name.is_some_and(|name| Key::from_file_name(name).is_some())
 }
 
 /// The room that a file takes that could not be opened or read.
@@ -100,6 +108,7 @@ impl Scan {
             match name {
                 Name::Final(key) => found.extend(self.look(key)),
                 Name::Temporary(name) if self.settled.is_some() => found.extend(self.sweep(&name)),
+                Name::Other(name) if is_rejected(&name) => found.push(Found::Rejected),
                 Name::Temporary(_) | Name::Other(_) => {}
             }
             if slice.is_over() {
